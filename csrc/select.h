@@ -1,0 +1,122 @@
+// The k largest of n without sorting: exact, ties to the lowest index, one pass as a rule.
+//
+// An entry's key is its magnitude's bit pattern, which orders like the magnitude; NaN is
+// above infinity, so a non-finite entry is always among the largest. In the unsigned form
+// finite negative entries have key 0.
+#ifndef GCOMPRESS_SELECT_H
+#define GCOMPRESS_SELECT_H
+
+#include "simd.h"
+
+namespace {
+
+const uint32_t INFINITY_KEY = 0x7f800000u;
+
+template <bool is_signed>
+inline uint32_t key_of(float value) {
+    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
+    if (is_signed) return magnitude;
+    return (bits >> 31) && magnitude < INFINITY_KEY ? 0 : magnitude;
+}
+
+// Which entries are kept: all with a key above `threshold`, and the first `ties` equal to it.
+struct Selection {
+    uint32_t threshold;
+    int64_t ties;
+};
+
+template <bool is_signed>
+struct FloatKeys {
+    const float* x;
+    uint32_t operator()(int64_t i) const { return key_of<is_signed>(x[i]); }
+};
+struct StoredKeys {
+    const uint32_t* keys;
+    uint32_t operator()(int64_t i) const { return keys[i]; }
+};
+
+// Radix selection: three histograms of 11, 10 and 10 bits, from the top.
+template <class Keys>
+Selection radix_select(const Keys& key, int64_t n, int64_t k) {
+    int64_t histogram[2][2048];  // two, so that equal neighbours do not wait for each other
+    const int shifts[3] = {20, 10, 0}, digit_bits[3] = {11, 10, 10};
+    uint32_t prefix = 0;
+    for (int pass = 0; pass < 3; ++pass) {
+        const int shift = shifts[pass], above = shift + digit_bits[pass];
+        const uint32_t digit_mask = (1u << digit_bits[pass]) - 1;
+        memset(histogram, 0, sizeof histogram);
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t value = key(i);
+            if (pass == 0 || value >> above == prefix) ++histogram[i & 1][(value >> shift) & digit_mask];
+        }
+        uint32_t digit = digit_mask;
+        for (;; --digit) {
+            const int64_t count = histogram[0][digit] + histogram[1][digit];
+            if (count >= k || digit == 0) break;
+            k -= count;
+        }
+        prefix = prefix << digit_bits[pass] | digit;
+    }
+    return Selection{prefix, k};
+}
+
+template <bool is_signed>
+inline void keys_64(const float* x, uint32_t* keys) {
+    for (int j = 0; j < 64; ++j) keys[j] = key_of<is_signed>(x[j]);  // vectorised
+}
+
+// A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the
+// exact selection looks at them alone. When the sample misled (too few or too many reach
+// the bound), or n is small, the selection looks at everything: same result, slower.
+template <bool is_signed>
+Selection select_largest(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity) {
+    const FloatKeys<is_signed> all{x};
+    const int64_t sample = min64(min64(16384, capacity), n / 8);
+    const double expected = (double)sample * (double)k / (double)n;
+    const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
+    if (n < 8192 || sample_rank > sample / 2) return radix_select(all, n, k);
+
+    const int64_t stride = n / sample;
+    for (int64_t i = 0; i < sample; ++i) {
+        const int64_t jitter = (int64_t)(((uint64_t)i * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)stride);
+        workspace[i] = all(i * stride + jitter);
+    }
+    const uint32_t bound = radix_select(StoredKeys{workspace}, sample, sample_rank).threshold;
+    if (bound == 0) return radix_select(all, n, k);
+
+    int64_t found = 0;
+    uint32_t keys[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t count = min64(64, n - i);
+        uint64_t mask;
+        if (count == 64) {
+            keys_64<is_signed>(x + i, keys);
+            mask = at_least_64(keys, bound);
+        } else {
+            mask = 0;
+            for (int64_t j = 0; j < count; ++j) {
+                keys[j] = all(i + j);
+                mask |= (uint64_t)(keys[j] >= bound) << j;
+            }
+        }
+        if (found + 64 > capacity) return radix_select(all, n, k);
+        for (; mask; mask &= mask - 1) workspace[found++] = keys[__builtin_ctzll(mask)];
+    }
+    if (found < k) return radix_select(all, n, k);
+    return radix_select(StoredKeys{workspace}, found, k);
+}
+
+// The kept entries of one block of up to 64 keys, as a bit mask; counts the ties down.
+inline uint64_t kept_of_block(const uint32_t* keys, int64_t count, Selection* selection) {
+    const uint64_t valid = count == 64 ? ~0ull : (1ull << count) - 1;
+    const uint32_t threshold = selection->threshold;
+    uint64_t kept = threshold == 0x7fffffffu ? 0 : at_least_64(keys, threshold + 1) & valid;
+    if (selection->ties > 0) {
+        uint64_t equal = (threshold == 0 ? ~0ull : at_least_64(keys, threshold)) & valid & ~kept;
+        for (; equal && selection->ties > 0; equal &= equal - 1, --selection->ties) kept |= equal & (0 - equal);
+    }
+    return kept;
+}
+
+}  // namespace
+#endif

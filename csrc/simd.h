@@ -1,0 +1,159 @@
+// What the compiler does not find by itself, once per instruction set. This header and
+// kernels.cc are compiled several times with different flags, so everything in them must
+// have internal linkage and no template of the C++ library may be instantiated: the linker
+// would keep one copy of it, perhaps the one this processor cannot run.
+#ifndef GCOMPRESS_SIMD_H
+#define GCOMPRESS_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+template <class T>
+inline T load(const void* p) {
+    T value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+template <class T>
+inline void store(void* p, T value) {
+    memcpy(p, &value, sizeof value);
+}
+inline uint32_t float_bits(float value) { return load<uint32_t>(&value); }
+inline float bits_float(uint32_t bits) { return load<float>(&bits); }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Nearest integer, ties to even, for |value| < 2^22: vectorises on every instruction set,
+// unlike rintf, and equals it.
+inline int32_t round_even(float value) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23
+    return (int32_t)(float_bits(value + magic) - float_bits(magic));
+}
+
+// Bit j of the result: keys[j] >= bound, for 64 keys below 2^31 and a bound of at least 1.
+inline uint64_t at_least_64(const uint32_t* keys, uint32_t bound) {
+    uint64_t mask = 0;
+#if defined(__AVX512F__)
+    const __m512i limit = _mm512_set1_epi32((int)bound);
+    for (int part = 0; part < 4; ++part) {
+        const __m512i key = _mm512_loadu_si512(keys + 16 * part);
+        mask |= (uint64_t)_mm512_cmpge_epi32_mask(key, limit) << (16 * part);
+    }
+#elif defined(__AVX2__)
+    const __m256i below = _mm256_set1_epi32((int)bound - 1);
+    for (int part = 0; part < 8; ++part) {
+        const __m256i key = _mm256_loadu_si256((const __m256i*)(keys + 8 * part));
+        const __m256i over = _mm256_cmpgt_epi32(key, below);
+        mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(over)) << (8 * part);
+    }
+#else
+    for (int j = 0; j < 64; ++j) mask |= (uint64_t)(keys[j] >= bound) << j;
+#endif
+    return mask;
+}
+
+// Bit j of the result: codes[j] == code, for 64 codes.
+inline uint64_t equal_64(const uint8_t* codes, uint8_t code) {
+    uint64_t mask = 0;
+#if defined(__AVX512BW__)
+    mask = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes), _mm512_set1_epi8((char)code));
+#elif defined(__AVX2__)
+    for (int part = 0; part < 2; ++part) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i*)(codes + 32 * part));
+        const __m256i same = _mm256_cmpeq_epi8(bytes, _mm256_set1_epi8((char)code));
+        mask |= (uint64_t)(uint32_t)_mm256_movemask_epi8(same) << (32 * part);
+    }
+#else
+    for (int j = 0; j < 64; ++j) mask |= (uint64_t)(codes[j] == code) << j;
+#endif
+    return mask;
+}
+
+// Eight bytes of `bits` significant bits each, packed into the low 8 * bits bits; and back:
+// in three steps of twice the width, the upper half of every pair moves beside the lower one.
+template <int bits>
+inline uint64_t squeeze_8(uint64_t x) {
+    const uint64_t low16 = 0x0001000100010001ull * ((1u << bits) - 1);
+    const uint64_t low32 = 0x0000000100000001ull * ((1ull << 2 * bits) - 1);
+    const uint64_t low64 = (1ull << 4 * bits) - 1;
+    x = (x & low16) | (x & ~low16) >> (8 - bits);
+    x = (x & low32) | (x & ~low32) >> 2 * (8 - bits);
+    return (x & low64) | (x & ~low64) >> 4 * (8 - bits);
+}
+template <int bits>
+inline uint64_t spread_8(uint64_t x) {
+    const uint64_t low16 = 0x0001000100010001ull * ((1u << bits) - 1);
+    const uint64_t low32 = 0x0000000100000001ull * ((1ull << 2 * bits) - 1);
+    const uint64_t low64 = (1ull << 4 * bits) - 1;
+    x = (x & low64) | (x & ~low64) << 4 * (8 - bits);
+    x = (x & low32) | (x & ~low32) << 2 * (8 - bits);
+    return (x & low16) | (x & ~low16) << (8 - bits);
+}
+
+// 64 codes, one a byte, to 8 * bits bytes and back. Whole words are moved and overlap, so
+// both touch up to 8 - bits bytes behind the packed ones.
+template <int bits>
+inline void pack_64(const uint8_t* codes, uint8_t* packed) {
+    for (int group = 0; group < 8; ++group)
+        store<uint64_t>(packed + bits * group, squeeze_8<bits>(load<uint64_t>(codes + 8 * group)));
+}
+template <int bits>
+inline void unpack_64(const uint8_t* packed, uint8_t* codes) {
+    const uint64_t low = bits == 8 ? ~0ull : (1ull << ((8 * bits) & 63)) - 1;
+    for (int group = 0; group < 8; ++group)
+        store<uint64_t>(codes + 8 * group, spread_8<bits>(load<uint64_t>(packed + bits * group) & low));
+}
+
+// The same for `count` < = 64 codes at the end of a buffer, through a block of its own.
+template <int bits>
+inline void pack_tail(const uint8_t* codes, int64_t count, uint8_t* packed) {
+    uint8_t padded[64] = {0}, bytes[64 + 8];
+    memcpy(padded, codes, (size_t)count);
+    pack_64<bits>(padded, bytes);
+    memcpy(packed, bytes, (size_t)((count * bits + 7) / 8));
+}
+template <int bits>
+inline void unpack_tail(const uint8_t* packed, int64_t count, uint8_t* codes) {
+    uint8_t bytes[64 + 8] = {0};
+    memcpy(bytes, packed, (size_t)((count * bits + 7) / 8));
+    unpack_64<bits>(bytes, codes);
+}
+
+// out[i] = table[codes[i]] (or +=) for 64 codes; the table has 16 or 256 entries.
+template <bool add>
+inline void look_up_64(const uint8_t* codes, const float* table, bool wide, float* out) {
+#if defined(__AVX512F__)
+    if (!wide) {
+        const __m512 entries = _mm512_loadu_ps(table);
+        for (int part = 0; part < 4; ++part) {
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16 * part)));
+            __m512 value = _mm512_permutexvar_ps(index, entries);
+            if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
+            _mm512_storeu_ps(out + 16 * part, value);
+        }
+        return;
+    }
+#elif defined(__AVX2__)
+    if (!wide) {
+        const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+        for (int part = 0; part < 8; ++part) {
+            const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + 8 * part)));
+            const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+            __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                            _mm256_permutevar8x32_ps(high, index), is_high);
+            if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
+            _mm256_storeu_ps(out + 8 * part, value);
+        }
+        return;
+    }
+#endif
+    (void)wide;
+    for (int j = 0; j < 64; ++j) out[j] = add ? out[j] + table[codes[j]] : table[codes[j]];
+}
+
+}  // namespace
+#endif

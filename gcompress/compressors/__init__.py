@@ -1,0 +1,54 @@
+"""One method per file; this registry is the list of them."""
+
+import dataclasses
+
+from ..errors import ConfigError
+from .base import Compressor, Context
+from .mask import MaskSparse
+from .quantize import Quantize
+from .topk import TopK
+
+REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, TopK)}
+
+
+def from_dict(configuration):
+    """The compressor behind `Compressor.to_dict()`; ConfigError on an unknown name or argument."""
+    arguments = dict(configuration)
+    name = arguments.pop("name", None)
+    if name not in REGISTRY:
+        raise ConfigError(f"compressor: got {name!r}, expected one of {', '.join(REGISTRY)}")
+    known = [field.name for field in dataclasses.fields(REGISTRY[name])]
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise ConfigError(f"{name}: got the argument {unknown[0]!r}, expected some of {', '.join(known)}")
+    return REGISTRY[name](**arguments)
+
+
+def from_spec(spec):
+    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2" (or a compressor, as it is)."""
+    if isinstance(spec, Compressor):
+        return spec
+    if not isinstance(spec, str):
+        raise ConfigError(f'compressor: got {spec!r}, expected a spec such as "mask:sparsity=0.99,bits=2"')
+    name, _, rest = spec.strip().partition(":")
+    arguments = {"name": name.strip()}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or key in arguments:
+            raise ConfigError(f"compressor {spec!r}: got {item!r}, expected argument=value, each once")
+        arguments[key] = _parse_value(value)
+    return from_dict(arguments)
+
+
+def _parse_value(text):
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Quantize", "TopK", "from_dict", "from_spec"]

@@ -1,0 +1,154 @@
+"""Uniform quantization to 1 to 8 bits with a scale per bucket, bit-packed.
+
+The min-max quantizer of QSGD's line of work (Alistarh et al., arXiv 1610.02132, sections 3
+and 4: buckets), with the grid moved by at most half a step so that zero is a level: what is
+exactly zero stays zero, and one byte replaces the second float of a min-max range.
+
+Bytes for n entries in B = ceil(n / bucket) buckets:
+    4 B (steps, float32) + B (the code of zero, uint8; absent for bits=1) + ceil(n bits / 8)
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from .. import packing
+from .base import Compressor, check_choice, check_integer
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Compressor):
+    """Uniform quantization: value = (code - zero) * step, a step and a zero per bucket.
+
+    Args:
+        bits: bits per entry, 1 to 8. With 1 bit the two values are plus and minus the
+            bucket's mean magnitude (its largest one when rounding is stochastic).
+        bucket: entries that share a scale, a multiple of 8; 0: one scale for the tensor.
+        rounding: "nearest" (least error, biased: use error feedback) or "stochastic"
+            (unbiased; the step is up to 2^bits / (2^bits - 2) larger).
+
+    The error of an entry is at most step / 2 (nearest) or step (stochastic) for bits >= 2,
+    with step = (max(x, 0) - min(x, 0)) / (2^bits - 1). A bucket with a non-finite entry
+    decodes to NaN; one whose step is below the smallest normal float32 (with 1 bit: whose
+    magnitudes are below 2^-110) decodes to zero. Entries beyond 1.7e38 may decode to infinity.
+
+    >>> payload, ctx = Quantize(bits=4).compress(torch.randn(1024))
+    >>> payload.numel()
+    517
+    """
+
+    name: ClassVar[str] = "quantize"
+    shown: ClassVar[tuple] = ("bits",)
+
+    bits: int = 4
+    bucket: int = 1024
+    rounding: str = "nearest"
+
+    def __post_init__(self):
+        check_integer("bits", self.bits, 1, 8)
+        check_integer("bucket", self.bucket, 0)
+        if self.bucket % 8:
+            check_choice("bucket", self.bucket, ("a multiple of 8", 0))
+        check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+
+    @property
+    def unbiased(self):
+        return self.rounding == "stochastic"
+
+    def nbytes(self, numel):
+        if numel == 0:
+            return 0
+        buckets = -(-numel // self._bucket(numel))
+        return buckets * (4 if self.bits == 1 else 5) + packing.packed_bytes(numel, self.bits)
+
+    def _bucket(self, numel):
+        return self.bucket or -(-numel // 8) * 8
+
+    def _encode_native(self, kernels, values, payload, seed):
+        kernels.quantize_encode(
+            values.data_ptr(), values.numel(), self.bits, self._bucket(values.numel()),
+            self.unbiased, seed, payload.data_ptr(),
+        )  # fmt: skip
+
+    def _decode_native(self, kernels, payload, out, add):
+        kernels.quantize_decode(
+            payload.data_ptr(), out.numel(), self.bits, self._bucket(out.numel()), add, out.data_ptr()
+        )
+
+    def _encode_reference(self, values, seed):
+        numel, bucket = values.numel(), self._bucket(values.numel())
+        rows = torch.nn.functional.pad(values, (0, -numel % bucket)).view(-1, bucket)
+        step, zero, finite = self._grid(rows, numel)
+        inverse = torch.where(step >= packing.SMALLEST_NORMAL, 1.0 / step, 0.0)
+        scaled = torch.where(finite, rows, 0.0) * inverse
+        dither = _uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
+        if self.bits == 1:
+            codes = torch.floor((scaled + 0.5) + dither)
+        else:
+            codes = (torch.floor(scaled + dither) if self.unbiased else torch.round(scaled)) + zero
+        codes = torch.where(finite, codes.clamp(0, 2**self.bits - 1), 0.0)
+        packed = packing.pack_bits(codes.view(-1)[:numel].to(torch.uint8), self.bits)
+        zeros = zero.view(-1).to(torch.uint8)[: 0 if self.bits == 1 else None]
+        return torch.cat([packing.float_to_bytes(step.view(-1)), zeros, packed])
+
+    def _grid(self, rows, numel):
+        """Step, zero code and finiteness of every bucket, each of shape [buckets, 1]."""
+        top = rows.amax(1, keepdim=True).clamp(min=0)
+        bottom = rows.amin(1, keepdim=True).clamp(max=0)
+        finite = torch.isfinite(top) & torch.isfinite(bottom)
+        top, bottom = torch.where(finite, top, 0.0), torch.where(finite, bottom, 0.0)
+        zero = torch.zeros_like(top)
+        if self.bits == 1:
+            half = torch.maximum(top, -bottom)
+            if not self.unbiased:
+                half = _mean_magnitude(rows, half, numel)
+            step = torch.where(half < packing.SMALLEST_NORMAL, 0.0, (half + half).clamp(max=LARGEST))
+        else:
+            levels = 2**self.bits - 1
+            # Zero falls on a code exactly, for which stochastic rounding needs a spare level.
+            spare = self.unbiased & (bottom < 0) & (top > 0)
+            span = torch.where(spare, levels - 1.0, float(levels))
+            step = top / span - bottom / span
+            step = torch.where(step >= packing.SMALLEST_NORMAL, step, 0.0)
+            inverse = torch.where(step > 0, 1.0 / step, 0.0)
+            below = -bottom * inverse
+            zero = torch.ceil(below) if self.unbiased else torch.round(below)
+        return torch.where(finite, step, float("nan")), zero, finite
+
+    def _decode_reference(self, payload, numel):
+        bucket = self._bucket(numel)
+        buckets = -(-numel // bucket)
+        step = packing.bytes_to_float(payload[: 4 * buckets]).view(-1, 1)
+        if self.bits == 1:
+            zero, packed = 0.5, payload[4 * buckets :]
+        else:
+            zero, packed = payload[4 * buckets : 5 * buckets].view(-1, 1), payload[5 * buckets :]
+        codes = packing.unpack_bits(packed, numel, self.bits).to(torch.float32)
+        rows = torch.nn.functional.pad(codes, (0, -numel % bucket)).view(-1, bucket)
+        return ((rows - zero) * step).view(-1)[:numel]
+
+
+def _mean_magnitude(rows, largest, numel):
+    """Mean of |x| per bucket through 16-bit fixed point: a sum of integers has no order."""
+    usable = largest >= packing.SMALLEST_FIXED
+    # A tensor on both sides: torch turns scalar / tensor into a product with the reciprocal.
+    to_fixed = torch.where(usable, torch.full_like(largest, 65535.0) / largest, 0.0)
+    fixed = torch.where(torch.isfinite(rows), rows.abs(), 0.0) * to_fixed
+    sums = torch.round(fixed).to(torch.int64).sum(1, keepdim=True)
+    counts = torch.full_like(sums, rows.shape[1])
+    counts[-1] = numel - rows.shape[1] * (len(rows) - 1)
+    mean = sums.double() / counts.double() * (largest.double() / 65535.0)
+    return torch.where(usable, mean.to(torch.float32), 0.0)
+
+
+def _uniform(rows, seed):
+    """A reproducible uniform float32 in [0, 1) for every entry (a 32-bit integer hash of its index)."""
+    index = torch.arange(rows.numel(), device=rows.device)
+    word = (index * 0x9E3779B9 + seed) & 0xFFFFFFFF
+    word = ((word ^ word >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ word >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    word = word ^ word >> 16
+    return ((word >> 8).to(torch.float32) * 2.0**-24).view_as(rows)

@@ -1,0 +1,111 @@
+"""The largest entries by magnitude, with whichever index coding is smallest.
+
+Sparsified SGD with memory (Stich et al., arXiv 1809.07599). For n entries, k kept and w
+low bits, the sizes n and k decide among three codings of the index, all of fixed size:
+    bitmap   ceil(n / 8)
+    fixed    ceil(k ceil(log2 n) / 8)
+    gaps     ceil(k w / 8) + ceil((k + (n - 1 >> w)) / 8), Elias-Fano (Elias 1974): within
+             half a bit an index of the entropy of a random choice
+
+Bytes: 4 k (values, float32, in index order) + the index.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from .. import packing
+from ..errors import ConfigError, PayloadError
+from .base import Compressor, check_choice, check_sparsity, kept_count, selection_workspace
+
+FORMS = ("bitmap", "fixed", "gaps")
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Compressor):
+    """Keep the k = max(1, round(n (1 - sparsity))) entries of largest magnitude, exactly; the rest is zero.
+
+    Args:
+        sparsity: fraction set to zero, 0 <= sparsity < 1.
+        index: "auto" (the smallest), "bitmap", "fixed" or "gaps".
+
+    Ties go to the lowest index. Biased; a contraction with delta >= k / n, so it converges
+    with error feedback. Values are float32: a float64 entry is rounded to it.
+
+    >>> payload, ctx = TopK(sparsity=0.99).compress(torch.randn(1 << 20))
+    >>> payload.numel(), TopK(sparsity=0.99).nbytes(1 << 20)
+    (53166, 53166)
+    """
+
+    name: ClassVar[str] = "topk"
+    shown: ClassVar[tuple] = ("sparsity",)
+
+    sparsity: float = 0.99
+    index: str = "auto"
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity)
+        check_choice("index", self.index, ("auto", *FORMS))
+
+    def nbytes(self, numel):
+        if numel == 0:
+            return 0
+        return 4 * kept_count(numel, self.sparsity) + self._layout(numel)[2]
+
+    def _layout(self, numel):
+        """(form, width in bits, index bytes) for numel entries."""
+        if numel >= 2**32:
+            raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^32")
+        k = kept_count(numel, self.sparsity)
+        fixed, gaps = max(1, (numel - 1).bit_length()), packing.gap_width(numel, k)
+        candidates = [
+            ("bitmap", 0, packing.packed_bytes(numel, 1)),
+            ("fixed", fixed, packing.packed_bytes(k, fixed)),
+            ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
+        ]
+        allowed = [c for c in candidates if self.index in ("auto", c[0])]
+        return min(allowed, key=lambda candidate: candidate[2])
+
+    def _encode_native(self, kernels, values, payload, seed):
+        form, width, _ = self._layout(values.numel())
+        k = kept_count(values.numel(), self.sparsity)
+        workspace = selection_workspace(values.numel(), k, values.device)
+        kernels.topk_encode(
+            values.data_ptr(), values.numel(), k, FORMS.index(form), width,
+            workspace.data_ptr(), workspace.numel(), payload.data_ptr(),
+        )  # fmt: skip
+
+    def _decode_native(self, kernels, payload, out, add):
+        form, width, _ = self._layout(out.numel())
+        k = kept_count(out.numel(), self.sparsity)
+        return kernels.topk_decode(payload.data_ptr(), out.numel(), k, FORMS.index(form), width, add, out.data_ptr())
+
+    def _encode_reference(self, values, seed):
+        numel = values.numel()
+        form, width, _ = self._layout(numel)
+        _, kept = packing.select_largest(packing.magnitude_keys(values), kept_count(numel, self.sparsity))
+        indices = torch.nonzero(kept).view(-1)
+        if form == "bitmap":
+            index = packing.pack_bits(kept, 1)
+        elif form == "fixed":
+            index = packing.pack_bits(indices, width)
+        else:
+            index = packing.pack_gaps(indices, numel, width)
+        return torch.cat([packing.float_to_bytes(values[indices]), index])
+
+    def _decode_reference(self, payload, numel):
+        form, width, _ = self._layout(numel)
+        k = kept_count(numel, self.sparsity)
+        packed = payload[4 * k :]
+        if form == "bitmap":
+            indices = torch.nonzero(packing.unpack_bits(packed, 8 * packed.numel(), 1)).view(-1)
+        elif form == "fixed":
+            indices = packing.unpack_bits(packed, k, width).to(torch.int64)
+        else:
+            indices = packing.unpack_gaps(packed, numel, k, width)
+        if indices.numel() != k or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any()):
+            raise PayloadError(f"payload: expected {k} strictly increasing indices below {numel}")
+        out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
+        out[indices] = packing.bytes_to_float(payload[: 4 * k])
+        return out

@@ -1,0 +1,104 @@
+"""The C++ kernels (csrc/, plain C ABI) through ctypes, and which backend is in use.
+
+`kernels(tensor)` returns them when they are built, wanted and can read the tensor (CPU);
+otherwise None, and the caller runs its torch reference. `GCOMPRESS_BACKEND=reference` or
+`use_backend("reference")` turns them off; `GCOMPRESS_ISA=portable|avx2|avx512`, or the
+same names given to `use_backend`, choose an instruction set. All give the same bytes.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import pathlib
+
+from .errors import ConfigError
+
+ABI_VERSION = 1
+ISAS = ("portable", "avx2", "avx512")
+BACKENDS = ("native", "reference", *ISAS)
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class Kernels(ctypes.Structure):
+    """The function table `gc_kernels` of csrc/gcompress.h, in its order."""
+
+    _fields_ = [
+        (name, ctypes.CFUNCTYPE(result, *arguments))
+        for name, result, arguments in (
+            ("quantize_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, ctypes.c_uint32, _POINTER)),
+            ("quantize_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
+            ("mask_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER, _SIZE, _POINTER)),
+            ("mask_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+            ("topk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _SIZE, _POINTER)),
+            ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+        )
+    ]
+
+
+def _load():
+    """The shared library, or None with one warning that says why not."""
+    path = pathlib.Path(__file__).with_name("_native.so")
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.gc_abi_version() != ABI_VERSION:
+            raise OSError(f"{path.name} has ABI {library.gc_abi_version()}, expected {ABI_VERSION}: rebuild it")
+    except OSError as error:
+        logging.getLogger(__name__).warning("C++ kernels are not in use, the slower torch reference is: %s", error)
+        return None
+    library.gc_select_kernels.argtypes = [ctypes.c_char_p]
+    library.gc_select_kernels.restype = ctypes.POINTER(Kernels)
+    library.gc_best_isa.restype = ctypes.c_char_p
+    return library
+
+
+_library = _load()
+
+
+def _select(name):
+    """The kernels for a name in BACKENDS, or None for the reference."""
+    if name not in BACKENDS:
+        raise ConfigError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name == "reference" or (name == "native" and _library is None):
+        return None
+    found = _library.gc_select_kernels(b"" if name == "native" else name.encode()) if _library else None
+    if not found:
+        raise ConfigError(f"backend: {name!r} is not built or this processor cannot run it")
+    return found.contents
+
+
+def available_backends():
+    """The names that `use_backend` accepts here, the reference first."""
+    names = ["reference"]
+    if _library is not None:
+        names += [isa for isa in ISAS if _library.gc_select_kernels(isa.encode())]
+    return names
+
+
+def backend():
+    """What is in use for CPU tensors: "reference", or the instruction set of the C++ kernels."""
+    if _kernels is None:
+        return "reference"
+    return _library.gc_best_isa().decode() if _name == "native" else _name
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Run a block with another backend (not thread-safe; for tests and benchmarks)."""
+    global _kernels, _name
+    before = _kernels, _name
+    _kernels, _name = _select(name), name
+    try:
+        yield
+    finally:
+        _kernels, _name = before
+
+
+_name = os.environ.get("GCOMPRESS_BACKEND") or os.environ.get("GCOMPRESS_ISA") or "native"
+_kernels = _select(_name)
+
+
+def kernels(tensor):
+    """The C++ kernels to use on `tensor`, or None where the torch reference must run."""
+    return _kernels if tensor.device.type == "cpu" else None

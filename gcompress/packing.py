@@ -1,0 +1,105 @@
+"""Bits, indices and selection in plain torch: the readable definition of the bytes.
+
+Bit streams are little-endian: entry i of width b occupies bits [i b, (i + 1) b), bit j of
+the stream is bit j % 8 of byte j // 8, and the last byte is filled with zeros. The C++
+kernels (csrc/) produce the same bytes; tests compare them on every compressor.
+"""
+
+import torch
+
+from .errors import PayloadError
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+SMALLEST_FIXED = 2.0**-110  # below it a fixed-point scale of 65535 / magnitude overflows
+INFINITY_KEY = 0x7F800000
+
+
+def packed_bytes(count, bits):
+    """Bytes of `count` entries of `bits` bits each."""
+    return (count * bits + 7) // 8
+
+
+def pack_bits(values, bits):
+    """Pack a 1-D tensor of integers in [0, 2^bits), bits <= 32, to uint8."""
+    work = values.to(torch.uint8 if bits <= 8 else torch.int64)
+    shifts = torch.arange(bits, dtype=work.dtype, device=work.device)
+    return _pack_single_bits(((work.unsqueeze(1) >> shifts) & 1).to(torch.uint8).view(-1))
+
+
+def _pack_single_bits(stream):
+    padded = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=stream.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed, count, bits):
+    """The `count` integers behind `pack_bits`, as uint8 (bits <= 8) or int64."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(1) >> shifts) & 1).view(-1)[: count * bits].view(count, bits)
+    work = torch.uint8 if bits <= 8 else torch.int64
+    weights = torch.arange(bits, dtype=work, device=packed.device)
+    return (stream.to(work) << weights).sum(1, dtype=work)
+
+
+def float_to_bytes(values):
+    """float32 to its little-endian bytes."""
+    return values.contiguous().view(torch.uint8)
+
+
+def bytes_to_float(payload):
+    """The float32 behind `float_to_bytes`, from bytes at any alignment."""
+    return payload.clone().view(torch.float32)
+
+
+def magnitude_keys(values, signed=True):
+    """int32 keys that order like the magnitude, NaN above infinity.
+
+    In the unsigned form finite negative entries have key 0: only what is positive, or not
+    finite, is large.
+    """
+    pattern = values.view(torch.int32)
+    keys = pattern & 0x7FFFFFFF
+    if not signed:
+        keys = torch.where((pattern < 0) & (keys < INFINITY_KEY), 0, keys)
+    return keys
+
+
+def select_largest(keys, k):
+    """The k largest keys, ties to the lowest index.
+
+    Returns the k-th largest key (int) and the bool tensor of kept entries.
+    """
+    threshold = torch.topk(keys, k, sorted=False).values.min()
+    kept = keys > threshold
+    equal = keys == threshold
+    kept |= equal & (torch.cumsum(equal, 0) <= k - kept.sum())
+    return int(threshold), kept
+
+
+def gap_width(numel, k):
+    """The low bits per index that make the gap code (Elias-Fano) of k indices below numel smallest."""
+    return min(range((numel - 1).bit_length() + 1), key=lambda width: gap_bytes(numel, k, width))
+
+
+def gap_bytes(numel, k, width):
+    """Bytes of the gap code: the low `width` bits of every index, then gaps of the rest in unary."""
+    return packed_bytes(k, width) + packed_bytes(k + ((numel - 1) >> width), 1)
+
+
+def pack_gaps(indices, numel, width):
+    """Elias-Fano code of strictly increasing int64 indices below numel: a fixed size for k and numel."""
+    k = indices.numel()
+    unary = torch.zeros(k + ((numel - 1) >> width), dtype=torch.uint8, device=indices.device)
+    unary[(indices >> width) + torch.arange(k, device=indices.device)] = 1
+    low = pack_bits(indices & ((1 << width) - 1), width) if width else unary[:0]
+    return torch.cat([low, _pack_single_bits(unary)])
+
+
+def unpack_gaps(packed, numel, k, width):
+    """The int64 indices behind `pack_gaps`; PayloadError if there are not k."""
+    low_bytes = packed_bytes(k, width)
+    unary = unpack_bits(packed[low_bytes:], 8 * (packed.numel() - low_bytes), 1)
+    positions = torch.nonzero(unary).view(-1)
+    if positions.numel() != k:
+        raise PayloadError(f"index: {positions.numel()} entries are marked, expected {k}")
+    high = (positions - torch.arange(k, device=packed.device)) << width
+    return high | unpack_bits(packed[:low_bytes], k, width).to(torch.int64) if width else high

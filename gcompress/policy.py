@@ -1,0 +1,60 @@
+"""Which compressor for which tensor."""
+
+import dataclasses
+
+from .compressors import Compressor, from_dict, from_spec
+from .compressors.base import check_choice, check_integer
+from .errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """One compressor for every tensor that is large enough to be worth it.
+
+    Args:
+        compressor: a Compressor, or its spec.
+        min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
+        error_feedback: True, False, or None: on unless the compressor is unbiased.
+    """
+
+    compressor: Compressor
+    min_numel: int = 1024
+    error_feedback: bool | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "compressor", from_spec(self.compressor))
+        check_integer("min_numel", self.min_numel, 0)
+        check_choice("error_feedback", self.error_feedback, (None, True, False))
+
+    def compressor_for(self, name, numel):
+        """The compressor for the gradient of parameter `name`, or None to send it as it is."""
+        return self.compressor if numel >= max(1, self.min_numel) else None
+
+    @property
+    def uses_feedback(self):
+        """Whether what is lost is remembered."""
+        return not self.compressor.unbiased if self.error_feedback is None else self.error_feedback
+
+    def to_dict(self):
+        """The configuration as a JSON-able dict; `as_policy` reads it."""
+        return {
+            "compressor": self.compressor.to_dict(),
+            "min_numel": self.min_numel,
+            "error_feedback": self.error_feedback,
+        }
+
+    def __str__(self):
+        feedback = "with" if self.uses_feedback else "without"
+        return f"{self.compressor} {feedback} error feedback, from {self.min_numel} entries"
+
+
+def as_policy(value):
+    """A Policy from one, its dict, a compressor, a compressor's dict or a spec string."""
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, dict) and "compressor" in value:
+        try:
+            return Policy(**{**value, "compressor": from_dict(value["compressor"])})
+        except TypeError as error:
+            raise ConfigError(f"policy: {error}") from None
+    return Policy(from_dict(value) if isinstance(value, dict) else from_spec(value))

@@ -1,0 +1,75 @@
+"""The count of bytes: what a rank handed to its engine, and what that means on the network."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Report:
+    """Gradient bytes of one rank; payloads and uncompressed tensors alike are counted.
+
+    sent_bytes: handed to the engine by this rank.
+    wire_bytes: what this rank then has to send with the engine's ring algorithms, without
+        protocol headers: (N - 1) times the payload for an all-gather among N ranks,
+        2 (N - 1) / N times the tensor for an all-reduce.
+    fp32_bytes, fp16_bytes: the same gradients as float32 and float16 handed over whole;
+    fp32_wire_bytes: and all-reduced as float32.
+    """
+
+    steps: int = 0
+    sent_bytes: int = 0
+    wire_bytes: int = 0
+    fp32_bytes: int = 0
+    fp32_wire_bytes: int = 0
+    last_step_bytes: int = 0
+    _step_bytes: int = dataclasses.field(default=0, repr=False)
+
+    @property
+    def fp16_bytes(self):
+        return self.fp32_bytes // 2
+
+    @property
+    def ratio(self):
+        """How many times fewer bytes than float32 were handed to the engine; 1 before anything was."""
+        return self.fp32_bytes / self.sent_bytes if self.sent_bytes else 1.0
+
+    def add_all_gather(self, numel, payload_bytes, world_size):
+        """Count a payload that stands for `numel` entries and goes to every other rank."""
+        self._add(numel, payload_bytes, (world_size - 1) * payload_bytes, world_size)
+
+    def add_all_reduce(self, numel, tensor_bytes, world_size):
+        """Count a tensor of `numel` entries that is summed on the way."""
+        self._add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
+
+    def _add(self, numel, sent, wire, world_size):
+        self.sent_bytes += sent
+        self._step_bytes += sent
+        self.wire_bytes += wire
+        self.fp32_bytes += 4 * numel
+        self.fp32_wire_bytes += _ring(4 * numel, world_size)
+
+    def end_step(self):
+        """Close the count of one optimizer step."""
+        self.steps += 1
+        self.last_step_bytes, self._step_bytes = self._step_bytes, 0
+
+    def as_dict(self):
+        """All figures, JSON-able."""
+        figures = {name: value for name, value in dataclasses.asdict(self).items() if not name.startswith("_")}
+        return {**figures, "fp16_bytes": self.fp16_bytes, "ratio": self.ratio}
+
+    def load(self, figures):
+        """Continue the count of an earlier `as_dict()`."""
+        for field in dataclasses.fields(self):
+            if field.name in figures:
+                setattr(self, field.name, figures[field.name])
+
+    def __str__(self):
+        return (
+            f"{self.steps} steps, {self.sent_bytes:,} bytes handed over by this rank "
+            f"({self.ratio:.2f}x fewer than float32, {self.ratio / 2:.2f}x fewer than float16), "
+            f"{self.wire_bytes:,} on the wire (float32 all-reduce: {self.fp32_wire_bytes:,})"
+        )
+
+
+def _ring(tensor_bytes, world_size):
+    return 2 * (world_size - 1) * tensor_bytes // world_size

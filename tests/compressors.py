@@ -1,0 +1,79 @@
+"""The compressors and inputs that every law in tests/ is run on."""
+
+import torch
+
+from gcompress import REGISTRY, from_spec
+
+# At least one spec of every method in the registry (test_specs.py checks that none is missing).
+SPECS = [
+    "quantize:bits=4",
+    "quantize:bits=1",
+    "quantize:bits=2,rounding=stochastic",
+    "quantize:bits=1,rounding=stochastic",
+    "quantize:bits=3,bucket=8",
+    "quantize:bits=5,bucket=0",
+    "quantize:bits=6,bucket=136",
+    "quantize:bits=7",
+    "quantize:bits=8,bucket=0,rounding=stochastic",
+    "topk:sparsity=0.99",
+    "topk:sparsity=0.9999",
+    "topk:sparsity=0.5",
+    "topk:sparsity=0.0",
+    "topk:sparsity=0.9,index=fixed",
+    "topk:sparsity=0.9,index=bitmap",
+    "topk:sparsity=0.5,index=gaps",
+    "mask:sparsity=0.99,bits=2",
+    "mask:sparsity=0.99,bits=1",
+    "mask:sparsity=0.9,bits=3",
+    "mask:sparsity=0.5,bits=5",
+    "mask:sparsity=0.99,bits=8",
+    "mask:sparsity=0.0,bits=2",
+    "mask:sparsity=0.99,bits=2,signed=false",
+    "mask:sparsity=0.9,bits=4,signed=false",
+    "mask:sparsity=0.99,bits=2,levels=lloyd",
+    "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
+    "mask:sparsity=0.9,bits=6,levels=lloyd",
+]
+COMPRESSORS = [from_spec(spec) for spec in SPECS]
+MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}
+
+SIZES = (1, 2, 7, 63, 64, 65, 127, 128, 129, 1023, 1024, 8200, 70001)
+
+
+def inputs(numel, seed=0):
+    """{name: float32 tensor of numel entries}: what gradients and activations look like, and what breaks codecs."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(numel, generator=generator)
+    return {
+        "gauss": gauss,
+        "heavy": torch.exp(1.5 * torch.randn(numel, generator=generator)) * gauss.sign(),
+        "relu": gauss.relu(),
+        "ties": torch.randint(-3, 4, (numel,), generator=generator).float(),
+        "zero": torch.zeros(numel),
+        "constant": torch.full((numel,), 0.3),
+        "negative": -gauss.abs(),
+        "one entry": torch.nn.functional.one_hot(torch.tensor(numel // 2), numel).float(),
+        "denormal": gauss * 1e-40,
+        "smallest normal": gauss.sign() * torch.finfo(torch.float32).tiny,
+        "huge": gauss.clamp(-1.5, 1.5) * 1e38,
+        "minus zero": -torch.zeros(numel),
+    }
+
+
+def poisoned(numel, seed=0):
+    """{name: tensor} with entries that are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(numel, generator=generator)
+
+    def with_value(position, value):
+        tensor = gauss.clone()
+        tensor[position] = value
+        return tensor
+
+    return {
+        "one nan": with_value(numel // 2, float("nan")),
+        "one inf": with_value(numel // 3, float("inf")),
+        "one -inf": with_value(numel - 1, -float("inf")),
+        "all nan": torch.full((numel,), float("nan")),
+        "many": torch.where(gauss > 0, float("inf"), gauss),
+    }

@@ -1,0 +1,170 @@
+"""What every compressor promises, run on all of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from compressors import COMPRESSORS, MISSING, SIZES, inputs, poisoned
+from gcompress import ConfigError, PayloadError, from_dict, from_spec, native
+
+every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+
+
+def test_no_method_of_the_registry_is_left_out():
+    assert not MISSING
+
+
+@every_compressor
+def test_the_configuration_survives_json_and_its_spec(compressor):
+    assert from_dict(json.loads(json.dumps(compressor.to_dict()))) == compressor
+    assert from_spec(str(compressor)) == compressor
+    assert hash(from_spec(compressor.spec)) == hash(compressor)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        compressor.bits = 3
+
+
+@every_compressor
+def test_native_bytes_are_the_reference_bytes(compressor):
+    """On every instruction set, for encoding, decoding and adding."""
+    for numel in SIZES:
+        for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
+            with native.use_backend("reference"):
+                payload, ctx = compressor.compress(tensor, seed=7)
+                decoded = compressor.decompress(payload, ctx)
+                total = torch.ones(numel)
+                compressor.decode_into(payload, total, add=True)
+            assert payload.dtype == torch.uint8 and payload.shape == (compressor.nbytes(numel),)
+            for isa in native.available_backends()[1:]:
+                with native.use_backend(isa):
+                    where = (isa, numel, name)
+                    assert torch.equal(compressor.compress(tensor, seed=7)[0], payload), where
+                    assert same(compressor.decompress(payload, ctx), decoded), where
+                    native_total = torch.ones(numel)
+                    compressor.decode_into(payload, native_total, add=True)
+                    assert same(native_total, total), where
+
+
+def same(one, other):
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+@every_compressor
+def test_the_error_does_not_exceed_that_of_sending_nothing(compressor):
+    if compressor.unbiased:
+        pytest.skip("an unbiased compressor trades error for its mean")
+    for numel in SIZES:
+        for name, tensor in inputs(numel).items():
+            if not getattr(compressor, "signed", True):
+                tensor = tensor.relu()
+            decoded = compressor.decompress(*compressor.compress(tensor))
+            assert torch.isfinite(decoded).all(), name
+            error = (decoded.double() - tensor.double()).norm()
+            assert error <= tensor.double().norm() * (1 + 1e-6) + 1e-36 * numel, (numel, name)
+
+
+@every_compressor
+def test_a_non_finite_input_decodes_to_a_non_finite_result(compressor):
+    for numel in SIZES:
+        for name, tensor in poisoned(numel).items():
+            decoded = compressor.decompress(*compressor.compress(tensor))
+            assert not torch.isfinite(decoded).all(), (numel, name)
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_types_and_shapes_come_back(compressor, dtype):
+    base = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for tensor in (base, base.t(), base[:, ::3], base[0, 0], base[:0], base[:1, :1], base.view(2, 3, 50)):
+        payload, ctx = compressor.compress(tensor)
+        decoded = compressor.decompress(payload, ctx)
+        assert payload.numel() == compressor.nbytes(tensor.numel())
+        assert decoded.shape == tensor.shape and decoded.dtype == dtype
+        flat, _ = compressor.compress(tensor.contiguous().float())
+        assert torch.equal(payload, flat)
+
+
+@every_compressor
+def test_the_input_is_left_alone(compressor):
+    tensor = torch.randn(1000)
+    before = tensor.clone()
+    compressor.compress(tensor)
+    assert torch.equal(tensor, before)
+
+
+@every_compressor
+def test_bytes_that_do_not_fit_are_refused(compressor):
+    payload, ctx = compressor.compress(torch.randn(1000))
+    for wrong in (payload[:-1], torch.cat([payload, payload[:1]]), payload.view(1, -1), payload.float(), payload[:0]):
+        with pytest.raises(PayloadError, match="payload"):
+            compressor.decompress(wrong, ctx)
+
+
+@every_compressor
+@pytest.mark.parametrize("backend", native.available_backends())
+def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, backend):
+    generator = torch.Generator().manual_seed(3)
+    out = torch.empty(333)
+    with native.use_backend(backend):
+        payload, _ = compressor.compress(torch.randn(333, generator=generator))
+        for trial in range(60):
+            damaged = payload.clone()
+            positions = torch.randint(0, len(payload), (1 + trial % 5,), generator=generator)
+            damaged[positions] = torch.randint(0, 256, positions.shape, generator=generator).to(torch.uint8)
+            try:
+                compressor.decode_into(damaged, out)
+            except PayloadError:
+                pass
+        for value in (0, 255):
+            try:
+                compressor.decode_into(torch.full_like(payload, value), out)
+            except PayloadError:
+                pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["quantize:bits=4", "topk:sparsity=0.99", "mask:sparsity=0.99,bits=2"])
+def test_sixteen_million_entries_and_seven(spec):
+    compressor = from_spec(spec)
+    tensor = torch.randn(2**24 + 7, generator=torch.Generator().manual_seed(5))
+    payload, ctx = compressor.compress(tensor)
+    with native.use_backend("reference"):
+        reference, _ = compressor.compress(tensor)
+    assert payload.numel() == compressor.nbytes(tensor.numel())
+    assert torch.equal(payload, reference)
+    assert (compressor.decompress(payload, ctx) - tensor).norm() < tensor.norm()
+
+
+def test_what_is_not_a_dense_floating_point_tensor_is_refused():
+    for wrong in (torch.arange(5), torch.randn(4, 4).to_sparse(), [1.0, 2.0], None):
+        with pytest.raises(ConfigError, match="tensor"):
+            from_spec("topk").compress(wrong)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("polka", "'polka'"),
+        ("topk:sparsity=1.0", "sparsity: got 1.0"),
+        ("topk:sparsity=-0.1", "sparsity: got -0.1"),
+        ("topk:sparsity=much", "sparsity: got 'much'"),
+        ("topk:sparsity", "argument=value"),
+        ("topk:sparsity=0.9,sparsity=0.8", "once"),
+        ("topk:density=0.1", "'density'"),
+        ("topk:index=hash", "index: got 'hash'"),
+        ("quantize:bits=9", "bits: got 9"),
+        ("quantize:bits=0", "bits: got 0"),
+        ("quantize:bits=2.5", "bits: got 2.5"),
+        ("quantize:bucket=12", "bucket: got 12"),
+        ("quantize:rounding=up", "rounding: got 'up'"),
+        ("mask:bits=true", "bits: got True"),
+        ("mask:levels=max", "levels: got 'max'"),
+        ("mask:signed=3", "signed: got 3"),
+        (17, "17"),
+    ],
+)
+def test_a_bad_spec_names_the_argument_and_what_came(spec, words):
+    with pytest.raises(ConfigError) as caught:
+        from_spec(spec)
+    assert words in str(caught.value)

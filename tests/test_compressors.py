@@ -1,0 +1,118 @@
+"""Each method's own figures: sizes, errors against its paper, exact selection."""
+
+import pytest
+import torch
+
+from gcompress import MaskSparse, Quantize, TopK, native, packing
+
+
+def gauss(numel=2**20, seed=0):
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def nmse(compressor, tensor, **keywords):
+    decoded = compressor.decompress(*compressor.compress(tensor, **keywords))
+    return float((decoded - tensor).double().square().sum() / tensor.double().square().sum())
+
+
+def test_mask_size_is_the_papers_but_for_a_few_floats():
+    for signed in (True, False):
+        assert MaskSparse(sparsity=0.99, bits=2, signed=signed).nbytes(2**20) <= 304_084 + 64
+
+
+@pytest.mark.parametrize(
+    "compressor, bound",
+    [
+        (MaskSparse(sparsity=0.99, bits=2), 0.1625),
+        (MaskSparse(sparsity=0.99, bits=2, levels="lloyd"), 0.1615),
+        (MaskSparse(sparsity=0.99, bits=3), 0.0364),
+        (MaskSparse(sparsity=0.99, bits=3, levels="lloyd"), 0.0342),
+        (TopK(sparsity=0.99), 0.916),
+        (Quantize(bits=1), 0.365),
+        (Quantize(bits=2), 0.400),
+        (Quantize(bits=4), 0.0158),  # .0157 with a min-max range, which is .02 bits larger
+        (Quantize(bits=4, bucket=128), 0.0102),
+        (Quantize(bits=8, bucket=0), 1.2e-4),
+    ],
+    ids=str,
+)
+def test_error_on_gauss_is_within_the_reference_figure(compressor, bound):
+    assert nmse(compressor, gauss()) < bound
+
+
+@pytest.mark.parametrize("sparsity, bits, bound", [(0.99, 2, 0.0545), (0.95, 2, 0.0325), (0.9, 2, 0.0197)])
+def test_error_behind_a_relu_is_within_the_reference_figure(sparsity, bits, bound):
+    assert nmse(MaskSparse(sparsity=sparsity, bits=bits, signed=False), gauss().relu()) < bound
+
+
+@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("sparsity", [0.999, 0.99, 0.9, 0.5, 0.1])
+def test_topk_keeps_exactly_the_largest_and_ties_go_to_the_lowest_index(backend, sparsity):
+    ties = torch.randint(-5, 6, (100_003,), generator=torch.Generator().manual_seed(1)).float()
+    rows = gauss(65536).view(256, 256) * torch.logspace(-3, 3, 256).unsqueeze(1)  # a sample of it misleads
+    for tensor in (gauss(100_003), ties, rows.flatten(), rows.sort(1).values.flatten(), torch.zeros(9000)):
+        with native.use_backend(backend):
+            decoded = TopK(sparsity=sparsity).decompress(*TopK(sparsity=sparsity).compress(tensor + 10))
+        k = max(1, round(tensor.numel() * (1 - sparsity)))
+        kept = torch.sort((tensor + 10).abs(), descending=True, stable=True).indices[:k]
+        expected = torch.zeros_like(tensor)
+        expected[kept] = (tensor + 10)[kept]
+        assert torch.equal(decoded, expected)
+
+
+def test_the_smallest_index_coding_is_chosen():
+    for numel, sparsity in ((2**20, 0.5), (2**20, 0.99), (2**20, 0.999999), (100, 0.99), (1, 0.0)):
+        sizes = [TopK(sparsity=sparsity, index=index).nbytes(numel) for index in ("bitmap", "fixed", "gaps")]
+        assert TopK(sparsity=sparsity).nbytes(numel) == min(sizes)
+    # Within half a bit of the entropy of the index at 1 %: 8.08 bits.
+    index_bits = 8 * (TopK(sparsity=0.99).nbytes(2**20) - 4 * 10486) / 10486
+    assert index_bits < 8.6
+
+
+def test_stochastic_rounding_is_unbiased_and_depends_on_the_seed_alone():
+    tensor = torch.cat([gauss(2048), gauss(1024, 1).abs()])
+    for bits in (1, 2, 4):
+        compressor = Quantize(bits=bits, rounding="stochastic")
+        trials = [compressor.decompress(*compressor.compress(tensor, seed=977 * seed)) for seed in range(600)]
+        assert torch.equal(trials[3], compressor.decompress(*compressor.compress(tensor, seed=977 * 3)))
+        assert not torch.equal(trials[3], trials[4])
+        deviation = torch.stack(trials).std(0) / 600**0.5
+        # An entry near a level rarely leaves it: its own sample deviation says nothing.
+        z = (torch.stack(trials).mean(0) - tensor) / deviation.clamp(min=float(deviation.median()) / 2)
+        assert z.abs().max() < 6 and z.square().mean() < 1.3
+
+
+def test_quantize_keeps_exact_zeros():
+    tensor = torch.where(torch.arange(4096) % 3 == 0, 0.0, gauss(4096))
+    for bits in range(2, 9):
+        for rounding in ("nearest", "stochastic"):
+            decoded = Quantize(bits=bits, rounding=rounding).decompress(
+                *Quantize(bits=bits, rounding=rounding).compress(tensor)
+            )
+            assert (decoded[::3] == 0).all()
+
+
+def test_mask_error_is_at_most_that_of_topk():
+    for seed, tensor in enumerate((gauss(5000), gauss(5000).pow(3), gauss(5000).relu())):
+        for bits in range(1, 7):
+            for levels in ("mean", "lloyd"):
+                mask = MaskSparse(sparsity=0.9, bits=bits, levels=levels)
+                assert nmse(mask, tensor) <= nmse(TopK(sparsity=0.9), tensor) + 1e-7, (seed, mask)
+
+
+@pytest.mark.parametrize("bits", range(1, 33))
+def test_packed_bits_come_back(bits):
+    for count in (1, 7, 8, 9, 100):
+        values = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(bits))
+        packed = packing.pack_bits(values, bits)
+        assert packed.numel() == packing.packed_bytes(count, bits)
+        assert torch.equal(packing.unpack_bits(packed, count, bits).to(torch.int64), values)
+
+
+def test_gap_coded_indices_come_back():
+    for numel, k in ((1, 1), (10, 10), (1000, 1), (1000, 999), (10**6, 777)):
+        indices = torch.randperm(numel, generator=torch.Generator().manual_seed(k))[:k].sort().values
+        for width in {0, packing.gap_width(numel, k), 3}:
+            packed = packing.pack_gaps(indices, numel, width)
+            assert packed.numel() == packing.gap_bytes(numel, k, width)
+            assert torch.equal(packing.unpack_gaps(packed, numel, k, width), indices)
