@@ -1,0 +1,1 @@
+"""Adapters to training engines, one folder each, importable as gcompress.plugins.<engine>."""

@@ -1,0 +1,26 @@
+"""gcompress for stock Horovod (0.28.1, PyTorch): importing this module activates it.
+
+    import horovod.torch as hvd
+    import gcompress.plugins.horovod
+    from gcompress import MaskSparse
+
+    optimizer = hvd.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=MaskSparse(sparsity=0.99, bits=2)
+    )
+
+`compression` may be a compressor, its spec, a `gcompress.Policy`, or one of Horovod's own.
+No file of Horovod is changed: its optimizer class gets methods that start a named
+all-gather of packed bytes as soon as a gradient is ready and give `synchronize` a function
+to wait with, which Horovod supports. Tensors below the policy's size take Horovod's
+all-reduce.
+
+`exchange(optimizer)` gives this rank's `GradientExchange`: `.report` counts bytes,
+`.state_dict()` holds the error feedback of this rank. Save it per rank; Horovod's
+`broadcast_optimizer_state` does not touch it.
+"""
+
+from .optimizer import activate, exchange
+
+activate()
+
+__all__ = ["exchange"]

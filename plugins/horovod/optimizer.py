@@ -1,0 +1,222 @@
+"""What `hvd.DistributedOptimizer` does differently once the plugin is active."""
+
+import functools
+import itertools
+import weakref
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
+from horovod.torch import optimizer as hvd_optimizer
+
+from gcompress.compressors import Compressor
+from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange import GradientExchange
+from gcompress.policy import Policy
+
+from .handshake import check_configurations, wait_or_raise
+
+Stock = hvd_optimizer._DistributedOptimizer
+StockAdasum = hvd_optimizer._DistributedAdasumOptimizer
+_stock = {}  # the methods of Horovod that were replaced, by name
+_optimizers = weakref.WeakSet()  # those that compress
+# (operation, name, process set) of all that a training rank may ask for next; see `join`.
+_names = set()
+_numbers = itertools.count()
+
+
+class MismatchedExchangeError(ExchangeError, HorovodInternalError):
+    """Horovod refused an exchange: ranks asked for different things under one name."""
+
+
+def exchange(optimizer):
+    """This rank's GradientExchange of an optimizer made by `hvd.DistributedOptimizer`."""
+    try:
+        return optimizer._gcompress
+    except AttributeError:
+        raise ConfigError(
+            f"optimizer: got {type(optimizer).__name__}, expected one that hvd.DistributedOptimizer made "
+            "after gcompress.plugins.horovod was imported"
+        ) from None
+
+
+class HorovodEngine:
+    """Named all-gathers of bytes among the ranks of a process set."""
+
+    def __init__(self, process_set):
+        self.process_set = process_set
+
+    def world_size(self):
+        return self.process_set.size()
+
+    def rank(self):
+        return self.process_set.rank()
+
+    def allgather(self, name, payload):
+        handle = hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set)
+        return functools.partial(_wait, handle, name)
+
+
+def _wait(handle, name):
+    try:
+        return mpi_ops.synchronize(handle)
+    except HorovodInternalError as error:
+        if "Mismatched" not in str(error):
+            raise
+        raise MismatchedExchangeError(
+            f"gradient {name!r}: {error} Did another rank call hvd.join() while this one still trains? "
+            "Compressed gradients need the same number of steps on every rank."
+        ) from error
+
+
+class CountedCompression:
+    """Horovod's own compression, counting what it hands over; also for tensors the policy leaves alone."""
+
+    def __init__(self, compression, exchange, process_set):
+        self._compression, self._exchange, self._process_set = compression, exchange, process_set
+
+    def compress(self, tensor):
+        payload, ctx = self._compression.compress(tensor)
+        size = payload.numel() * payload.element_size()
+        self._exchange.report.add_all_reduce(tensor.numel(), size, self._process_set.size())
+        return payload, ctx
+
+    def decompress(self, tensor, ctx):
+        # ctx is `finished` for what GradientExchange returned: nothing is left to do.
+        return tensor if ctx is finished else self._compression.decompress(tensor, ctx)
+
+
+finished = object()
+
+
+def is_ours(compression):
+    return isinstance(compression, (Compressor, Policy, str, dict))
+
+
+def init(self, params, named_parameters, compression, *arguments, **keywords):
+    ours = is_ours(compression)
+    self._gcompress = GradientExchange(compression if ours else None)
+    _stock["__init__"](self, params, named_parameters, compression, *arguments, **keywords)
+    if ours and self.op not in (hvd.Average, hvd.Sum):
+        raise ConfigError("op: compressed gradients are averaged or summed, expected hvd.Average or hvd.Sum")
+    self._gcompress.engine = HorovodEngine(self.process_set)
+    inner = hvd.Compression.none if ours else compression
+    self._compression = CountedCompression(inner, self._gcompress, self.process_set)
+    self._gcompress_number = next(_numbers)
+    self._gcompress_agreed = None
+    if self._grad_accs:
+        _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
+        if ours:
+            _optimizers.add(self)
+
+
+def allreduce_grad_async(self, p):
+    name = self._parameter_names.get(p)
+    ours = self._gcompress.compressor_for(name, p.numel())
+    if self._gcompress.policy and p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
+        raise ConfigError(f"gradient {name!r} is sparse: pass sparse_as_dense=True to hvd.DistributedOptimizer")
+    if ours is None:
+        return _stock["_allreduce_grad_async"](self, p)
+    if p.grad is None:  # another rank may have computed it
+        p.grad = torch.zeros_like(p)
+    gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+    return self._gcompress.start(name, gradient, average=self.op == hvd.Average), finished
+
+
+def grouped_allreduce_grad_async(self, parameters):
+    if self._gcompress.policy is None:
+        return _stock["_grouped_allreduce_grad_async"](self, parameters)
+    # A group starts when all of it is ready; its members travel under their own names.
+    return [self._allreduce_grad_async(p) for p in parameters], None
+
+
+def synchronize(self):
+    if not self.process_set.included():
+        return _stock["synchronize"](self)
+    if self._grad_accs:
+        agree(self)
+    for group in [key for key in self._handles if isinstance(key, tuple)]:
+        started = self._handles[group][0]
+        if isinstance(started, list):
+            del self._handles[group]
+            self._handles.update(zip(group, started, strict=True))
+    _stock["synchronize"](self)
+    self._gcompress.end_step()
+
+
+def agree(self):
+    """Compare configurations once per `hvd.init()`, whose handle map is a new object each time."""
+    if self._gcompress_agreed is mpi_ops._handle_map:
+        return
+    policy = self._gcompress.policy
+    own = policy.to_dict() if policy else _name_of(self._compression._compression)
+    check_configurations({"compression": own, "op": int(self.op)}, configuration_name(self), self.process_set)
+    self._gcompress_agreed = mpi_ops._handle_map
+    _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
+    for p in self._requires_update:
+        name = self._parameter_names.get(p)
+        if self._gcompress.compressor_for(name, p.numel()):
+            _names.add((hvd.allgather_async, f"gcompress.{name}", self.process_set))
+        else:
+            _names.add((hvd.allreduce_async, name, self.process_set))
+
+
+def _name_of(compression):
+    cls = compression if isinstance(compression, type) else type(compression)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def configuration_name(self):
+    return f"gcompress.configuration.{self._gcompress_number}"
+
+
+def adasum_init(self, params, named_parameters, compression, *arguments, **keywords):
+    if is_ours(compression):
+        raise ConfigError("op: Adasum combines whole gradients and cannot be compressed, expected Average or Sum")
+    _stock["adasum_init"](self, params, named_parameters, compression, *arguments, **keywords)
+
+
+def join(device=-1):
+    """`hvd.join()`, once no rank has a packed exchange left to do.
+
+    Horovod lets a joined rank take part in later operations with zeros, which an all-gather
+    of payloads cannot bear (it may even read past them). So before joining, each rank posts a
+    token under the name of every gradient: they meet when all ranks have come here; a rank
+    that still trains meets a token of the wrong type instead, and both end with an error.
+    """
+    if _optimizers:
+        if any(optimizer._handles for optimizer in _optimizers):
+            raise ExchangeError("hvd.join(): this rank has gradients under way; call optimizer.step() first")
+        token = torch.zeros(1, dtype=torch.int32)
+        handles = [
+            start(token, name=name, process_set=process_set)
+            for start, name, process_set in _names
+            if process_set.process_set_id is not None and process_set.included()  # None: removed
+        ]
+        try:
+            wait_or_raise(handles, "hvd.join()")
+        except HorovodInternalError as error:
+            raise MismatchedExchangeError(
+                f"hvd.join(): another rank still exchanges compressed gradients ({error}). They need the same "
+                "number of steps on every rank: drop the last uneven batches before joining."
+            ) from error
+    return _stock["join"](device)
+
+
+def activate():
+    """Make `hvd.DistributedOptimizer` accept compressors; a second call changes nothing."""
+    if _stock:
+        return
+    for name, method in (
+        ("__init__", init),
+        ("_allreduce_grad_async", allreduce_grad_async),
+        ("_grouped_allreduce_grad_async", grouped_allreduce_grad_async),
+        ("synchronize", synchronize),
+    ):
+        _stock[name] = getattr(Stock, name)
+        setattr(Stock, name, method)
+    _stock["adasum_init"] = StockAdasum.__init__
+    StockAdasum.__init__ = adasum_init
+    _stock["join"] = mpi_ops.join
+    mpi_ops.join = hvd.join = join

@@ -1,0 +1,364 @@
+"""What the ranks of tests/test_horovod.py run: `horovodrun -np N python horovod_ranks.py OUT SCENARIO…`.
+
+Each scenario trains a few steps and checks on every rank; rank 0 writes {scenario: "ok" or
+the error} to OUT. The expected mean is computed from what each rank encoded, all-gathered
+as plain float32 by Horovod itself.
+"""
+
+import json
+import sys
+import traceback
+
+import horovod.torch as hvd
+import torch
+
+import gcompress
+import gcompress.plugins.horovod as gcompress_hvd
+from gcompress import MaskSparse, Policy, Quantize, TopK
+
+SCENARIOS = {}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.ReLU(), torch.nn.Linear(60, 50, bias=False))
+
+
+def make_optimizer(model, compression, **keywords):
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    return hvd.DistributedOptimizer(
+        base, named_parameters=model.named_parameters(), compression=compression, **keywords
+    )
+
+
+def backward(model, step, rank=None, batches=1):
+    for batch in range(batches):
+        generator = torch.Generator().manual_seed(1000 * step + 10 * (hvd.rank() if rank is None else rank) + batch)
+        model(torch.randn(8, 40, generator=generator)).square().mean().backward()
+
+
+def local_gradients(step, rank, batches=1):
+    """The gradients rank `rank` computes in `step`, from a model of its own (weights never change here)."""
+    model = make_model()
+    backward(model, step, rank, batches)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def expected_means(policy, steps, scale, batches=1, ranks=None):
+    """Simulate all ranks in this process: the mean of what each encodes, with its own error feedback."""
+    ranks = range(hvd.size()) if ranks is None else ranks
+    memories = {rank: gcompress.feedback.ErrorFeedback() for rank in ranks}
+    for step in range(steps):
+        total = {}
+        for rank in ranks:
+            for name, gradient in local_gradients(step, rank, batches).items():
+                compressor = policy.compressor_for(name, gradient.numel())
+                if compressor and policy.uses_feedback:
+                    gradient = compressor.decompress(*memories[rank].compress(name, gradient, compressor))
+                elif compressor:
+                    gradient = compressor.decompress(*compressor.compress(gradient))
+                total[name] = total[name] + gradient if name in total else gradient
+        yield {name: value * scale for name, value in total.items()}
+
+
+def check_steps(policy, steps=3, scale=None, batches=1, **keywords):
+    """Real optimizer steps against the simulation, to the bit where the policy compresses."""
+    policy = gcompress.as_policy(policy)
+    model = make_model()
+    optimizer = make_optimizer(model, policy, **keywords)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scale = 1.0 / hvd.size() if scale is None else scale
+    for step, expected in enumerate(expected_means(policy, steps, scale, batches)):
+        optimizer.zero_grad()
+        backward(model, step, batches=batches)
+        optimizer.synchronize()
+        for name, p in model.named_parameters():
+            if policy.compressor_for(name, p.numel()):
+                assert torch.equal(p.grad, expected[name]), (step, name, (p.grad - expected[name]).abs().max())
+            else:
+                torch.testing.assert_close(p.grad, expected[name])
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        for name, p in model.named_parameters():
+            p.data.copy_(start[name])  # the simulation's weights stand still
+    return optimizer
+
+
+@scenario
+def mask_with_feedback():
+    optimizer = check_steps(Policy(MaskSparse(sparsity=0.95, bits=2)))
+    report = gcompress_hvd.exchange(optimizer).report
+    compressor = MaskSparse(sparsity=0.95, bits=2)
+    per_step = compressor.nbytes(2400) + compressor.nbytes(3000) + 4 * 60
+    assert (report.steps, report.last_step_bytes, report.sent_bytes) == (3, per_step, 3 * per_step), report
+    assert report.fp32_bytes == 3 * 4 * (2400 + 3000 + 60), report
+    n = hvd.size()
+    assert report.wire_bytes == 3 * ((n - 1) * (per_step - 240) + 2 * (n - 1) * 240 // n), report
+
+
+@scenario
+def topk_and_quantize():
+    check_steps(TopK(sparsity=0.9))
+    check_steps("quantize:bits=3,bucket=64")
+    check_steps(Policy(Quantize(bits=4), min_numel=0, error_feedback=False))
+
+
+@scenario
+def sum_predivide_and_passes():
+    check_steps(TopK(sparsity=0.9), op=hvd.Sum, scale=1.0)
+    check_steps(TopK(sparsity=0.9), gradient_predivide_factor=2.0)
+    check_steps(TopK(sparsity=0.9), backward_passes_per_step=2, batches=2)
+
+
+@scenario
+def groups():
+    check_steps(MaskSparse(sparsity=0.9, bits=3), groups=2)
+    model = make_model()
+    optimizer = make_optimizer(model, TopK(sparsity=0.9), groups=[[model[0].weight, model[2].weight]])
+    # A group of which only one member's hook fires: the rest must not wait for it.
+    (model[0].weight.sum() * (hvd.rank() + 1)).backward()
+    optimizer.step()
+
+
+@scenario
+def process_sets():
+    members = [0, hvd.size() - 1]
+    process_set = hvd.add_process_set(members)
+    model = make_model()
+    policy = gcompress.as_policy("topk:sparsity=0.9")
+    optimizer = make_optimizer(model, policy, process_set=process_set)
+    backward(model, 0)
+    optimizer.synchronize()
+    if hvd.rank() in members:
+        (expected,) = expected_means(policy, 1, 1 / len(members), ranks=members)
+        assert torch.equal(model[2].weight.grad, expected["2.weight"])
+    hvd.remove_process_set(process_set)
+
+
+@scenario
+def any_order_of_hooks():
+    """Each rank's hooks fire in another order, with stalls, and one parameter is unused on some ranks."""
+    import random
+    import time
+
+    parameters = [torch.nn.Parameter(torch.zeros(1100 + i)) for i in range(12)]
+    named = [(f"p{i}", p) for i, p in enumerate(parameters)]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=1.0), named_parameters=named, compression=TopK(sparsity=0.5)
+    )
+    random.seed(hvd.rank())
+    for step in range(6):
+        optimizer.zero_grad()  # sets gradients to None
+        order = list(range(len(parameters)))
+        random.shuffle(order)
+        for i in order:
+            if i == step and hvd.rank() % 2 == 0:
+                continue
+            (parameters[i] * float(hvd.rank() + 1 + i)).sum().backward()
+            time.sleep(random.random() * 0.002)
+        optimizer.synchronize()
+        sums = [hvd.allreduce(p.grad, name=f"check{i}", op=hvd.Sum) for i, p in enumerate(parameters)]
+        for p, total in zip(parameters, sums, strict=True):
+            assert torch.equal(p.grad * hvd.size(), total), "ranks hold different means"
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@scenario
+def other_types():
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        parameter = torch.nn.Parameter(torch.zeros(2048, dtype=dtype))
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter], lr=1.0), named_parameters=[(f"w{dtype}", parameter)],
+            compression=TopK(sparsity=0.5),
+        )  # fmt: skip
+        (parameter[:100] * (hvd.rank() + 1)).sum().backward()
+        optimizer.synchronize()
+        expected = torch.zeros(2048, dtype=dtype)
+        expected[:100] = (hvd.size() + 1) / 2
+        assert parameter.grad.dtype == dtype and torch.equal(parameter.grad, expected)
+
+
+@scenario
+def non_finite_is_seen_and_forgotten():
+    """A NaN on one rank is seen by all, no memory keeps it, and the next step is clean."""
+    model = make_model()
+    optimizer = make_optimizer(model, MaskSparse(sparsity=0.9, bits=2))
+    exchange = gcompress_hvd.exchange(optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        before = {name: t.clone() for name, t in exchange.state_dict()["feedback"].items()}
+        optimizer.zero_grad()
+        poison = float("nan") if hvd.rank() == 1 else 1.0
+        (model(torch.randn(8, 40)).square().mean() * poison).backward()
+        optimizer.synchronize()
+        assert not any(p.grad.isfinite().all() for p in (model[0].weight, model[2].weight))
+        after = exchange.state_dict()["feedback"]
+        if hvd.rank() == 1:
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(t.isfinite().all() for t in after.values())
+
+
+@scenario
+def state_per_rank():
+    """Training that is saved and loaded goes on exactly as if it had not been interrupted."""
+    model, copy = make_model(), make_model()
+    optimizer = make_optimizer(model, Quantize(bits=2, rounding="stochastic"))
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    state = gcompress_hvd.exchange(optimizer).state_dict()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.zero_grad()
+    backward(model, 2)
+    optimizer.step()
+    copy.load_state_dict(weights)
+    other = make_optimizer(copy, Quantize(bits=2, rounding="stochastic"))
+    gcompress_hvd.exchange(other).load_state_dict(state)
+    backward(copy, 2)
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copy.parameters(), strict=True))
+    wrong = gcompress_hvd.exchange(make_optimizer(make_model(), TopK(sparsity=0.9)))
+    expect_error(gcompress.ConfigError, "topk", lambda: wrong.load_state_dict(state))
+
+
+@scenario
+def sparse_gradients():
+    def run(sparse_as_dense):
+        table = torch.nn.Embedding(200, 16, sparse=True)
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(table.parameters(), lr=1.0), named_parameters=table.named_parameters(),
+            compression=TopK(sparsity=0.5), sparse_as_dense=sparse_as_dense,
+        )  # fmt: skip
+        table(torch.tensor([hvd.rank()])).sum().backward()
+        optimizer.synchronize()
+        expected = torch.zeros(200, 16)
+        expected[: hvd.size()] = 1 / hvd.size()
+        assert torch.equal(table.weight.grad.to_dense(), expected)
+
+    run(True)
+    expect_error(gcompress.ConfigError, "sparse_as_dense", lambda: run(False))
+
+
+@scenario
+def adasum_is_refused():
+    expect_error(gcompress.ConfigError, "Adasum", lambda: make_optimizer(make_model(), TopK(), op=hvd.Adasum))
+
+
+@scenario
+def stock_compression_is_counted():
+    for compression, size in ((hvd.Compression.none, 4), (hvd.Compression.fp16, 2)):
+        model = make_model()
+        optimizer = make_optimizer(model, compression)
+        backward(model, 0)
+        optimizer.step()
+        assert gcompress_hvd.exchange(optimizer).report.sent_bytes == size * (2400 + 60 + 3000)
+
+
+@scenario
+def join_when_all_are_done():
+    model = make_model()
+    optimizer = make_optimizer(model, TopK(sparsity=0.9))
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert 0 <= hvd.join() < hvd.size()
+    optimizer.zero_grad()
+    backward(model, 9)
+    expect_error(gcompress.ExchangeError, "under way", hvd.join)
+    optimizer.step()
+
+
+# Scenarios that end the job; each is run alone.
+
+
+def steps_before_the_end(compression, steps=5):
+    model = make_model()
+    optimizer = make_optimizer(model, compression)
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+def join_while_others_train():
+    model, optimizer = steps_before_the_end(TopK(sparsity=0.9))
+    if hvd.rank() == 0:
+        hvd.join()
+    optimizer.zero_grad()
+    backward(model, 9)
+    optimizer.step()
+
+
+def different_compressor():
+    steps_before_the_end(TopK(sparsity=0.9) if hvd.rank() else Quantize(bits=4))
+
+
+def different_threshold():
+    steps_before_the_end(Policy(TopK(sparsity=0.9), min_numel=1024 if hvd.rank() else 2500))
+
+
+def compressed_and_not():
+    steps_before_the_end(TopK(sparsity=0.9) if hvd.rank() else hvd.Compression.none)
+
+
+def killed_rank():
+    import os
+    import signal
+
+    model, optimizer = steps_before_the_end(TopK(sparsity=0.9))
+    for step in range(100000):
+        optimizer.zero_grad()
+        backward(model, step)
+        if hvd.rank() == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)  # gradients are under way
+        optimizer.step()
+
+
+def expect_error(kind, text, function):
+    try:
+        function()
+    except kind as error:
+        assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"expected {kind.__name__}")
+
+
+def main():
+    out, names = sys.argv[1], sys.argv[2:]
+    hvd.init()
+    if len(names) == 1 and names[0] not in SCENARIOS:
+        try:
+            globals()[names[0]]()
+        except Exception as error:
+            with open(f"{out}.{hvd.rank()}", "w") as file:
+                json.dump([type(error).__name__, str(error)], file)
+            raise
+        return
+    results = {}
+    for name in names or SCENARIOS:
+        try:
+            SCENARIOS[name]()
+            failure = None
+        except Exception:
+            failure = f"rank {hvd.rank()}:\n{traceback.format_exc()}"
+        failures = hvd.allgather_object(failure, name=f"failures.{name}")
+        results[name] = "\n".join(filter(None, failures)) or "ok"
+    if hvd.rank() == 0:
+        with open(out, "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()

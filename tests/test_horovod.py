@@ -1,0 +1,126 @@
+"""Real Horovod ranks exchange packed gradients; see horovod_ranks.py for what each rank does."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+pytestmark = pytest.mark.horovod
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from horovod_ranks import SCENARIOS  # noqa: E402
+
+
+def launch(ranks, *arguments, timeout=240, **environment):
+    """Run a Python command line on `ranks` ranks; returns (exit code, output). No process outlives it."""
+    command = [sys.executable, "-m", "horovod.runner.launch", "-np", str(ranks), "--gloo", sys.executable]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60", **environment},
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # horovodrun then ends its ranks
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """All scenarios that end well, in one launch of four ranks."""
+    out = tmp_path_factory.mktemp("horovod") / "outcomes.json"
+    _, output = launch(4, HERE / "horovod_ranks.py", out, HOROVOD_DYNAMIC_PROCESS_SETS="1")
+    if not out.exists():
+        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(outcomes, name):
+    assert outcomes[name] == "ok", outcomes[name]
+
+
+def failing(tmp_path, name, ranks=3):
+    """Run a scenario that must end the job; returns {rank: (error type, message)} of the ranks that could tell."""
+    out = tmp_path / "error"
+    code, output = launch(ranks, HERE / "horovod_ranks.py", out, name, timeout=120)
+    assert code != 0, output[-2000:]
+    errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
+    return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
+
+
+def test_a_different_compressor_on_one_rank_is_refused_everywhere_with_both_named(tmp_path):
+    errors = failing(tmp_path, "different_compressor")
+    assert len(errors) == 3
+    for kind, message in errors.values():
+        assert kind == "ConfigMismatchError"
+        assert '"topk"' in message and '"quantize"' in message and "ranks [1, 2]" in message
+
+
+def test_a_different_threshold_is_refused_everywhere(tmp_path):
+    errors = failing(tmp_path, "different_threshold", ranks=2)
+    assert len(errors) == 2
+    assert all(kind == "ConfigMismatchError" and "2500" in message for kind, message in errors.values())
+
+
+def test_a_rank_that_does_not_compress_is_refused_everywhere(tmp_path):
+    errors = failing(tmp_path, "compressed_and_not", ranks=2)
+    assert len(errors) == 2
+    assert all(kind == "ConfigMismatchError" and "NoneCompressor" in text for kind, text in errors.values())
+
+
+def test_join_while_another_rank_trains_ends_with_an_error_on_all(tmp_path):
+    errors = failing(tmp_path, "join_while_others_train")
+    assert len(errors) >= 1
+    assert any("join" in message for _, message in errors.values())
+    assert all("Error" in kind for kind, _ in errors.values())
+
+
+def test_a_killed_rank_ends_the_others(tmp_path):
+    errors = failing(tmp_path, "killed_rank")
+    assert all(kind == "HorovodInternalError" for kind, _ in errors.values())
+
+
+def test_without_the_plugin_horovod_refuses_packed_bytes():
+    script = (
+        "import horovod.torch as hvd, torch, gcompress; hvd.init();"
+        "p = torch.nn.Parameter(torch.zeros(4096));"
+        "o = hvd.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), named_parameters=[('p', p)],"
+        " compression=gcompress.MaskSparse(sparsity=0.99, bits=2));"
+        "p.sum().backward(); o.step(); print('SUMMED', flush=True)"
+    )
+    code, output = launch(2, "-c", script, timeout=120)
+    assert code != 0
+    assert "torch.ByteTensor is not supported" in output
+    assert "SUMMED" not in output
+
+
+def test_a_single_process_needs_no_launcher_and_sends_nothing():
+    import horovod.torch as hvd
+
+    import gcompress
+    import gcompress.plugins.horovod as gcompress_hvd
+
+    hvd.init()
+    model = torch.nn.Linear(40, 40)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression="topk:sparsity=0.9"
+    )
+    model(torch.randn(2, 40)).sum().backward()
+    optimizer.step()
+    assert gcompress_hvd.exchange(optimizer).report.sent_bytes == 0
+    with pytest.raises(gcompress.ConfigError, match="SGD"):
+        gcompress_hvd.exchange(torch.optim.SGD(model.parameters(), lr=0.1))
