@@ -98,6 +98,36 @@ inline uint64_t spread_8(uint64_t x) {
 // both touch up to 8 - bits bytes behind the packed ones.
 template <int bits>
 inline void pack_64(const uint8_t* codes, uint8_t* packed) {
+#if defined(__AVX512BW__)
+    if (bits == 2 || bits == 4) {  // neighbours meet by multiply-add: weights 1 and 2^bits, then 1 and 2^(2 bits)
+        const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512(codes), _mm512_set1_epi16(1 | 256 << bits));
+        if (bits == 4) {
+            _mm256_storeu_si256((__m256i*)packed, _mm512_cvtepi16_epi8(pairs));
+        } else {
+            const __m512i quads = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1 << (16 + 2 * bits)));
+            _mm_storeu_si128((__m128i*)packed, _mm512_cvtepi32_epi8(quads));
+        }
+        return;
+    }
+#elif defined(__AVX2__)
+    if (bits == 2 || bits == 4) {
+        const __m256i weights = _mm256_set1_epi16(1 | 256 << bits);
+        __m256i low = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)codes), weights);
+        __m256i high = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)(codes + 32)), weights);
+        if (bits == 4) {
+            const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+            _mm256_storeu_si256((__m256i*)packed, bytes);
+        } else {
+            low = _mm256_madd_epi16(low, _mm256_set1_epi32(1 | 1 << (16 + 2 * bits)));
+            high = _mm256_madd_epi16(high, _mm256_set1_epi32(1 | 1 << (16 + 2 * bits)));
+            const __m256i words = _mm256_packus_epi32(low, high);
+            const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+            const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), order);
+            _mm_storeu_si128((__m128i*)packed, _mm256_castsi256_si128(bytes));
+        }
+        return;
+    }
+#endif
     for (int group = 0; group < 8; ++group)
         store<uint64_t>(packed + bits * group, squeeze_8<bits>(load<uint64_t>(codes + 8 * group)));
 }

@@ -12,7 +12,7 @@
 No file of Horovod is changed: its optimizer class gets methods that start a named
 all-gather of packed bytes as soon as a gradient is ready and give `synchronize` a function
 to wait with, which Horovod supports. Tensors below the policy's size take Horovod's
-all-reduce.
+all-reduce. Waiting for gradients sleeps instead of spinning, in all its optimizers.
 
 `exchange(optimizer)` gives this rank's `GradientExchange`: `.report` counts bytes,
 `.state_dict()` holds the error feedback of this rank. Save it per rank; Horovod's

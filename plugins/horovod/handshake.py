@@ -11,11 +11,23 @@ from gcompress.errors import ConfigMismatchError, ExchangeError
 
 # Raised to by every format change: ranks with different releases must not decode each other.
 FORMAT_VERSION = 1
+POLL_SECONDS = 1e-4
 
 
 def timeout_seconds():
     """How long a rank waits for the others before it ends with an error (GCOMPRESS_TIMEOUT, default 300)."""
     return float(os.environ.get("GCOMPRESS_TIMEOUT", "300"))
+
+
+def patient_synchronize(handle):
+    """`hvd.synchronize`, sleeping between polls.
+
+    Horovod's own wait spins: with more ranks than cores it takes the core from those that
+    still compute.
+    """
+    while not hvd.poll(handle):
+        time.sleep(POLL_SECONDS)
+    return hvd.synchronize(handle)
 
 
 def wait_or_raise(handles, what):
@@ -25,7 +37,7 @@ def wait_or_raise(handles, what):
         while not hvd.poll(handle):
             if time.monotonic() > deadline:
                 raise ExchangeError(f"{what}: no answer from every rank within {timeout_seconds():g} s")
-            time.sleep(0.0005)
+            time.sleep(POLL_SECONDS)
     return [hvd.synchronize(handle) for handle in handles]
 
 

@@ -15,7 +15,7 @@ from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
 from gcompress.policy import Policy
 
-from .handshake import check_configurations, wait_or_raise
+from .handshake import check_configurations, patient_synchronize, wait_or_raise
 
 Stock = hvd_optimizer._DistributedOptimizer
 StockAdasum = hvd_optimizer._DistributedAdasumOptimizer
@@ -60,7 +60,7 @@ class HorovodEngine:
 
 def _wait(handle, name):
     try:
-        return mpi_ops.synchronize(handle)
+        return patient_synchronize(handle)
     except HorovodInternalError as error:
         if "Mismatched" not in str(error):
             raise
@@ -216,6 +216,7 @@ def activate():
     ):
         _stock[name] = getattr(Stock, name)
         setattr(Stock, name, method)
+    hvd_optimizer.synchronize = patient_synchronize
     _stock["adasum_init"] = StockAdasum.__init__
     StockAdasum.__init__ = adasum_init
     _stock["join"] = mpi_ops.join

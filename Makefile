@@ -1,0 +1,65 @@
+# The only commands a newcomer needs; `make` lists them. Each installs and downloads what it lacks, once.
+# Python 3.10 or newer with its venv module and headers, and a C++ compiler, must be there.
+#
+# pip reads its index from the environment as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL), for example
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a smaller torch without CUDA.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+NP ?= 4
+COMPRESSOR ?= mask:sparsity=0.99,bits=2
+ARGS ?=
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+# horovodrun starts `python` and helpers by name.
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup venv data train test bench lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@echo '  variables: PYTHON=$(PYTHON) NP=$(NP) COMPRESSOR=$(COMPRESSOR) ARGS="--epochs 3"'
+
+setup: $(READY) ## create .venv with torch, Horovod and gcompress (10 minutes the first time, then nothing)
+
+venv: setup
+
+$(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo 'make: $(PYTHON) not found: install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'make: $(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo 'make: $(PYTHON) has no headers, which Horovod needs (Debian, Ubuntu: apt-get install python3-dev)' >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo 'make: no C++ compiler found (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo '+ $(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,test]'
+	$(BIN)/python tools/build_horovod.py
+	@touch $@
+
+data: $(READY) ## put Fashion-MNIST into data/ (from Debian's package or torchvision's download)
+	@$(BIN)/python tools/fetch_data.py
+
+train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= for more options)
+	@mkdir -p runs
+	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train.py --compressor '$(COMPRESSOR)' \
+		--plot runs/train.png --log-file runs/train.jsonl \
+		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
+
+test: data ## run all tests (ARGS= for pytest's options)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY) ## measure the compressors' speed against a plain copy
+	$(BIN)/python benchmarks/compressors.py $(ARGS)
+
+lint: $(READY) ## check style with ruff
+	@$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(PIP) install -q -c constraints.txt ruff
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached Horovod wheel
+	rm -rf $(VENV) build dist *.egg-info gcompress/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Encode and decode speed of the compressors on one core, as fractions of a plain copy in the same run.
+
+    python benchmarks/compressors.py                      # the defaults, every instruction set
+    python benchmarks/compressors.py --specs topk:sparsity=0.999 --numel 1000000
+
+Speeds are GB/s of float32 input, each the best of --repeat runs through the public API,
+payload allocation included; "both / copy" is the time of a copy over that of encoding plus
+decoding. torch.topk stands for selection alone (values of |x|, unsorted), the torch reference
+for the readable definition of the same bytes.
+"""
+
+import argparse
+import time
+
+import torch
+
+from gcompress import TopK, from_spec, native
+
+SPECS = [
+    "quantize:bits=8",
+    "quantize:bits=4",
+    "quantize:bits=4,rounding=stochastic",
+    "quantize:bits=2",
+    "quantize:bits=1",
+    "topk:sparsity=0.99",
+    "topk:sparsity=0.999",
+    "mask:sparsity=0.99,bits=2",
+    "mask:sparsity=0.99,bits=2,signed=false",
+    "mask:sparsity=0.99,bits=1",
+    "mask:sparsity=0.99,bits=2,levels=lloyd",
+]
+
+
+def best_seconds(function, repeat):
+    function()
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--specs", nargs="+", default=SPECS, metavar="SPEC", help="compressors to measure")
+    parser.add_argument("--numel", type=int, default=2**24, help="entries of the tensor (default 2^24)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of which the best counts (default 5)")
+    parser.add_argument("--backends", nargs="+", choices=native.available_backends(), help="default: all native ones")
+    parser.add_argument("--no-reference", action="store_true", help="leave the slow torch reference out")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tensor = torch.randn(arguments.numel, generator=torch.Generator().manual_seed(0))
+    out = torch.empty_like(tensor)
+    size = 4 * arguments.numel / 1e9
+    copy = best_seconds(lambda: out.copy_(tensor), arguments.repeat)
+    k = max(1, round(arguments.numel * 0.01))
+    select = best_seconds(lambda: torch.topk(tensor.abs(), k, sorted=False), 2)
+    print(f"plain copy {size / copy:.2f} GB/s, torch.topk at 1 % {size / select:.3f} GB/s, {arguments.numel} entries")
+    print(f"{'compressor':40s} {'backend':10s} {'bits':>6s} {'encode':>7s} {'decode':>7s} {'both/copy':>9s}  vs torch")
+    backends = arguments.backends or native.available_backends()[1:]
+    for compressor in map(from_spec, arguments.specs):
+        bits = 8 * compressor.nbytes(arguments.numel) / arguments.numel
+        reference = None if arguments.no_reference else measure("reference", compressor, tensor, out, 1)
+        for backend in backends:
+            encode, decode = measure(backend, compressor, tensor, out, arguments.repeat)
+            both = encode + decode
+            notes = [f"{sum(reference) / both:.0f}x the reference"] if reference else []
+            if isinstance(compressor, TopK):
+                notes.append(f"{select / both:.1f}x torch.topk")
+            print(
+                f"{compressor!s:40s} {backend:10s} {bits:6.3f} {size / encode:7.2f} {size / decode:7.2f} "
+                f"{copy / both:9.3f}  {', '.join(notes)}",
+                flush=True,
+            )
+
+
+def measure(backend, compressor, tensor, out, repeat):
+    with native.use_backend(backend):
+        payload, _ = compressor.compress(tensor)
+        encode = best_seconds(lambda: compressor.compress(tensor), repeat)
+        return encode, best_seconds(lambda: compressor.decode_into(payload, out), repeat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What train.py shows of a run: byte counts in words, the closing table, the JSON-lines log and the plot."""
+
+import json
+import math
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def in_bytes(count):
+    """A number of bytes in the largest fitting decimal unit: `12.3 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def in_ranks(count):
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def ratio(whole, part):
+    return whole / part if part else math.inf
+
+
+def table(record, world_size):
+    """The closing table, from the last epoch's record.
+
+    "Handed to Horovod" is what rank 0 gave to Horovod's operations. "On the wire" is what one rank then
+    sends over the network when Horovod runs its usual rings: a payload of an all-gather goes round to each
+    of the other N - 1 ranks, an all-reduce sends 2 (N - 1) / N of its tensor.
+    """
+    steps = max(record["gradient_steps"], 1)
+    rows = [
+        ("this run", record["sent_bytes"], record["wire_bytes"]),
+        ("the same gradients in fp16", record["fp16_bytes"], record["fp32_wire_bytes"] // 2),
+        ("the same gradients in fp32", record["fp32_bytes"], record["fp32_wire_bytes"]),
+    ]
+    per_step = f"{1000 * record['seconds'] / max(record['step'], 1):.0f} ms each"
+    wire_title = f"on the wire, {in_ranks(world_size)}"
+    lines = [
+        f"compressor     {record['compressor']}",
+        f"test accuracy  {100 * record['test_accuracy']:.2f} %",
+        f"steps          {record['step']} ({per_step}, {record['seconds']:.1f} s of training)",
+        "",
+        f"{'bytes of one rank':<28}{'handed to Horovod':^32}{wire_title:^32}",
+        f"{'':<28}" + f"{'per step':>11}{'in total':>11}{'ratio':>8}  " * 2,
+    ]
+    sent, wire = rows[0][1:]
+    for name, handed, travelled in rows:
+        line = f"{name:<28}"
+        for count, reference in ((handed, sent), (travelled, wire)):
+            # One rank alone sends nothing: a ratio of nothing says nothing.
+            shown = f"{ratio(count, reference):.1f}x" if reference else "-"
+            line += f"{in_bytes(count / steps):>11}{in_bytes(count):>11}{shown:>8}  "
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Log:
+    """One JSON object a line: one for each epoch, and a last one with `"final": true`."""
+
+    def __init__(self, path, curve):
+        """Begin a new file with the epochs so far, so that a resumed run's log has every epoch once."""
+        self._file = open(path, "w", encoding="utf-8") if path else None
+        for record in curve:
+            self.write(record)
+
+    def write(self, record):
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def close(self):
+        if self._file:
+            self._file.close()
+
+
+def read_log(path):
+    """The epoch records of a log, oldest first. Raises ValueError, naming the file, if it is not one."""
+    needed = {"step", "sent_bytes", "test_accuracy", "compressor"}
+    with open(path, encoding="utf-8") as file:
+        try:
+            records = [json.loads(line) for line in file if line.strip()]
+            curve = [record for record in records if not record.get("final")]
+            complete = curve and all(needed <= set(record) for record in curve)
+        except (ValueError, AttributeError, TypeError):
+            complete = False
+    if not complete:
+        raise ValueError(f"{path}: not a log written by train.py --log-file")
+    return curve
+
+
+def plot(path, curves, title):
+    """Draw test accuracy against steps and against the bytes that rank 0 handed to Horovod.
+
+    Args:
+        path: the image to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+        curves: lists of epoch records, one list for each run; the first is drawn on top.
+        title: a line above both panels.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
+    with pyplot.rc_context({**style, "font.size": 10, "axes.axisbelow": True}):
+        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
+        by_step, by_bytes = panels
+        for number, curve in reversed(list(enumerate(curves))):
+            accuracy = [100 * record["test_accuracy"] for record in curve]
+            last = curve[-1]
+            looks = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": "o",
+                "markersize": 4,
+                "linewidth": 2,
+                "label": f"{last['compressor']}  ({accuracy[-1]:.1f} %, {in_bytes(last['sent_bytes'])})",
+            }
+            by_step.plot([record["step"] for record in curve], accuracy, **looks)
+            by_bytes.plot([record["sent_bytes"] for record in curve], accuracy, **looks)
+        by_step.set(xlabel="steps", ylabel="test accuracy (%)", title="Accuracy by steps")
+        by_step.set_xlim(left=0)
+        by_bytes.set(xlabel="bytes handed to Horovod by rank 0", title="Accuracy by bytes sent")
+        # Compressors differ by factors of ten to a thousand; one run alone reads better without logarithms.
+        sent = [record["sent_bytes"] for curve in curves for record in curve]
+        if 0 < 20 * min(sent) < max(sent):
+            by_bytes.set_xscale("log")
+        else:
+            by_bytes.set_xlim(left=0)
+        by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: in_bytes(count)))
+        by_bytes.xaxis.set_minor_formatter(lambda *_: "")
+        by_step.yaxis.set_major_locator(MaxNLocator(nbins=7))
+        handles, labels = by_step.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", frameon=False, ncols=1)
+        figure.suptitle(title, fontsize=12)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)

@@ -1,0 +1,38 @@
+"""The report's bytes against the counter of a network interface."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("slow_link", ROOT / "tools" / "slow_link.py")
+slow_link = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(slow_link)
+
+
+@pytest.mark.horovod
+@pytest.mark.root
+@pytest.mark.skipif(slow_link.missing() is not None, reason=str(slow_link.missing()))
+def test_an_interface_counts_what_the_report_says(tmp_path):
+    """Within 6 %: TCP's headers, and the messages of Horovod's cycles, made rare here."""
+    out = tmp_path / "figures.json"
+    specs = ["none", "fp16", "mask:sparsity=0.99,bits=2", "quantize:bits=4", "topk:sparsity=0.9"]
+    command = [sys.executable, ROOT / "benchmarks" / "slow_link.py", "--ranks", "4", "--parameters", "4"]
+    subprocess.run(
+        [*command, "--steps", "3", "--json", out, "--compressors", *specs],
+        check=True,
+        timeout=240,
+        env={**os.environ, "HOROVOD_CYCLE_TIME": "20"},
+        capture_output=True,
+    )
+    rows = json.loads(out.read_text())
+    assert [row["compressor"] for row in rows] == specs
+    for row in rows:
+        ratio = row["counted_wire_bytes"] / row["expected_wire_bytes"]
+        assert 0.995 < ratio < 1.06, row
