@@ -22,7 +22,14 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEFAULT = ["none", "fp16", "mask:sparsity=0.99,bits=2", "mask:sparsity=0.99,bits=1", "quantize:bits=4", "topk:sparsity=0.99"]
+DEFAULT = [
+    "none",
+    "fp16",
+    "mask:sparsity=0.99,bits=2",
+    "mask:sparsity=0.99,bits=1",
+    "quantize:bits=4",
+    "topk:sparsity=0.99",
+]
 COUNTER = pathlib.Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
@@ -130,7 +137,9 @@ def count(function):
 def show(arguments, rows, idle):
     base = {row["compressor"]: row["median_step_seconds"] for row in rows}.get("fp16")
     rate = arguments.rate or "unlimited"
-    print(f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each")
+    print(
+        f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each"
+    )
     print(f"{'compressor':30s} {'step s':>8s} {'vs fp16':>8s} {'bytes/rank':>12s} {'wire, all':>12s} {'counted':>12s}")
     for row in rows:
         speed = f"{base / row['median_step_seconds']:.2f}x" if base else "-"
