@@ -44,9 +44,10 @@ class GradientExchange:
         compressor = self.compressor_for(name, gradient.numel())
         world_size = self.engine.world_size()
         seed = zlib.crc32(f"{name}/{self.report.steps}/{self.engine.rank()}".encode())
-        encode = self._feedback or compressor
-        arguments = (name, gradient, compressor) if self._feedback else (gradient,)
-        payload, ctx = encode.compress(*arguments, seed=seed)
+        if self._feedback:
+            payload, ctx = self._feedback.compress(name, gradient, compressor, seed=seed)
+        else:
+            payload, ctx = compressor.compress(gradient, seed=seed)
         self.report.add_all_gather(gradient.numel(), payload.numel(), world_size)
         wait = self.engine.allgather(name, payload)
 

@@ -41,6 +41,8 @@ def _load():
     """The shared library, or None with one warning that says why not."""
     path = pathlib.Path(__file__).with_name("_native.so")
     try:
+        if not path.exists():
+            raise OSError("they were not built; install gcompress where there is a C++ compiler")
         library = ctypes.CDLL(str(path))
         if library.gc_abi_version() != ABI_VERSION:
             raise OSError(f"{path.name} has ABI {library.gc_abi_version()}, expected {ABI_VERSION}: rebuild it")

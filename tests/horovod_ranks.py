@@ -265,6 +265,17 @@ def stock_compression_is_counted():
 
 
 @scenario
+def sparse_gradients_of_stock_horovod_are_counted():
+    table = torch.nn.Embedding(200, 16, sparse=True)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(table.parameters(), lr=1.0), named_parameters=[("stock.sparse", table.weight)]
+    )
+    table(torch.tensor([hvd.rank(), 7])).sum().backward()
+    optimizer.step()
+    assert gcompress_hvd.exchange(optimizer).report.sent_bytes == 2 * 8 + 2 * 16 * 4
+
+
+@scenario
 def join_when_all_are_done():
     model = make_model()
     optimizer = make_optimizer(model, TopK(sparsity=0.9))

@@ -20,7 +20,8 @@ from .handshake import check_configurations, patient_synchronize, wait_or_raise
 Stock = hvd_optimizer._DistributedOptimizer
 StockAdasum = hvd_optimizer._DistributedAdasumOptimizer
 _stock = {}  # the methods of Horovod that were replaced, by name
-_optimizers = weakref.WeakSet()  # those that compress
+_optimizers = weakref.WeakSet()  # those that compress and are still alive
+_compressing = False  # whether there ever was one: ranks collect their garbage at different times
 # (operation, name, process set) of all that a training rank may ask for next; see `join`.
 _names = set()
 _numbers = itertools.count()
@@ -95,6 +96,7 @@ def is_ours(compression):
 
 
 def init(self, params, named_parameters, compression, *arguments, **keywords):
+    global _compressing
     ours = is_ours(compression)
     self._gcompress = GradientExchange(compression if ours else None)
     _stock["__init__"](self, params, named_parameters, compression, *arguments, **keywords)
@@ -108,6 +110,7 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     if self._grad_accs:
         _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
         if ours:
+            _compressing = True
             _optimizers.add(self)
 
 
@@ -117,6 +120,11 @@ def allreduce_grad_async(self, p):
     if self._gcompress.policy and p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
         raise ConfigError(f"gradient {name!r} is sparse: pass sparse_as_dense=True to hvd.DistributedOptimizer")
     if ours is None:
+        if p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
+            # Horovod gathers these without asking the compression: count them here.
+            parts = (p.grad._indices(), p.grad._values())
+            size = sum(part.numel() * part.element_size() for part in parts)
+            self._gcompress.report.add_all_gather(p.numel(), size, self.process_set.size())
         return _stock["_allreduce_grad_async"](self, p)
     if p.grad is None:  # another rank may have computed it
         p.grad = torch.zeros_like(p)
@@ -185,7 +193,7 @@ def join(device=-1):
     token under the name of every gradient: they meet when all ranks have come here; a rank
     that still trains meets a token of the wrong type instead, and both end with an error.
     """
-    if _optimizers:
+    if _compressing:
         if any(optimizer._handles for optimizer in _optimizers):
             raise ExchangeError("hvd.join(): this rank has gradients under way; call optimizer.step() first")
         token = torch.zeros(1, dtype=torch.int32)
