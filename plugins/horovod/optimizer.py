@@ -75,17 +75,17 @@ class CountedCompression:
     """Horovod's own compression, counting what it hands over; also for tensors the policy leaves alone."""
 
     def __init__(self, compression, exchange, process_set):
-        self._compression, self._exchange, self._process_set = compression, exchange, process_set
+        self.inner, self._exchange, self._process_set = compression, exchange, process_set
 
     def compress(self, tensor):
-        payload, ctx = self._compression.compress(tensor)
+        payload, ctx = self.inner.compress(tensor)
         size = payload.numel() * payload.element_size()
         self._exchange.report.add_all_reduce(tensor.numel(), size, self._process_set.size())
         return payload, ctx
 
     def decompress(self, tensor, ctx):
         # ctx is `finished` for what GradientExchange returned: nothing is left to do.
-        return tensor if ctx is finished else self._compression.decompress(tensor, ctx)
+        return tensor if ctx is finished else self.inner.decompress(tensor, ctx)
 
 
 finished = object()
@@ -115,21 +115,20 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
 
 
 def allreduce_grad_async(self, p):
-    name = self._parameter_names.get(p)
-    ours = self._gcompress.compressor_for(name, p.numel())
-    if self._gcompress.policy and p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
+    name, exchange = self._parameter_names.get(p), self._gcompress
+    sparse = p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense
+    if sparse and exchange.policy:
         raise ConfigError(f"gradient {name!r} is sparse: pass sparse_as_dense=True to hvd.DistributedOptimizer")
-    if ours is None:
-        if p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
-            # Horovod gathers these without asking the compression: count them here.
-            parts = (p.grad._indices(), p.grad._values())
-            size = sum(part.numel() * part.element_size() for part in parts)
-            self._gcompress.report.add_all_gather(p.numel(), size, self.process_set.size())
+    if sparse:  # Horovod gathers its parts without asking the compression: count them here
+        parts = (p.grad._indices(), p.grad._values())
+        size = sum(part.numel() * part.element_size() for part in parts)
+        exchange.report.add_all_gather(p.numel(), size, self.process_set.size())
+    if exchange.compressor_for(name, p.numel()) is None:
         return _stock["_allreduce_grad_async"](self, p)
     if p.grad is None:  # another rank may have computed it
         p.grad = torch.zeros_like(p)
     gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
-    return self._gcompress.start(name, gradient, average=self.op == hvd.Average), finished
+    return exchange.start(name, gradient, average=self.op == hvd.Average), finished
 
 
 def grouped_allreduce_grad_async(self, parameters):
@@ -158,7 +157,7 @@ def agree(self):
     if self._gcompress_agreed is mpi_ops._handle_map:
         return
     policy = self._gcompress.policy
-    own = policy.to_dict() if policy else _name_of(self._compression._compression)
+    own = policy.to_dict() if policy else _name_of(self._compression.inner)
     check_configurations({"compression": own, "op": int(self.op)}, configuration_name(self), self.process_set)
     self._gcompress_agreed = mpi_ops._handle_map
     _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
