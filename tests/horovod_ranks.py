@@ -170,6 +170,18 @@ def any_order_of_hooks():
 
 
 @scenario
+def exchanges_start_during_the_backward_pass():
+    """When the first layer's gradient is computed, the last layer's payload is under way or has arrived."""
+    model = make_model()
+    optimizer = make_optimizer(model, TopK(sparsity=0.9))
+    sent = []
+    model[0].weight.register_hook(lambda gradient: sent.append(gcompress_hvd.exchange(optimizer).report.sent_bytes))
+    backward(model, 0)
+    optimizer.step()
+    assert sent == [TopK(sparsity=0.9).nbytes(3000)], sent
+
+
+@scenario
 def other_types():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         parameter = torch.nn.Parameter(torch.zeros(2048, dtype=dtype))
