@@ -6,8 +6,8 @@
 
 Speeds are GB/s of float32 input, each the best of --repeat runs through the public API,
 payload allocation included; "both/copy" is the time of a copy, measured in turns with them,
-over that of encoding plus decoding. torch.topk stands for selection alone (values of |x|, unsorted), the torch reference
-for the readable definition of the same bytes.
+over that of encoding plus decoding. torch.topk stands for selection alone (values of |x|,
+unsorted), the torch reference for the readable definition of the same bytes.
 """
 
 import argparse
