@@ -1,8 +1,8 @@
 # The only commands a newcomer needs; `make` lists them. Each installs and downloads what it lacks, once.
 # Python 3.10 or newer with its venv module and headers, and a C++ compiler, must be there.
 #
-# pip reads its index from the environment as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL), for example
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a smaller torch without CUDA.
+# pip takes its index from the environment as usual (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL): that of torch's CPU
+# builds saves several GB.
 
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -68,7 +68,7 @@ def read_idx(path):
         A numpy uint8 array of the shape that the file declares.
 
     References:
-        http://yann.lecun.com/exdb/mnist/ (the format: two zero bytes, the type 0x08 for uint8, the number
+        The MNIST database's description of its files (two zero bytes, the type 0x08 for uint8, the number
         of dimensions, each dimension as a big-endian uint32, then the entries).
     """
     path = pathlib.Path(path)

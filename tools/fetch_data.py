@@ -95,7 +95,7 @@ def main():
         return
     sys.exit(
         f"fetch_data.py: Fashion-MNIST could not be fetched ({'; '.join(reasons)}). "
-        f"Put {', '.join(FILES)} from https://github.com/zalandoresearch/fashion-mnist into {TARGET}."
+        f"Put {', '.join(FILES)} from the repository zalandoresearch/fashion-mnist into {TARGET}."
     )
 
 
