@@ -256,18 +256,27 @@ void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace,
     const MaskScale scale = mask_scale(selection.threshold);
 
     uint8_t class_of_bin[BINS] = {0};
+    int32_t border[4] = {0, BINS, BINS, BINS};  // the first bin of classes 1 to 3
     if (lloyd) {
-        int64_t histogram[BINS] = {0};
+        int64_t histogram[2][BINS] = {{0}};  // two, so that equal neighbours do not wait for each other
         Selection counting = selection;
         uint32_t keys[64] = {0};
+        int32_t bins[64];
         for (int64_t i = 0; i < n; i += 64) {
             const int64_t block = min64(64, n - i);
-            for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
-            uint64_t dropped = ~kept_of_block(keys, block, &counting);
-            for (int64_t j = 0; j < block; ++j, dropped >>= 1)
-                histogram[fixed_magnitude(keys[j], scale) >> 4] += (int64_t)(dropped & 1);
+            if (block == 64)
+                keys_64<is_signed>(x + i, keys);
+            else
+                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
+            for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
+            for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
+            uint64_t kept = kept_of_block(keys, block, &counting);
+            for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
         }
-        lloyd_classes<bits, is_signed>(histogram, class_of_bin);
+        for (int bin = 0; bin < BINS; ++bin) histogram[0][bin] += histogram[1][bin];
+        lloyd_classes<bits, is_signed>(histogram[0], class_of_bin);
+        for (int bin = BINS - 1; bin >= 0; --bin)
+            for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) border[m] = bin;
     }
 
     uint8_t* values = payload + 4 * Classes::sent;
@@ -294,7 +303,14 @@ void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace,
                     keys[j] = key_of<is_signed>(source[j]);
                     block_fixed[j] = fixed_magnitude(keys[j], scale);
                 }
-                for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
+                if (Classes::half <= 3) {
+                    for (int j = 0; j < 64; ++j) {  // vectorised
+                        const int32_t bin = block_fixed[j] >> 4;
+                        block_classes[j] = (bin >= border[1]) + (bin >= border[2]) + (bin >= border[3]);
+                    }
+                } else {
+                    for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
+                }
             }
             for (int j = 0; j < 64; ++j) {  // vectorised
                 if (!lloyd) {

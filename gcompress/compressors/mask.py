@@ -36,7 +36,7 @@ class MaskSparse(Compressor):
         signed: True for gradients: kept by magnitude, levels symmetric about an exact
             zero. False for activations behind a ReLU: kept by value, negative entries are
             coded as zeros.
-        levels: "mean" or "lloyd" (lower error; encoding takes about three times as long).
+        levels: "mean" or "lloyd" (lower error; encoding takes about twice as long).
 
     Ties go to the lowest index. Biased, and a contraction: the error is at most that of
     top-k. Dropped entries decode to zero if the smallest kept one is below 2^-110. A
