@@ -13,6 +13,11 @@
 
 namespace {
 
+const float SMALLEST_NORMAL = 1.17549435e-38f;
+// Below 2^-110 a fixed-point scale of 65535 / magnitude overflows.
+const float SMALLEST_FIXED = 7.70371978e-34f;
+const float LARGEST = 3.40282347e38f;
+
 template <class T>
 inline T load(const void* p) {
     T value;

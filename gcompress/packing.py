@@ -5,6 +5,8 @@ the stream is bit j % 8 of byte j // 8, and the last byte is filled with zeros. 
 kernels (csrc/) produce the same bytes; tests compare them on every compressor.
 """
 
+import functools
+
 import torch
 
 from .errors import PayloadError
@@ -75,6 +77,7 @@ def select_largest(keys, k):
     return int(threshold), kept
 
 
+@functools.lru_cache(maxsize=4096)  # asked for several times for every gradient
 def gap_width(numel, k):
     """The low bits per index that make the gap code (Elias-Fano) of k indices below numel smallest."""
     return min(range((numel - 1).bit_length() + 1), key=lambda width: gap_bytes(numel, k, width))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .compressors import Compressor, from_dict, from_spec
+from .compressors import Compressor, from_spec
 from .compressors.base import check_choice, check_integer
 from .errors import ConfigError
 
@@ -12,7 +12,7 @@ class Policy:
     """One compressor for every tensor that is large enough to be worth it.
 
     Args:
-        compressor: a Compressor, or its spec.
+        compressor: a Compressor, its spec or its dict.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on unless the compressor is unbiased.
     """
@@ -54,7 +54,7 @@ def as_policy(value):
         return value
     if isinstance(value, dict) and "compressor" in value:
         try:
-            return Policy(**{**value, "compressor": from_dict(value["compressor"])})
+            return Policy(**value)
         except TypeError as error:
             raise ConfigError(f"policy: {error}") from None
-    return Policy(from_dict(value) if isinstance(value, dict) else from_spec(value))
+    return Policy(value)

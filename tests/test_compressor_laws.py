@@ -101,6 +101,14 @@ def test_bytes_that_do_not_fit_are_refused(compressor):
             compressor.decompress(wrong, ctx)
 
 
+def test_an_output_that_cannot_be_written_is_refused():
+    compressor = from_spec("topk")
+    payload, _ = compressor.compress(torch.randn(1000))
+    for wrong in (torch.empty(1000).double(), torch.empty(10, 100), torch.empty(2000)[::2]):
+        with pytest.raises(ConfigError, match="out: got"):
+            compressor.decode_into(payload, wrong)
+
+
 @every_compressor
 @pytest.mark.parametrize("backend", native.available_backends())
 def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, backend):

@@ -56,7 +56,8 @@ def test_policies_are_read_from_everything_that_configures_one():
     assert as_policy("topk:sparsity=0.9") == as_policy(TopK(sparsity=0.9)) == as_policy(TopK(sparsity=0.9).to_dict())
     assert policy.compressor_for("w", 9) is None and policy.compressor_for("w", 10) == TopK(sparsity=0.9)
     assert Policy("topk").uses_feedback and not Policy("quantize:rounding=stochastic").uses_feedback
-    for wrong in ({"compressor": {"name": "topk"}, "size": 3}, 3):
+    assert as_policy({"compressor": "topk:sparsity=0.9", "min_numel": 10, "error_feedback": False}) == policy
+    for wrong in ({"compressor": {"name": "topk"}, "size": 3}, {"compressor": 7}, {"bits": 3}, 3):
         with pytest.raises(ConfigError):
             as_policy(wrong)
     with pytest.raises(ConfigError, match="min_numel"):

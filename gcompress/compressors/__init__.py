@@ -25,9 +25,11 @@ def from_dict(configuration):
 
 
 def from_spec(spec):
-    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2" (or a compressor, as it is)."""
+    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself."""
     if isinstance(spec, Compressor):
         return spec
+    if isinstance(spec, dict):
+        return from_dict(spec)
     if not isinstance(spec, str):
         raise ConfigError(f'compressor: got {spec!r}, expected a spec such as "mask:sparsity=0.99,bits=2"')
     name, _, rest = spec.strip().partition(":")

@@ -79,6 +79,11 @@ class Compressor:
 
     def decode_into(self, payload, out, add=False):
         """Decode into, or add to, a contiguous 1-D float32 tensor on the payload's device."""
+        if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous() or out.device != payload.device:
+            raise ConfigError(
+                f"out: got {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected a contiguous 1-D float32 "
+                f"tensor on the payload's device, {payload.device}"
+            )
         expected = self.nbytes(out.numel())
         if payload.dtype != torch.uint8 or payload.dim() != 1 or payload.numel() != expected:
             raise PayloadError(

@@ -9,7 +9,7 @@ import torch
 
 from gcompress.errors import ConfigMismatchError, ExchangeError
 
-# Raised to by every format change: ranks with different releases must not decode each other.
+# Raised by every change of the payloads' format: ranks with different releases must not decode each other.
 FORMAT_VERSION = 1
 POLL_SECONDS = 1e-4
 

@@ -1,0 +1,244 @@
+// MaskSparse: the mask is the index (gcompress/compressors/mask.py).
+#ifndef GCOMPRESS_MASK_H
+#define GCOMPRESS_MASK_H
+
+#include "gcompress.h"
+#include "select.h"
+#include "simd.h"
+
+namespace {
+
+const int64_t CHUNK = 1024;
+
+// A dropped entry's magnitude in 1/65535 of the threshold: every later decision and sum is
+// on these integers, so their order does not matter.
+const int FIXED_ONE = 65535;
+const int BINS = 4096;
+
+struct MaskScale {
+    float threshold, to_fixed;
+    uint32_t limit;  // keys above it carry no magnitude: kept, or not finite
+};
+
+inline MaskScale mask_scale(uint32_t threshold_key) {
+    MaskScale scale = {0.0f, 0.0f, threshold_key};
+    const float threshold = bits_float(threshold_key);
+    if (threshold_key >= INFINITY_KEY) {
+        scale.limit = INFINITY_KEY - 1;
+    } else if (threshold >= SMALLEST_FIXED) {
+        scale.threshold = threshold;
+        scale.to_fixed = (float)FIXED_ONE / threshold;
+    }
+    return scale;
+}
+
+inline int32_t fixed_magnitude(uint32_t key, const MaskScale& scale) {
+    const float magnitude = key > scale.limit ? 0.0f : bits_float(key);
+    return round_even(magnitude * scale.to_fixed);
+}
+
+// The classes of magnitude of dropped entries. Linear: thresholds at the half steps of
+// threshold / classes. Lloyd-Max: a table from the top 12 bits of the fixed magnitude.
+template <int bits, bool is_signed>
+struct MaskClasses {
+    static const int codes = (1 << bits) - 1;                   // codes for dropped entries
+    static const int half = is_signed ? (codes - 1) / 2 : codes - 1;  // the largest class
+    static const int steps = half + 1;
+    static const int centre = is_signed ? half : 0;
+    static const int sent = is_signed ? half : codes;  // levels in the payload
+    static int32_t linear(int32_t fixed) {
+        const int32_t nearest = (fixed * steps + (1 << 15)) >> 16;
+        return nearest < half ? nearest : half;
+    }
+};
+
+// Lloyd-Max on the histogram, in double precision and a fixed order. In the signed form
+// class 0 stays at zero. Writes the class of every bin.
+template <int bits, bool is_signed>
+void lloyd_classes(const int64_t* histogram, uint8_t* class_of_bin) {
+    typedef MaskClasses<bits, is_signed> Classes;
+    int64_t count[BINS + 1], sum[BINS + 1];
+    count[0] = sum[0] = 0;
+    for (int bin = 0; bin < BINS; ++bin) {
+        count[bin + 1] = count[bin] + histogram[bin];
+        sum[bin + 1] = sum[bin] + histogram[bin] * (16 * bin + 8);
+    }
+    double level[256];
+    int edge[257] = {0};  // class m is bins edge[m] .. edge[m + 1] - 1
+    for (int m = 0; m <= Classes::half; ++m) level[m] = (double)m * FIXED_ONE / Classes::steps;
+    edge[Classes::half + 1] = BINS;
+    for (int round = 0; round < 100; ++round) {
+        bool changed = false;
+        for (int m = 1; m <= Classes::half; ++m) {
+            const int border = (int)(((level[m - 1] + level[m]) / 2.0 + 8.0) / 16.0);
+            changed |= border != edge[m];
+            edge[m] = border;
+        }
+        if (!changed) break;
+        for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
+            const int64_t members = count[edge[m + 1]] - count[edge[m]];
+            if (members > 0) level[m] = (double)(sum[edge[m + 1]] - sum[edge[m]]) / (double)members;
+        }
+    }
+    for (int m = 0; m <= Classes::half; ++m)
+        for (int bin = edge[m]; bin < edge[m + 1]; ++bin) class_of_bin[bin] = (uint8_t)m;
+}
+
+template <int bits, bool is_signed, bool lloyd>
+void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity,
+                      uint8_t* payload) {
+    typedef MaskClasses<bits, is_signed> Classes;
+    Selection selection = select_largest<is_signed>(x, n, k, workspace, capacity);
+    const MaskScale scale = mask_scale(selection.threshold);
+
+    uint8_t class_of_bin[BINS] = {0};
+    int32_t border[4] = {0, BINS, BINS, BINS};  // the first bin of classes 1 to 3
+    if (lloyd) {
+        int64_t histogram[2][BINS] = {{0}};  // two, so that equal neighbours do not wait for each other
+        Selection counting = selection;
+        uint32_t keys[64] = {0};
+        int32_t bins[64];
+        for (int64_t i = 0; i < n; i += 64) {
+            const int64_t block = min64(64, n - i);
+            if (block == 64)
+                keys_64<is_signed>(x + i, keys);
+            else
+                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
+            for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
+            for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
+            uint64_t kept = kept_of_block(keys, block, &counting);
+            for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
+        }
+        for (int bin = 0; bin < BINS; ++bin) histogram[0][bin] += histogram[1][bin];
+        lloyd_classes<bits, is_signed>(histogram[0], class_of_bin);
+        for (int bin = BINS - 1; bin >= 0; --bin)
+            for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) border[m] = bin;
+    }
+
+    uint8_t* values = payload + 4 * Classes::sent;
+    uint8_t* packed = values + 4 * k;
+    int64_t sums[256] = {0}, counts[256] = {0};
+    uint32_t keys[64] = {0};
+    int32_t fixed[CHUNK], classes[CHUNK];
+    uint8_t codes[CHUNK];
+    float tail[64] = {0};
+    for (int64_t chunk = 0; chunk < n; chunk += CHUNK) {
+        const int64_t size = min64(CHUNK, n - chunk);
+        for (int64_t i = 0; i < size; i += 64) {
+            const int64_t block = min64(64, size - i);
+            const float* source = x + chunk + i;
+            if (block < 64) {
+                memcpy(tail, source, (size_t)block * sizeof(float));
+                source = tail;
+            }
+            int32_t* block_fixed = fixed + i;
+            int32_t* block_classes = classes + i;
+            uint8_t* block_codes = codes + i;
+            if (lloyd) {
+                for (int j = 0; j < 64; ++j) {  // vectorised
+                    keys[j] = key_of<is_signed>(source[j]);
+                    block_fixed[j] = fixed_magnitude(keys[j], scale);
+                }
+                if (Classes::half <= 3) {
+                    for (int j = 0; j < 64; ++j) {  // vectorised
+                        const int32_t bin = block_fixed[j] >> 4;
+                        block_classes[j] = (bin >= border[1]) + (bin >= border[2]) + (bin >= border[3]);
+                    }
+                } else {
+                    for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
+                }
+            }
+            for (int j = 0; j < 64; ++j) {  // vectorised
+                if (!lloyd) {
+                    keys[j] = key_of<is_signed>(source[j]);
+                    block_fixed[j] = fixed_magnitude(keys[j], scale);
+                    block_classes[j] = Classes::linear(block_fixed[j]);
+                }
+                const int32_t minus = is_signed ? load<int32_t>(source + j) >> 31 : 0;
+                block_codes[j] = (uint8_t)(Classes::centre + ((block_classes[j] ^ minus) - minus));
+            }
+            uint64_t kept = kept_of_block(keys, block, &selection);
+            for (; kept; kept &= kept - 1) {
+                const int j = __builtin_ctzll(kept);
+                store<float>(values, source[j]);
+                values += 4;
+                block_codes[j] = (uint8_t)Classes::codes;
+                block_classes[j] = -1;
+            }
+            if (chunk + i + 128 <= n)
+                pack_64<bits>(block_codes, packed + (chunk + i) / 8 * bits);
+            else
+                pack_tail<bits>(block_codes, block, packed + (chunk + i) / 8 * bits);
+        }
+        // The sums behind the levels: a vectorised scan per class while there are few.
+        if (Classes::sent <= 7) {
+            for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
+                int32_t sum = 0, members = 0;
+                for (int64_t i = 0; i < size; ++i) {
+                    sum += classes[i] == m ? fixed[i] : 0;
+                    members += classes[i] == m;
+                }
+                sums[m] += sum;
+                counts[m] += members;
+            }
+        } else {
+            for (int64_t i = 0; i < size; ++i) {
+                const int m = classes[i] < 0 ? 255 : classes[i];
+                sums[m] += fixed[i];
+                ++counts[m];
+            }
+        }
+    }
+    for (int s = 0; s < Classes::sent; ++s) {
+        const int m = is_signed ? s + 1 : s;
+        float level = 0.0f;
+        if (counts[m] > 0)
+            level = (float)((double)sums[m] / (double)counts[m] * ((double)scale.threshold / (double)FIXED_ONE));
+        store<float>(payload + 4 * s, level);
+    }
+}
+
+template <int bits, bool is_signed, bool add>
+int mask_decode_form(const uint8_t* payload, int64_t n, int64_t k, float* out) {
+    typedef MaskClasses<bits, is_signed> Classes;
+    float table[bits <= 4 ? 16 : 256] = {0};
+    for (int s = 0; s < Classes::sent; ++s) {
+        const float level = load<float>(payload + 4 * s);
+        if (is_signed) {
+            table[Classes::centre + 1 + s] = level;
+            table[Classes::centre - 1 - s] = -level;
+        } else {
+            table[s] = level;
+        }
+    }
+    const uint8_t* values = payload + 4 * Classes::sent;
+    const uint8_t* packed = values + 4 * k;
+    const uint8_t* const values_end = packed;
+    uint8_t codes[64];
+    float tail[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t block = min64(64, n - i);
+        if (i + 128 <= n)
+            unpack_64<bits>(packed + i / 8 * bits, codes);
+        else
+            unpack_tail<bits>(packed + i / 8 * bits, block, codes);
+        uint64_t kept = equal_64(codes, (uint8_t)Classes::codes);
+        float* target = out + i;
+        if (block < 64) {
+            kept &= (1ull << block) - 1;
+            if (add) memcpy(tail, target, (size_t)block * sizeof(float));
+            target = tail;
+        }
+        look_up_64<add>(codes, table, bits > 4, target);
+        if (values + 4 * __builtin_popcountll(kept) > values_end) return GC_BAD_COUNT;
+        for (; kept; kept &= kept - 1, values += 4) {
+            float* entry = target + __builtin_ctzll(kept);
+            *entry = add ? *entry + load<float>(values) : load<float>(values);
+        }
+        if (block < 64) memcpy(out + i, tail, (size_t)block * sizeof(float));
+    }
+    return values == values_end ? GC_OK : GC_BAD_COUNT;
+}
+
+}  // namespace
+#endif
