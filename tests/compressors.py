@@ -33,6 +33,10 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "randomk:sparsity=0.99",
+    "randomk:sparsity=0.4",
+    "randomk:sparsity=0.0",
+    "randomk:sparsity=0.9,unbiased=true",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

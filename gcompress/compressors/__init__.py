@@ -6,9 +6,10 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .mask import MaskSparse
 from .quantize import Quantize
+from .randomk import RandomK
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, TopK)}
+REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, RandomK, TopK)}
 
 
 def from_dict(configuration):
@@ -53,4 +54,14 @@ def _parse_value(text):
     return text
 
 
-__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Quantize", "TopK", "from_dict", "from_spec"]
+__all__ = [
+    "REGISTRY",
+    "Compressor",
+    "Context",
+    "MaskSparse",
+    "Quantize",
+    "RandomK",
+    "TopK",
+    "from_dict",
+    "from_spec",
+]
