@@ -4,7 +4,18 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, Quantize, Threshold, TopK, from_dict, from_spec
+from .compressors import (
+    REGISTRY,
+    Compressor,
+    Context,
+    MaskSparse,
+    Quantize,
+    RandomK,
+    Threshold,
+    TopK,
+    from_dict,
+    from_spec,
+)
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
 from .policy import Policy, as_policy
 
@@ -21,6 +32,7 @@ __all__ = [
     "PayloadError",
     "Policy",
     "Quantize",
+    "RandomK",
     "Threshold",
     "TopK",
     "as_policy",

@@ -1,18 +1,19 @@
-"""The mean (or sum) over ranks of compressed gradients, for any engine.
+"""The mean (or sum) over ranks of compressed gradients, for any engine (see schedule.py).
 
-An engine brings two things: `allgather(name, payload)`, which starts a named all-gather of
-equal-sized uint8 tensors and returns a function that waits for the ranks' payloads in rank
-order, one after the other, in one tensor; and the ranks' number and this rank's own.
+all-gather: every rank receives every other's payload, and decodes and adds them all.
+summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 """
 
 import zlib
 
 import torch
 
+from .compressors import Context
 from .errors import ConfigError, PayloadError
 from .feedback import ErrorFeedback
 from .policy import as_policy
 from .report import Report
+from .schedule import Schedule
 
 
 class GradientExchange:
@@ -21,7 +22,7 @@ class GradientExchange:
     Args:
         policy: what `gcompress.as_policy` takes, or None when nothing is compressed and
             the exchange only counts.
-        engine: see the module; may be None when policy is.
+        engine: see schedule.py; may be None when policy is.
     """
 
     def __init__(self, policy, engine=None):
@@ -29,35 +30,73 @@ class GradientExchange:
         self.engine = engine
         self.report = Report()
         self._feedback = ErrorFeedback() if self.policy and self.policy.uses_feedback else None
+        self._memories = {}  # what summable compressors remember, by parameter
+        self._schedule = Schedule()
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
         return self.policy.compressor_for(name, numel) if self.policy else None
 
     def start(self, name, gradient, *, average=True):
-        """Encode a gradient and start its all-gather.
+        """Encode a gradient and start its exchange; move those under way.
 
         Returns a function that waits and returns the mean (or sum) over ranks of what each
-        rank encoded, with the gradient's shape and type: added in float32 in rank order, so
-        it has the same bits on every rank.
+        rank encoded, with the gradient's shape and type and the same bits on every rank.
         """
         compressor = self.compressor_for(name, gradient.numel())
-        world_size = self.engine.world_size()
-        seed = zlib.crc32(f"{name}/{self.report.steps}/{self.engine.rank()}".encode())
-        if self._feedback:
-            payload, ctx = self._feedback.compress(name, gradient, compressor, seed=seed)
-        else:
-            payload, ctx = compressor.compress(gradient, seed=seed)
-        self.report.add_all_gather(gradient.numel(), payload.numel(), world_size)
-        wait = self.engine.allgather(name, payload)
+        summed = self.policy.exchange != "allgather" and compressor.summable
+        steps = (self._summed if summed else self._all_gather)(name, gradient, compressor)
+        task = self._schedule.start(self.engine, name, steps)
+        self._schedule.advance(self.engine)
+        ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():
-            total = decode_sum(compressor, wait(), ctx.shape.numel(), world_size, name)
+            total = self._schedule.wait(self.engine, task)
             if average:
-                total.mul_(1.0 / world_size)
+                total.mul_(1.0 / self.engine.world_size())
             return total.to(ctx.dtype).view(ctx.shape)
 
         return finish
+
+    def _seed(self, *what):
+        """32 bits that differ from step to step, and for what differs."""
+        return zlib.crc32("/".join(map(str, (*what, self.report.steps))).encode())
+
+    def _corrected(self, name, gradient):
+        if self._feedback:
+            return self._feedback.corrected(name, gradient)
+        return gradient.detach().reshape(-1).to(torch.float32).contiguous()
+
+    def _all_gather(self, name, gradient, compressor):
+        world_size, numel = self.engine.world_size(), gradient.numel()
+        coder = self._feedback.compress if self._feedback else _forget
+        payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self.engine.rank()))
+        self.report.add_all_gather(numel, payload.numel(), world_size)
+        gathered = yield "allgather", payload, [payload.numel()] * world_size
+        return decode_sum(compressor, gathered, numel, world_size, name)
+
+    def _summed(self, name, gradient, compressor):
+        world_size = self.engine.world_size()
+        corrected = self._corrected(name, gradient)
+        memory = self._memories.setdefault(name, {})
+        before = dict(memory)
+        rounds = compressor.sum_rounds(
+            corrected, shape=gradient.shape, seed=self._seed(name), world_size=world_size, memory=memory
+        )
+        self.report.add_all_reduce(gradient.numel(), compressor.summed_nbytes(gradient.shape, world_size), world_size)
+        result = None
+        while True:
+            try:
+                tensor, op = rounds.send(result)
+            except StopIteration as stop:
+                total, own = stop.value
+                break
+            result = yield "allreduce", tensor, op
+        if self._feedback:
+            self._feedback.keep(name, corrected, own)
+        if not bool(torch.isfinite(total).all()):
+            self._memories[name] = before
+        return total
 
     def end_step(self):
         """To be called once after all gradients of a step."""
@@ -69,16 +108,23 @@ class GradientExchange:
             "policy": self.policy.to_dict() if self.policy else None,
             "report": self.report.as_dict(),
             "feedback": self._feedback.state_dict() if self._feedback else {},
+            "memories": {name: dict(memory) for name, memory in self._memories.items()},
         }
 
     def load_state_dict(self, state):
         """Go on from `state_dict()`; ConfigError if it was another policy's."""
         policy = self.policy.to_dict() if self.policy else None
-        if state["policy"] != policy:
+        if (as_policy(state["policy"]).to_dict() if state["policy"] else None) != policy:
             raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
         self.report.load(state["report"])
         if self._feedback:
             self._feedback.load_state_dict(state["feedback"])
+        self._memories = {name: dict(memory) for name, memory in state.get("memories", {}).items()}
+
+
+def _forget(name, gradient, compressor, *, seed):
+    """Like ErrorFeedback.compress, without memory."""
+    return compressor.compress(gradient, seed=seed)
 
 
 def decode_sum(compressor, gathered, numel, world_size, name):

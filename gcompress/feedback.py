@@ -33,21 +33,28 @@ class ErrorFeedback:
         Returns:
             (payload, ctx) as `Compressor.compress` does.
         """
-        values = gradient.detach().reshape(-1).to(torch.float32)
-        residual = self._residuals.get(name)
-        if residual is None:
-            corrected = values.clone()
-        elif residual.numel() == values.numel():
-            corrected = values + residual
-        else:
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
+        corrected = self.corrected(name, gradient)
         payload, _ = compressor.compress(corrected, seed=seed)
         decoded = torch.empty_like(corrected)
         compressor.decode_into(payload, decoded)
-        corrected.sub_(decoded)
+        self.keep(name, corrected, decoded)
+        return payload, Context(gradient.shape, gradient.dtype)
+
+    def corrected(self, name, gradient):
+        """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
+        values = gradient.detach().reshape(-1).to(torch.float32)
+        residual = self._residuals.get(name)
+        if residual is None:
+            return values.clone()
+        if residual.numel() != values.numel():
+            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
+        return values + residual
+
+    def keep(self, name, corrected, sent):
+        """Remember corrected - sent, in place of corrected, unless it is not finite."""
+        corrected.sub_(sent)
         if bool(torch.isfinite(torch.linalg.vector_norm(corrected, float("inf")))):
             self._residuals[name] = corrected
-        return payload, Context(gradient.shape, gradient.dtype)
 
     def residual(self, name):
         """The residual of `name` (1-D float32, not a copy), or None before its first step."""

@@ -43,6 +43,14 @@ def unpack_bits(packed, count, bits):
     return (stream.to(work) << weights).sum(1, dtype=work)
 
 
+def hashed(index, seed):
+    """A 32-bit hash of every int64 index below 2^32, as int64: the random numbers of all compressors."""
+    word = (index * 0x9E3779B9 + seed) & 0xFFFFFFFF
+    word = ((word ^ word >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ word >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return word ^ word >> 16
+
+
 def float_to_bytes(values):
     """float32 to its little-endian bytes."""
     return values.contiguous().view(torch.uint8)

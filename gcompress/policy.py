@@ -1,10 +1,12 @@
-"""Which compressor for which tensor."""
+"""Which compressor for which tensor, and by which exchange."""
 
 import dataclasses
 
 from .compressors import Compressor, from_spec
 from .compressors.base import check_choice, check_integer
 from .errors import ConfigError
+
+EXCHANGES = ("auto", "allgather", "summed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,16 +17,22 @@ class Policy:
         compressor: a Compressor, its spec or its dict.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on unless the compressor is unbiased.
+        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "summed" (for
+            `summable` compressors) or "auto".
     """
 
     compressor: Compressor
     min_numel: int = 1024
     error_feedback: bool | None = None
+    exchange: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", from_spec(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False))
+        check_choice("exchange", self.exchange, EXCHANGES)
+        if self.exchange == "summed" and not self.compressor.summable:
+            raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {self.compressor} do not add")
 
     def compressor_for(self, name, numel):
         """The compressor for the gradient of parameter `name`, or None to send it as it is."""
@@ -41,6 +49,7 @@ class Policy:
             "compressor": self.compressor.to_dict(),
             "min_numel": self.min_numel,
             "error_feedback": self.error_feedback,
+            "exchange": self.exchange,
         }
 
     def __str__(self):

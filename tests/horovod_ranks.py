@@ -8,13 +8,14 @@ as plain float32 by Horovod itself.
 import json
 import sys
 import traceback
+import zlib
 
 import horovod.torch as hvd
 import torch
 
 import gcompress
 import gcompress.plugins.horovod as gcompress_hvd
-from gcompress import MaskSparse, Policy, Quantize, TopK
+from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
 
 SCENARIOS = {}
 
@@ -106,6 +107,39 @@ def topk_and_quantize():
     check_steps(TopK(sparsity=0.9))
     check_steps("quantize:bits=3,bucket=64")
     check_steps(Policy(Quantize(bits=4), min_numel=0, error_feedback=False))
+
+
+@scenario
+def summed_by_horovods_own_all_reduce():
+    """RandomK: the same entries on all ranks; what was dropped comes later, and a NaN is seen by all."""
+    model, compressor = make_model(), RandomK(sparsity=0.75)
+    optimizer = make_optimizer(model, compressor)
+    exchange = gcompress_hvd.exchange(optimizer)
+    residual = {rank: torch.zeros(2400) for rank in range(hvd.size())}
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        seed = zlib.crc32(f"0.weight/{step}".encode())
+        expected = torch.zeros(2400)
+        for rank in residual:
+            corrected = local_gradients(step, rank)["0.weight"].view(-1) + residual[rank]
+            own = compressor.decompress(*compressor.compress(corrected, seed=seed))
+            residual[rank] = corrected - own
+            expected += own / hvd.size()
+        torch.testing.assert_close(model[0].weight.grad.view(-1), expected)
+        assert torch.equal(exchange.state_dict()["feedback"]["0.weight"], residual[hvd.rank()])
+        assert same_on_all_ranks(model[0].weight.grad)
+    assert exchange.report.last_step_bytes == 4 * (600 + 750 + 60)
+    optimizer.zero_grad()
+    (model(torch.randn(8, 40)).square().mean() * (float("nan") if hvd.rank() == 1 else 1.0)).backward()
+    optimizer.synchronize()
+    assert not any(model[i].weight.grad.isfinite().all() for i in (0, 2))
+
+
+def same_on_all_ranks(tensor):
+    rows = hvd.allgather(tensor.reshape(1, -1).view(torch.int32), name="same")
+    return bool((rows == rows[0]).all())
 
 
 @scenario

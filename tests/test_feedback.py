@@ -65,7 +65,9 @@ def test_policies_are_read_from_everything_that_configures_one():
 
 
 class OneRank:
-    """An engine of a single rank: its all-gather is the identity."""
+    """An engine of a single rank: all that is exchanged comes back."""
+
+    in_order = False
 
     def world_size(self):
         return 1
@@ -73,8 +75,19 @@ class OneRank:
     def rank(self):
         return 0
 
-    def allgather(self, name, payload):
-        return lambda: payload
+    def allgather(self, name, lane, payload, sizes):
+        return Arrived(payload)
+
+
+class Arrived:
+    def __init__(self, payload):
+        self.payload = payload
+
+    def ready(self):
+        return True
+
+    def wait(self):
+        return self.payload
 
 
 def test_an_exchange_counts_what_it_hands_over_and_continues_its_count():

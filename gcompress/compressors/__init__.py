@@ -6,10 +6,11 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .mask import MaskSparse
 from .quantize import Quantize
+from .randomk import RandomK
 from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, Threshold, TopK)}
+REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, RandomK, Threshold, TopK)}
 
 
 def from_dict(configuration):
@@ -83,6 +84,7 @@ __all__ = [
     "Context",
     "MaskSparse",
     "Quantize",
+    "RandomK",
     "Threshold",
     "TopK",
     "from_dict",

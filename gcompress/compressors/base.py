@@ -28,8 +28,9 @@ class Compressor:
     floating-point types are converted on the way in and out.
 
     Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
-    is the input), `summable` (payloads add up without decoding), `fixed_size` (`nbytes` is
-    exact, not a bound), `sparse` (what decodes to zero was not sent).
+    is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
+    and `summed_nbytes` as well), `fixed_size` (`nbytes` is exact, not a bound), `sparse`
+    (what decodes to zero was not sent).
 
     A payload of variable size tells its own by how it begins: `payload_nbytes` reads it.
     """
@@ -118,6 +119,33 @@ class Compressor:
             out.add_(values) if add else out.copy_(values)
         elif self._decode_native(kernels, payload.contiguous(), out, add):
             raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
+
+    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+        """The sum over ranks by an all-reduce of payloads that add up; for `summable` compressors.
+
+        A generator: it yields (tensor, "sum" or "max") for each all-reduce and is sent the
+        result, a new tensor. Ranks yield tensors of the same sizes and types, so every
+        decision about them must depend on what all ranks share.
+
+        Args:
+            values: this rank's gradient (plus residual), contiguous 1-D float32; to be left alone.
+            shape: the gradient's torch.Size.
+            seed: 32 bits, the same on all ranks, another one each step.
+            world_size: the number of ranks.
+            memory: a dict of this parameter's own, empty at first, that lives between steps and is
+                saved with the residuals. Replace its tensors, do not change them in place: after a
+                step whose sum is not finite the earlier ones are put back.
+
+        Returns:
+            (total, own): the decoded sum over ranks, the same on each, and what of it this rank
+            contributed, so that values - own is what it still owes; new 1-D float32 tensors.
+            If any rank's values are not finite, so is some entry of the total, on every rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.sum_rounds")
+
+    def summed_nbytes(self, shape, world_size):
+        """The bytes of all tensors that `sum_rounds` yields for a gradient of this torch.Size."""
+        raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
 
     def _encode_reference(self, values, seed):
         raise NotImplementedError(f"{type(self).__name__}._encode_reference")

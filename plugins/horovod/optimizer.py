@@ -1,6 +1,5 @@
 """What `hvd.DistributedOptimizer` does differently once the plugin is active."""
 
-import functools
 import itertools
 import weakref
 
@@ -43,7 +42,9 @@ def exchange(optimizer):
 
 
 class HorovodEngine:
-    """Named all-gathers of bytes among the ranks of a process set."""
+    """Named collective operations among the ranks of a process set (see gcompress/schedule.py)."""
+
+    in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 
     def __init__(self, process_set):
         self.process_set = process_set
@@ -54,21 +55,34 @@ class HorovodEngine:
     def rank(self):
         return self.process_set.rank()
 
-    def allgather(self, name, payload):
-        handle = hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set)
-        return functools.partial(_wait, handle, name)
+    def allgather(self, name, lane, payload, sizes):
+        return Handle(name, hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set))
+
+    def allreduce(self, name, lane, tensor, op):
+        operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
+        started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
+        return Handle(name, started)
 
 
-def _wait(handle, name):
-    try:
-        return patient_synchronize(handle)
-    except HorovodInternalError as error:
-        if "Mismatched" not in str(error):
-            raise
-        raise MismatchedExchangeError(
-            f"gradient {name!r}: {error} Did another rank call hvd.join() while this one still trains? "
-            "Compressed gradients need the same number of steps on every rank."
-        ) from error
+class Handle:
+    """An operation of Horovod's under way."""
+
+    def __init__(self, name, handle):
+        self._name, self._handle = name, handle
+
+    def ready(self):
+        return hvd.poll(self._handle)
+
+    def wait(self):
+        try:
+            return patient_synchronize(self._handle)
+        except HorovodInternalError as error:
+            if "Mismatched" not in str(error):
+                raise
+            raise MismatchedExchangeError(
+                f"gradient {self._name!r}: {error} Did another rank call hvd.join() while this one still trains? "
+                "Compressed gradients need the same number of steps on every rank."
+            ) from error
 
 
 class CountedCompression:
@@ -158,7 +172,9 @@ def agree(self):
         return
     policy = self._gcompress.policy
     own = policy.to_dict() if policy else _name_of(self._compression.inner)
-    check_configurations({"compression": own, "op": int(self.op)}, configuration_name(self), self.process_set)
+    # The step, because seeds that ranks share are made from it.
+    configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.report.steps}
+    check_configurations(configuration, configuration_name(self), self.process_set)
     self._gcompress_agreed = mpi_ops._handle_map
     _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
     for p in self._requires_update:
