@@ -17,7 +17,7 @@ from .compressors import (
     from_spec,
 )
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
-from .policy import Policy, as_policy
+from .policy import Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,9 +33,11 @@ __all__ = [
     "Policy",
     "Quantize",
     "RandomK",
+    "Rule",
     "Threshold",
     "TopK",
     "as_policy",
     "from_dict",
     "from_spec",
+    "parameter_groups",
 ]

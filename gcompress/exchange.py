@@ -8,9 +8,11 @@ import zlib
 
 import torch
 
+from . import packing
 from .compressors import Context
+from .compressors.base import u32_bytes
 from .errors import ConfigError, PayloadError
-from .feedback import ErrorFeedback
+from .feedback import new_memory
 from .policy import as_policy
 from .report import Report
 from .schedule import Schedule
@@ -29,13 +31,13 @@ class GradientExchange:
         self.policy = None if policy is None else as_policy(policy)
         self.engine = engine
         self.report = Report()
-        self._feedback = ErrorFeedback() if self.policy and self.policy.uses_feedback else None
+        self._feedback = new_memory(self.policy) if self.policy else None
         self._memories = {}  # what summable compressors remember, by parameter
         self._schedule = Schedule()
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
-        return self.policy.compressor_for(name, numel) if self.policy else None
+        return self.policy.compressor_for(name, numel, step=self.report.steps) if self.policy else None
 
     def start(self, name, gradient, *, average=True):
         """Encode a gradient and start its exchange; move those under way.
@@ -62,22 +64,32 @@ class GradientExchange:
         """32 bits that differ from step to step, and for what differs."""
         return zlib.crc32("/".join(map(str, (*what, self.report.steps))).encode())
 
-    def _corrected(self, name, gradient):
-        if self._feedback:
-            return self._feedback.corrected(name, gradient)
-        return gradient.detach().reshape(-1).to(torch.float32).contiguous()
+    def _memory_for(self, compressor):
+        return self._feedback if self.policy.feedback_for(compressor) else None
 
     def _all_gather(self, name, gradient, compressor):
         world_size, numel = self.engine.world_size(), gradient.numel()
-        coder = self._feedback.compress if self._feedback else _forget
+        feedback = self._memory_for(compressor)
+        coder = feedback.compress if feedback else _forget
         payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self.engine.rank()))
+        sizes = [payload.numel()] * world_size
+        if not compressor.fixed_size:
+            lengths = yield "allgather", u32_bytes(payload.numel(), payload.device), [4] * world_size
+            sizes = packing.unpack_bits(lengths, world_size, 32).tolist()
+            if max(sizes) > compressor.nbytes(numel):
+                raise PayloadError(_unfit(compressor, max(sizes), numel, 1, name))
+            self.report.add_all_gather(0, 4, world_size)
         self.report.add_all_gather(numel, payload.numel(), world_size)
-        gathered = yield "allgather", payload, [payload.numel()] * world_size
+        gathered = yield "allgather", payload, sizes
         return decode_sum(compressor, gathered, numel, world_size, name)
 
     def _summed(self, name, gradient, compressor):
         world_size = self.engine.world_size()
-        corrected = self._corrected(name, gradient)
+        feedback = self._memory_for(compressor)
+        if feedback:
+            corrected = feedback.corrected(name, gradient)
+        else:
+            corrected = gradient.detach().reshape(-1).to(torch.float32).contiguous()
         memory = self._memories.setdefault(name, {})
         before = dict(memory)
         rounds = compressor.sum_rounds(
@@ -92,8 +104,8 @@ class GradientExchange:
                 total, own = stop.value
                 break
             result = yield "allreduce", tensor, op
-        if self._feedback:
-            self._feedback.keep(name, corrected, own)
+        if feedback:
+            feedback.keep(name, corrected, own, sparse=compressor.sparse)
         if not bool(torch.isfinite(total).all()):
             self._memories[name] = before
         return total
@@ -128,17 +140,26 @@ def _forget(name, gradient, compressor, *, seed):
 
 
 def decode_sum(compressor, gathered, numel, world_size, name):
-    """The float32 sum, in rank order, of world_size equal-sized payloads that lie one after the other."""
-    size = compressor.nbytes(numel)
-    if gathered.numel() != world_size * size:
-        raise PayloadError(
-            f"gradient {name!r}: got {gathered.numel()} bytes from {world_size} ranks, expected {world_size} x {size} "
-            f"for {numel} entries of {compressor}: do all ranks have the same model?"
-        )
+    """The float32 sum, in rank order, of world_size payloads that lie one after the other."""
+    if compressor.fixed_size and gathered.numel() != world_size * compressor.nbytes(numel):
+        raise PayloadError(_unfit(compressor, gathered.numel(), numel, world_size, name))
     total = torch.empty(numel, dtype=torch.float32, device=gathered.device)
+    start = 0
     for rank in range(world_size):
         try:
-            compressor.decode_into(gathered[rank * size : (rank + 1) * size], total, add=rank > 0)
+            size = compressor.payload_nbytes(gathered[start:], numel)
+            compressor.decode_into(gathered[start : start + size], total, add=rank > 0)
         except PayloadError as error:
             raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None
+        start += size
+    if start != gathered.numel():
+        raise PayloadError(_unfit(compressor, gathered.numel(), numel, world_size, name))
     return total
+
+
+def _unfit(compressor, size, numel, world_size, name):
+    most = "" if compressor.fixed_size else "at most "
+    return (
+        f"gradient {name!r}: got {size} bytes from {world_size} ranks, expected {most}{world_size} x "
+        f"{compressor.nbytes(numel)} for {numel} entries of {compressor}: do all ranks have the same model?"
+    )

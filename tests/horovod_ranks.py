@@ -53,13 +53,13 @@ def local_gradients(step, rank, batches=1):
 def expected_means(policy, steps, scale, batches=1, ranks=None):
     """Simulate all ranks in this process: the mean of what each encodes, with its own error feedback."""
     ranks = range(hvd.size()) if ranks is None else ranks
-    memories = {rank: gcompress.feedback.ErrorFeedback() for rank in ranks}
+    memories = {rank: gcompress.feedback.new_memory(policy) for rank in ranks}
     for step in range(steps):
         total = {}
         for rank in ranks:
             for name, gradient in local_gradients(step, rank, batches).items():
-                compressor = policy.compressor_for(name, gradient.numel())
-                if compressor and policy.uses_feedback:
+                compressor = policy.compressor_for(name, gradient.numel(), step=step)
+                if compressor and policy.feedback_for(compressor):
                     gradient = compressor.decompress(*memories[rank].compress(name, gradient, compressor))
                 elif compressor:
                     gradient = compressor.decompress(*compressor.compress(gradient))
@@ -140,6 +140,26 @@ def summed_by_horovods_own_all_reduce():
 def same_on_all_ranks(tensor):
     rows = hvd.allgather(tensor.reshape(1, -1).view(torch.int32), name="same")
     return bool((rows == rows[0]).all())
+
+
+@scenario
+def payloads_of_unequal_sizes():
+    optimizer = check_steps("threshold:threshold=0.002")
+    sizes = hvd.allgather(torch.tensor([gcompress_hvd.exchange(optimizer).report.sent_bytes]), name="sizes")
+    assert len(set(sizes.tolist())) > 1, sizes
+
+
+@scenario
+def momentum_correction_and_warm_up():
+    check_steps(Policy(TopK(sparsity=0.95), momentum=0.9, warmup_steps=2, clip=0.01))
+    check_steps(Policy("quantize:bits=4", rules=[gcompress.Rule("topk:sparsity=0.9", name="0.*")]))
+    model = make_model()
+    base = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    expect_error(
+        gcompress.ConfigError,
+        "parameter_groups",
+        lambda: hvd.DistributedOptimizer(base, model.named_parameters(), compression=Policy("topk", momentum=0.9)),
+    )
 
 
 @scenario

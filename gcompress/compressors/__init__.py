@@ -47,7 +47,7 @@ def from_spec(spec):
             key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key or key in arguments:
             raise ConfigError(f"compressor {spec!r}: got {item!r}, expected argument=value, each once")
-        arguments[key] = value[1:-1] if value[:1] + value[-1:] == "()" else _parse_value(value)
+        arguments[key] = value[1:-1] if value[:1] + value[-1:] == "()" else parse_value(value)
     return from_dict(arguments)
 
 
@@ -67,7 +67,8 @@ def split_outside_parentheses(text, spec):
     return [item.strip() for item in items if item.strip()]
 
 
-def _parse_value(text):
+def parse_value(text):
+    """The bool, int, float or else str that an argument's text means."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -89,4 +90,5 @@ __all__ = [
     "TopK",
     "from_dict",
     "from_spec",
+    "parse_value",
 ]
