@@ -6,8 +6,10 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 
 from .compressors import (
     REGISTRY,
+    Chain,
     Compressor,
     Context,
+    Hybrid,
     MaskSparse,
     Quantize,
     RandomK,
@@ -22,12 +24,14 @@ from .policy import Policy, Rule, as_policy, parameter_groups
 __version__ = "0.1.0"
 __all__ = [
     "REGISTRY",
+    "Chain",
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
     "Context",
     "ExchangeError",
     "GcompressError",
+    "Hybrid",
     "MaskSparse",
     "PayloadError",
     "Policy",

@@ -110,6 +110,10 @@ class GradientExchange:
             self._memories[name] = before
         return total
 
+    def advance(self):
+        """Move the exchanges under way as far as they go without waiting; returns whether any moved."""
+        return self._schedule.advance(self.engine)
+
     def end_step(self):
         """To be called once after all gradients of a step."""
         self.report.end_step()

@@ -40,6 +40,13 @@ SPECS = [
     "threshold:threshold=2.0",
     "threshold:threshold=1e-05",
     "threshold:threshold=0.3,relative=true",
+    "chain:(topk:sparsity=0.99),(quantize:bits=4)",
+    "chain:(mask:sparsity=0.9,bits=2),(quantize:bits=8,bucket=0)",
+    "chain:(quantize:bits=4,bucket=64),(quantize:bits=8)",
+    "chain:(randomk:sparsity=0.9,unbiased=true),(quantize:bits=2,rounding=stochastic)",
+    "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+    "hybrid:(threshold:threshold=3.0),(quantize:bits=1)",
+    "hybrid:(topk:sparsity=0.99),(chain:(topk:sparsity=0.5),(quantize:bits=3,rounding=stochastic))",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

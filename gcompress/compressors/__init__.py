@@ -4,13 +4,14 @@ import dataclasses
 
 from ..errors import ConfigError
 from .base import Compressor, Context
+from .combine import Chain, Hybrid
 from .mask import MaskSparse
 from .quantize import Quantize
 from .randomk import RandomK
 from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, RandomK, Threshold, TopK)}
+REGISTRY = {cls.name: cls for cls in (Chain, Hybrid, MaskSparse, Quantize, RandomK, Threshold, TopK)}
 
 
 def from_dict(configuration):
@@ -23,9 +24,6 @@ def from_dict(configuration):
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise ConfigError(f"{name}: got the argument {unknown[0]!r}, expected some of {', '.join(known)}")
-    for part in REGISTRY[name].parts:
-        if part in arguments:
-            arguments[part] = from_spec(arguments[part])
     return REGISTRY[name](**arguments)
 
 
@@ -81,8 +79,10 @@ def parse_value(text):
 
 __all__ = [
     "REGISTRY",
+    "Chain",
     "Compressor",
     "Context",
+    "Hybrid",
     "MaskSparse",
     "Quantize",
     "RandomK",

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_choice, check_integer
+from .base import Compressor, Section, check_choice, check_integer, code_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Quantize(Compressor):
             return 0
         buckets = -(-numel // self._bucket(numel))
         return buckets * (4 if self.bits == 1 else 5) + packing.packed_bytes(numel, self.bits)
+
+    def sections(self, numel):
+        buckets = -(-numel // self._bucket(numel))
+        zeros = [] if self.bits == 1 else [Section(buckets)]
+        return [Section(4 * buckets, 4, floats=True), *zeros, code_section(numel, self.bits)]
 
     def _bucket(self, numel):
         return self.bucket or -(-numel // 8) * 8
