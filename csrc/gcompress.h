@@ -41,6 +41,11 @@ typedef struct {
     uint32_t (*largest_key)(const float* x, int64_t n);
     int64_t (*count_keys)(const float* x, int64_t n, uint32_t key);
     void (*keys_encode)(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload);
+    // `sections`: pairs of bytes and stride; `workspace`: the bytes' number and 64. Returns the payload's bytes.
+    int64_t (*entropy_encode)(const uint8_t* bytes, const int64_t* sections, int64_t section_count,
+                              uint8_t* workspace, uint8_t* payload);
+    int (*entropy_decode)(const uint8_t* payload, int64_t size, const int64_t* sections, int64_t section_count,
+                          uint8_t* bytes);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

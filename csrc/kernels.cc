@@ -1,6 +1,7 @@
 // The table of kernels, compiled once per instruction set (GC_ISA); see simd.h for what that
 // forbids. The arithmetic that decides bytes is single-precision add, multiply and divide in a
 // fixed order, or integer: -ffp-contract=off keeps it so.
+#include "entropy.h"
 #include "gcompress.h"
 #include "mask.h"
 #include "quantize.h"
@@ -74,5 +75,6 @@ extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
                                                   randomk_encode,  randomk_decode,
-                                                  largest_key,     count_keys,      keys_encode};
+                                                  largest_key,     count_keys,      keys_encode,
+                                                  entropy_encode,  entropy_decode};
 }

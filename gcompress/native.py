@@ -38,6 +38,8 @@ class Kernels(ctypes.Structure):
             ("largest_key", ctypes.c_uint32, (_POINTER, _SIZE)),
             ("count_keys", _SIZE, (_POINTER, _SIZE, ctypes.c_uint32)),
             ("keys_encode", None, (_POINTER, _SIZE, _SIZE, ctypes.c_uint32, _INT, _INT, _POINTER)),
+            ("entropy_encode", _SIZE, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
+            ("entropy_decode", _INT, (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER)),
         )
     ]
 

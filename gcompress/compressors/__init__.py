@@ -5,13 +5,14 @@ import dataclasses
 from ..errors import ConfigError
 from .base import Compressor, Context
 from .combine import Chain, Hybrid
+from .entropy import Entropy
 from .mask import MaskSparse
 from .quantize import Quantize
 from .randomk import RandomK
 from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (Chain, Hybrid, MaskSparse, Quantize, RandomK, Threshold, TopK)}
+REGISTRY = {cls.name: cls for cls in (Chain, Entropy, Hybrid, MaskSparse, Quantize, RandomK, Threshold, TopK)}
 
 
 def from_dict(configuration):
@@ -82,6 +83,7 @@ __all__ = [
     "Chain",
     "Compressor",
     "Context",
+    "Entropy",
     "Hybrid",
     "MaskSparse",
     "Quantize",
