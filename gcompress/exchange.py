@@ -1,19 +1,29 @@
 """The mean (or sum) over ranks of compressed gradients, for any engine (see schedule.py).
 
-all-gather: every rank receives every other's payload, and decodes and adds them all.
+allgather: every rank receives every other's payload, and decodes and adds them all. One
+    round, one encoding; a rank sends N - 1 payloads.
+twophase: every parameter is cut into pieces, each owned by a rank, as if the ranks were each
+    other's parameter servers. All-to-all: every rank sends its encoded pieces to their owners,
+    which decode and add them in float32 and encode the mean again, with an error feedback of
+    their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
+    Parameters travel in buckets, each on its way as soon as its last gradient is there.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 """
 
+import logging
 import zlib
 
 import torch
 
 from .compressors import Context
-from .errors import ConfigError, PayloadError
+from .errors import ConfigError, ExchangeError, PayloadError
 from .feedback import ErrorFeedback
+from .plan import Plan
 from .policy import as_policy
 from .report import Report
 from .schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 
 class GradientExchange:
@@ -29,61 +39,131 @@ class GradientExchange:
         self.policy = None if policy is None else as_policy(policy)
         self.engine = engine
         self.report = Report()
-        self._feedback = ErrorFeedback() if self.policy and self.policy.uses_feedback else None
-        self._memories = {}  # what summable compressors remember, by parameter
+        self.plan = None
         self._schedule = Schedule()
+        self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
+        self._tasks = {}  # bucket number: its task of this step
+        uses_feedback = self.policy is not None and self.policy.uses_feedback
+        self._feedback = ErrorFeedback() if uses_feedback else None
+        self._owner_feedback = ErrorFeedback() if uses_feedback else None  # by parameter and first entry
+        self._memories = {}  # what summable compressors remember, by parameter
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
         return self.policy.compressor_for(name, numel) if self.policy else None
 
+    def prepare(self, shapes):
+        """Plan the exchange of {name: shape}, in the model's order, for the engine's number of ranks.
+
+        Logs the plan on rank 0. `start` plans a parameter that is not in it by itself.
+        """
+        self.plan = Plan(self.policy, shapes, self.engine.world_size())
+        if self._owner_feedback:
+            self._owner_feedback.retain(self._owned_pieces())
+        if self.engine.rank() == 0:
+            log.info("gradients travel by\n%s", self.plan)
+
+    def _owned_pieces(self):
+        """{key in the owner's feedback: entries} of the pieces that are this rank's."""
+        rank = self.engine.rank()
+        return {
+            _key(name, piece): piece.numel
+            for name, entry in self.plan.entries.items()
+            for piece in entry.pieces
+            if piece.owner == rank
+        }
+
+    def _entry(self, name, gradient):
+        """The parameter's entry in a plan for as many ranks as there are now."""
+        entries, shape = self.plan.entries if self.plan else {}, gradient.shape
+        changed = name not in entries or entries[name].shape != shape
+        if changed or self.plan.world_size != self.engine.world_size():
+            self.prepare({**{other: entry.shape for other, entry in entries.items()}, name: shape})
+        return self.plan.entries[name]
+
     def start(self, name, gradient, *, average=True):
         """Encode a gradient and start its exchange; move those under way.
 
+        With two-phase, the exchange of a bucket starts when all its gradients are there.
+
         Returns a function that waits and returns the mean (or sum) over ranks of what each
-        rank encoded, with the gradient's shape and type and the same bits on every rank.
+        rank encoded, with the gradient's shape and type and the same bits on every rank. It
+        must not be called before all gradients of the step were started.
         """
-        compressor = self.compressor_for(name, gradient.numel())
-        summed = self.policy.exchange != "allgather" and compressor.summable
-        steps = (self._summed if summed else self._all_gather)(name, gradient, compressor)
-        task = self._schedule.start(self.engine, name, steps)
+        entry, ctx = self._entry(name, gradient), Context(gradient.shape, gradient.dtype)
+        if entry.exchange == "twophase":
+            number = entry.bucket
+            waiting = self._waiting.setdefault(number, {})
+            waiting[name] = self._encoded_pieces(name, gradient, entry)
+            members = self.plan.buckets[number]
+            if len(waiting) == len(members):
+                encoded = {member: waiting[member] for member in members}
+                del self._waiting[number]
+                steps = self._two_phase(encoded, average)
+                self._tasks[number] = self._schedule.start(self.engine, self.first_name(name), steps)
+            task = None
+        elif entry.exchange == "summed":
+            task = self._schedule.start(self.engine, name, self._summed(name, gradient, entry, average))
+        else:
+            task = self._schedule.start(self.engine, name, self._all_gather({name: gradient}, average))
         self._schedule.advance(self.engine)
-        ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():
-            total = self._schedule.wait(self.engine, task)
-            if average:
-                total.mul_(1.0 / self.engine.world_size())
-            return total.to(ctx.dtype).view(ctx.shape)
+            started = task or self._tasks.get(entry.bucket)
+            if started is None:
+                missing = set(self.plan.buckets[entry.bucket]) - set(self._waiting.get(entry.bucket, ()))
+                raise ExchangeError(f"gradient {name!r}: its bucket waits for {', '.join(sorted(missing))}")
+            means = self._schedule.wait(self.engine, started)
+            return means[name].to(ctx.dtype).view(ctx.shape)
 
         return finish
 
+    def first_name(self, name):
+        """The engine's name of the first operation in which a parameter travels."""
+        entry = self.plan.entries[name]
+        return f"bucket.{entry.bucket}.{self.plan.buckets[entry.bucket][0]}" if entry.bucket >= 0 else name
+
     def _seed(self, *what):
         """32 bits that differ from step to step, and for what differs."""
-        return zlib.crc32("/".join(map(str, (*what, self.report.steps))).encode())
+        name, *others = what
+        return zlib.crc32("/".join(map(str, (name, self.report.steps, *others))).encode())
 
     def _corrected(self, name, gradient):
         if self._feedback:
             return self._feedback.corrected(name, gradient)
         return gradient.detach().reshape(-1).to(torch.float32).contiguous()
 
-    def _all_gather(self, name, gradient, compressor):
-        world_size, numel = self.engine.world_size(), gradient.numel()
+    def _all_gather(self, gradients, average):
+        """All-gather of {name: gradient}, in one payload."""
+        world_size, payloads = self.engine.world_size(), {}
         coder = self._feedback.compress if self._feedback else _forget
-        payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self.engine.rank()))
-        self.report.add_all_gather(numel, payload.numel(), world_size)
+        for name, gradient in gradients.items():
+            seed, compressor = self._seed(name, self.engine.rank()), self.plan.entries[name].compressor
+            payloads[name], _ = coder(name, gradient, compressor, seed=seed)
+            self.report.add_all_gather(gradient.numel(), payloads[name].numel(), world_size)
+        payload = torch.cat(list(payloads.values())) if len(payloads) > 1 else next(iter(payloads.values()))
         gathered = yield "allgather", payload, [payload.numel()] * world_size
-        return decode_sum(compressor, gathered, numel, world_size, name)
+        rows = _rows(gathered, [payload.numel()] * world_size, f"gradients {', '.join(gradients)}")
+        means, offset = {}, 0
+        for name, payload in payloads.items():
+            entry = self.plan.entries[name]
+            parts = [row[offset : offset + payload.numel()] for row in rows]
+            means[name] = decode_sum(entry.compressor, parts, entry.numel, name)
+            if average:
+                means[name].mul_(1.0 / world_size)
+            offset += payload.numel()
+        return means
 
-    def _summed(self, name, gradient, compressor):
+    def _summed(self, name, gradient, entry, average):
         world_size = self.engine.world_size()
         corrected = self._corrected(name, gradient)
         memory = self._memories.setdefault(name, {})
         before = dict(memory)
-        rounds = compressor.sum_rounds(
+        rounds = entry.compressor.sum_rounds(
             corrected, shape=gradient.shape, seed=self._seed(name), world_size=world_size, memory=memory
         )
-        self.report.add_all_reduce(gradient.numel(), compressor.summed_nbytes(gradient.shape, world_size), world_size)
+        sent = entry.compressor.summed_nbytes(gradient.shape, world_size)
+        self.report.add_all_reduce(gradient.numel(), sent, world_size)
         result = None
         while True:
             try:
@@ -96,18 +176,90 @@ class GradientExchange:
             self._feedback.keep(name, corrected, own)
         if not bool(torch.isfinite(total).all()):
             self._memories[name] = before
-        return total
+        return {name: total.mul_(1.0 / world_size) if average else total}
+
+    def _encoded_pieces(self, name, gradient, entry):
+        """The payloads of a gradient's pieces; what they lost is remembered as for the whole."""
+        corrected = self._corrected(name, gradient)
+        decoded = torch.empty_like(corrected) if self._feedback else None
+        payloads = []
+        for piece in entry.pieces:
+            seed = self._seed(name, self.engine.rank(), piece.start)
+            payload, _ = entry.compressor.compress(corrected[piece.start : piece.stop], seed=seed)
+            payloads.append(payload)
+            if self._feedback:
+                entry.compressor.decode_into(payload, decoded[piece.start : piece.stop])
+        if self._feedback:
+            self._feedback.keep(name, corrected, decoded)
+        return payloads
+
+    def _two_phase(self, encoded, average):
+        """All-to-all and all-gather of {name: payloads of its pieces}."""
+        world_size, rank = self.engine.world_size(), self.engine.rank()
+        owned = [[] for _ in range(world_size)]  # (name, piece) in the order in which they travel
+        outgoing = [[] for _ in range(world_size)]
+        for name, payloads in encoded.items():
+            for piece, payload in zip(self.plan.entries[name].pieces, payloads, strict=True):
+                owned[piece.owner].append((name, piece))
+                outgoing[piece.owner].append(payload)
+        sizes = [sum(payload.numel() for payload in payloads) for payloads in outgoing]
+        self._count_two_phase(encoded, sizes)
+        what = f"gradients {', '.join(encoded)}"
+        packed = torch.cat([payload for payloads in outgoing for payload in payloads])
+        received = yield "alltoall", packed, sizes, [sizes[rank]] * world_size
+        rows = _rows(received, [sizes[rank]] * world_size, what)
+        again, offset = [packed[:0]], 0
+        for name, piece in owned[rank]:
+            size = self.plan.entries[name].compressor.nbytes(piece.numel)
+            parts = [row[offset : offset + size] for row in rows]
+            again.append(self._encoded_mean(name, piece, parts, average))
+            offset += size
+        gathered = yield "allgather", torch.cat(again), sizes
+        means = {name: packed.new_empty(self.plan.entries[name].numel, dtype=torch.float32) for name in encoded}
+        for pieces, row in zip(owned, _rows(gathered, sizes, what), strict=True):
+            offset = 0
+            for name, piece in pieces:
+                compressor = self.plan.entries[name].compressor
+                size = compressor.nbytes(piece.numel)
+                compressor.decode_into(row[offset : offset + size], means[name][piece.start : piece.stop])
+                offset += size
+        return means
+
+    def _encoded_mean(self, name, piece, parts, average):
+        """The payload of the mean (or sum) of a piece that this rank owns."""
+        compressor = self.plan.entries[name].compressor
+        total = decode_sum(compressor, parts, piece.numel, name)
+        if average:
+            total.mul_(1.0 / self.engine.world_size())
+        coder = self._owner_feedback.compress if self._owner_feedback else _forget
+        payload, _ = coder(_key(name, piece), total, compressor, seed=self._seed(name, "mean", piece.start))
+        return payload
+
+    def _count_two_phase(self, encoded, sizes):
+        world_size, own = self.engine.world_size(), sizes[self.engine.rank()]
+        numel = sum(self.plan.entries[name].numel for name in encoded)
+        self.report.add(numel, sum(sizes) + own, sum(sizes) - own + (world_size - 1) * own, world_size)
 
     def end_step(self):
         """To be called once after all gradients of a step."""
+        self._tasks.clear()
         self.report.end_step()
+
+    def abandon_step(self):
+        """Forget what is under way, after the engine has failed or was reset."""
+        self._schedule.clear()
+        self._waiting.clear()
+        self._tasks.clear()
 
     def state_dict(self):
         """This rank's memory and counts: save one per rank and load each on its own rank."""
         return {
+            "rank": self.engine.rank() if self.engine else 0,
+            "world_size": self.engine.world_size() if self.engine else 1,
             "policy": self.policy.to_dict() if self.policy else None,
             "report": self.report.as_dict(),
             "feedback": self._feedback.state_dict() if self._feedback else {},
+            "owner_feedback": self._owner_feedback.state_dict() if self._owner_feedback else {},
             "memories": {name: dict(memory) for name, memory in self._memories.items()},
         }
 
@@ -116,9 +268,17 @@ class GradientExchange:
         policy = self.policy.to_dict() if self.policy else None
         if (as_policy(state["policy"]).to_dict() if state["policy"] else None) != policy:
             raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
+        owned = state.get("owner_feedback", {})
+        foreign = set(owned) - set(self._owned_pieces()) if self.plan else ()
+        if foreign:
+            raise ConfigError(
+                f"state: got what rank {state.get('rank')} of {state.get('world_size')} owes for {min(foreign)}, "
+                f"expected a state that rank {self.engine.rank()} of {self.engine.world_size()} saved"
+            )
         self.report.load(state["report"])
         if self._feedback:
             self._feedback.load_state_dict(state["feedback"])
+            self._owner_feedback.load_state_dict(owned)
         self._memories = {name: dict(memory) for name, memory in state.get("memories", {}).items()}
 
 
@@ -127,18 +287,27 @@ def _forget(name, gradient, compressor, *, seed):
     return compressor.compress(gradient, seed=seed)
 
 
-def decode_sum(compressor, gathered, numel, world_size, name):
-    """The float32 sum, in rank order, of world_size equal-sized payloads that lie one after the other."""
-    size = compressor.nbytes(numel)
-    if gathered.numel() != world_size * size:
+def _key(name, piece):
+    """A piece's name in its owner's memory."""
+    return f"{name}[{piece.start}:{piece.stop}]"
+
+
+def _rows(tensor, sizes, what):
+    """The ranks' parts of what lies one after the other."""
+    if tensor.numel() != sum(sizes):
         raise PayloadError(
-            f"gradient {name!r}: got {gathered.numel()} bytes from {world_size} ranks, expected {world_size} x {size} "
-            f"for {numel} entries of {compressor}: do all ranks have the same model?"
+            f"{what}: got {tensor.numel()} bytes from {len(sizes)} ranks, expected {sum(sizes)}: "
+            "do all ranks have the same model?"
         )
-    total = torch.empty(numel, dtype=torch.float32, device=gathered.device)
-    for rank in range(world_size):
+    return tensor.split(sizes)
+
+
+def decode_sum(compressor, payloads, numel, name):
+    """The float32 sum of one payload of each rank, added in rank order."""
+    total = torch.empty(numel, dtype=torch.float32, device=payloads[0].device)
+    for rank, payload in enumerate(payloads):
         try:
-            compressor.decode_into(gathered[rank * size : (rank + 1) * size], total, add=rank > 0)
+            compressor.decode_into(payload, total, add=rank > 0)
         except PayloadError as error:
             raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None
     return total

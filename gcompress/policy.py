@@ -6,7 +6,7 @@ from .compressors import Compressor, from_spec
 from .compressors.base import check_choice, check_integer
 from .errors import ConfigError
 
-EXCHANGES = ("auto", "allgather", "summed")
+EXCHANGES = ("auto", "allgather", "twophase", "summed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,20 +17,24 @@ class Policy:
         compressor: a Compressor, its spec or its dict.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on unless the compressor is unbiased.
-        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "summed" (for
-            `summable` compressors) or "auto".
+        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "twophase",
+            "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
+        bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
+            the engine does not form buckets itself.
     """
 
     compressor: Compressor
     min_numel: int = 1024
     error_feedback: bool | None = None
     exchange: str = "auto"
+    bucket_bytes: int = 8 << 20
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", from_spec(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False))
         check_choice("exchange", self.exchange, EXCHANGES)
+        check_integer("bucket_bytes", self.bucket_bytes, 1)
         if self.exchange == "summed" and not self.compressor.summable:
             raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {self.compressor} do not add")
 
@@ -50,6 +54,7 @@ class Policy:
             "min_numel": self.min_numel,
             "error_feedback": self.error_feedback,
             "exchange": self.exchange,
+            "bucket_bytes": self.bucket_bytes,
         }
 
     def __str__(self):
