@@ -73,5 +73,6 @@ extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
-                                                  randomk_encode,  randomk_decode};
+                                                  randomk_encode,  randomk_decode,
+                                                  largest_key,     count_keys,      keys_encode};
 }

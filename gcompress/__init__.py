@@ -4,9 +4,20 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, Quantize, RandomK, TopK, from_dict, from_spec
+from .compressors import (
+    REGISTRY,
+    Compressor,
+    Context,
+    MaskSparse,
+    Quantize,
+    RandomK,
+    Threshold,
+    TopK,
+    from_dict,
+    from_spec,
+)
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
-from .policy import Policy, as_policy
+from .policy import Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,8 +33,11 @@ __all__ = [
     "Policy",
     "Quantize",
     "RandomK",
+    "Rule",
+    "Threshold",
     "TopK",
     "as_policy",
     "from_dict",
     "from_spec",
+    "parameter_groups",
 ]

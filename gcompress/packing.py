@@ -12,6 +12,7 @@ import torch
 from .errors import PayloadError
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
 SMALLEST_FIXED = 2.0**-110  # below it a fixed-point scale of 65535 / magnitude overflows
 INFINITY_KEY = 0x7F800000
 

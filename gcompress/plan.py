@@ -34,6 +34,10 @@ class Piece(NamedTuple):
     def numel(self):
         return self.stop - self.start
 
+    def key(self, name):
+        """The piece's name in its owner's memory."""
+        return f"{name}[{self.start}:{self.stop}]"
+
 
 @dataclasses.dataclass
 class Entry:
@@ -54,7 +58,7 @@ class Plan:
     """The plan of all parameters.
 
     Args:
-        policy: a Policy.
+        policy: a Policy; of a warm-up, the plan is for what follows it.
         shapes: {name: shape} in the model's order; buckets follow the backward pass, which is
             taken to go the other way.
         world_size: the number of ranks.
@@ -135,16 +139,18 @@ class Plan:
 
 def choose(policy, compressor, numels, world_size):
     """The exchange for all tensors of one compressor: by its traits, their size, and the number of ranks."""
+    if not compressor.fixed_size:
+        return "allgather"  # the others need to know the sizes of all ranks' payloads
     if policy.exchange != "auto" and (policy.exchange != "summed" or compressor.summable):
         return policy.exchange
     if compressor.summable:
         return "summed"  # one encoding, and its bytes do not grow with the ranks
     gathered = (world_size - 1) * sum(compressor.nbytes(numel) for numel in numels)
-    if not compressor.fixed_size or world_size <= FEW_RANKS or gathered <= SMALL_STEP:
+    if world_size <= FEW_RANKS or gathered <= SMALL_STEP:
         return "allgather"
     # The second encoding's error is not averaged over the ranks. Where it is not remembered
     # either, it is only worth having when all-gather has become larger than float16.
-    if not policy.uses_feedback and gathered <= 2 * (world_size - 1) * 2 * sum(numels) / world_size:
+    if not policy.feedback_for(compressor) and gathered <= 2 * (world_size - 1) * 2 * sum(numels) / world_size:
         return "allgather"
     return "twophase"
 

@@ -57,7 +57,7 @@ def expected_means(policy, steps, average=True, batches=1, ranks=None, width=60)
     ranks = range(hvd.size()) if ranks is None else ranks
     shapes = {name: p.shape for name, p in make_model(width=width).named_parameters()}
     plan = Plan(policy, shapes, len(ranks))
-    simulation = Simulation(plan, policy.uses_feedback, average)
+    simulation = Simulation(plan, average)
     for step in range(steps):
         gradients = [local_gradients(step, rank, batches, width) for rank in ranks]
         small = [name for name, entry in plan.entries.items() if entry.compressor is None]
@@ -138,6 +138,26 @@ def summed_by_horovods_own_all_reduce():
 def same_on_all_ranks(tensor):
     rows = hvd.allgather(tensor.reshape(1, -1).view(torch.int32), name="same")
     return bool((rows == rows[0]).all())
+
+
+@scenario
+def payloads_of_unequal_sizes():
+    optimizer = check_steps("threshold:threshold=0.002")
+    sizes = hvd.allgather(torch.tensor([gcompress_hvd.exchange(optimizer).report.sent_bytes]), name="sizes")
+    assert len(set(sizes.tolist())) > 1, sizes
+
+
+@scenario
+def momentum_correction_and_warm_up():
+    check_steps(Policy(TopK(sparsity=0.95), momentum=0.9, warmup_steps=2, clip=0.01))
+    check_steps(Policy("quantize:bits=4", rules=[gcompress.Rule("topk:sparsity=0.9", name="0.*")]))
+    model = make_model()
+    base = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    expect_error(
+        gcompress.ConfigError,
+        "parameter_groups",
+        lambda: hvd.DistributedOptimizer(base, model.named_parameters(), compression=Policy("topk", momentum=0.9)),
+    )
 
 
 @scenario

@@ -1,24 +1,27 @@
 """What an exchange must give, computed in one process from all ranks' gradients at once.
 
-Written from the definition, with compressors alone: no exchange, feedback or engine.
+Written from the definition, with compressors and each rank's memory: no exchange, no engine.
 """
 
 import zlib
 
 import torch
 
+from gcompress.feedback import new_memory
+
 
 class Simulation:
-    """The means of successive steps and what each rank still owes.
+    """The means of successive steps.
 
     Args:
         plan: a gcompress Plan: who owns which piece.
-        feedback: whether what is lost is remembered.
+        average: whether the ranks' mean or their sum is wanted.
     """
 
-    def __init__(self, plan, feedback, average=True):
-        self.plan, self.feedback, self.average, self.step = plan, feedback, average, 0
-        self.residuals, self.owner_residuals = {}, {}
+    def __init__(self, plan, average=True):
+        self.plan, self.policy, self.average, self.step = plan, plan.policy, average, 0
+        self.memories = [new_memory(plan.policy) for _ in range(plan.world_size)]
+        self.owed = {}  # (name, piece): what its owner still owes
 
     def means(self, gradients):
         """{name: mean} of [{name: gradient} of each rank]."""
@@ -28,37 +31,35 @@ class Simulation:
 
     def mean_of(self, name, gradients):
         entry = self.plan.entries[name]
-        corrected = [
-            gradient.detach().reshape(-1).float() + self.residuals.get((name, rank), 0.0)
-            for rank, gradient in enumerate(gradients)
-        ]
-        if entry.exchange == "twophase":
-            decoded = [
-                torch.cat([self.code(entry, c[p.start : p.stop], name, rank, p.start) for p in entry.pieces])
-                for rank, c in enumerate(corrected)
-            ]
-        else:
-            seeds = [()] * len(gradients) if entry.exchange == "summed" else [(r,) for r in range(len(gradients))]
-            decoded = [self.code(entry, c, name, *seed) for c, seed in zip(corrected, seeds, strict=True)]
-        if self.feedback:
-            for rank, (c, d) in enumerate(zip(corrected, decoded, strict=True)):
-                self.residuals[name, rank] = c - d
-        mean = decoded[0].clone()
-        for d in decoded[1:]:
-            mean += d
+        compressor = self.policy.compressor_for(name, entry.numel, step=self.step)
+        remembers = self.policy.feedback_for(compressor)
+        mean = torch.zeros(entry.numel)
+        for rank, gradient in enumerate(gradients):
+            values = self.memories[rank].corrected(name, gradient) if remembers else gradient.reshape(-1).float()
+            if entry.exchange == "twophase":
+                parts = [self.code(compressor, values[p.start : p.stop], name, rank, p.start) for p in entry.pieces]
+                decoded = torch.cat(parts)
+            elif entry.exchange == "summed":
+                decoded = self.code(compressor, values, name)
+            else:
+                decoded = self.code(compressor, values, name, rank)
+            if remembers:
+                self.memories[rank].keep(name, values, decoded, sparse=compressor.sparse)
+            mean = decoded.clone() if rank == 0 else mean + decoded
         if self.average:
             mean *= 1.0 / len(gradients)
         if entry.exchange == "twophase":
-            mean = torch.cat([self.again(entry, name, mean[p.start : p.stop], p) for p in entry.pieces])
+            parts = [self.again(compressor, remembers, name, mean[p.start : p.stop], p) for p in entry.pieces]
+            mean = torch.cat(parts)
         return mean.view(gradients[0].shape)
 
-    def again(self, entry, name, mean, piece):
-        corrected = mean + self.owner_residuals.get((name, piece), 0.0)
-        decoded = self.code(entry, corrected, name, "mean", piece.start)
-        if self.feedback:
-            self.owner_residuals[name, piece] = corrected - decoded
+    def again(self, compressor, remembers, name, mean, piece):
+        corrected = mean + self.owed.get((name, piece), 0.0)
+        decoded = self.code(compressor, corrected, name, "mean", piece.start)
+        if remembers:
+            self.owed[name, piece] = corrected - decoded
         return decoded
 
-    def code(self, entry, values, name, *what):
+    def code(self, compressor, values, name, *what):
         seed = zlib.crc32("/".join(map(str, (name, self.step, *what))).encode())
-        return entry.compressor.decompress(*entry.compressor.compress(values, seed=seed))
+        return compressor.decompress(*compressor.compress(values, seed=seed))

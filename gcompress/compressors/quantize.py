@@ -16,8 +16,6 @@ import torch
 from .. import packing
 from .base import Compressor, check_choice, check_integer
 
-LARGEST = torch.finfo(torch.float32).max
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Compressor):
@@ -105,7 +103,7 @@ class Quantize(Compressor):
             half = torch.maximum(top, -bottom)
             if not self.unbiased:
                 half = _mean_magnitude(rows, half, numel)
-            step = torch.where(half < packing.SMALLEST_NORMAL, 0.0, (half + half).clamp(max=LARGEST))
+            step = torch.where(half < packing.SMALLEST_NORMAL, 0.0, (half + half).clamp(max=packing.LARGEST))
         else:
             levels = 2**self.bits - 1
             # Zero falls on a code exactly, for which stochastic rounding needs a spare level.

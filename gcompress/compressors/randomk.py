@@ -39,6 +39,7 @@ class RandomK(Compressor):
     name: ClassVar[str] = "randomk"
     shown: ClassVar[tuple] = ("sparsity",)
     summable: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
 
     sparsity: float = 0.99
     unbiased: bool = False

@@ -12,7 +12,7 @@ from horovod.torch import optimizer as hvd_optimizer
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
-from gcompress.policy import Policy
+from gcompress.policy import Policy, check_momentum
 
 from .handshake import check_configurations, patient_synchronize, wait_or_raise
 
@@ -122,6 +122,8 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     _stock["__init__"](self, params, named_parameters, compression, *arguments, **keywords)
     if ours and self.op not in (hvd.Average, hvd.Sum):
         raise ConfigError("op: compressed gradients are averaged or summed, expected hvd.Average or hvd.Sum")
+    if ours:
+        check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
     self._gcompress.engine = HorovodEngine(self.process_set)
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
