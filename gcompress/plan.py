@@ -122,10 +122,11 @@ class Plan:
         lines = []
         for exchange, sent in self.wire_bytes().items():
             members = [entry for entry in self.entries.values() if entry.exchange == exchange]
+            numel = sum(entry.numel for entry in members)
             compressors = ", ".join(sorted({str(entry.compressor or "uncompressed") for entry in members}))
-            buckets = f" in {len(self.buckets)} buckets" if exchange == "twophase" else ""
+            buckets = f" in {_counted(len(self.buckets), 'bucket')}" if exchange == "twophase" else ""
             lines.append(
-                f"{exchange} ({compressors}): {len(members)} tensors, {sum(e.numel for e in members):,} entries"
+                f"{exchange} ({compressors}): {_counted(len(members), 'tensor')}, {numel:,} entries"
                 f"{buckets}, {round(sent):,} bytes per rank and step"
             )
         half = 2 * sum(entry.numel for entry in self.entries.values())
@@ -135,6 +136,10 @@ class Plan:
             f"a float16 all-reduce would send {2 * (self.world_size - 1) * half // self.world_size:,}"
         )
         return "\n".join(lines)
+
+
+def _counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def choose(policy, compressor, numels, world_size):
