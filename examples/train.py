@@ -71,6 +71,7 @@ TEST_BATCH = 500
 RESUME_MUST_MATCH = (
     "compressor",
     "min_numel",
+    "exchange",
     "error_feedback",
     "momentum_correction",
     "clip",
@@ -124,6 +125,7 @@ def build_parser():
     add = parser.add_argument_group("gradient compression").add_argument
     add("--compressor", metavar="SPEC|none|fp16", default=DEFAULT_COMPRESSOR, help="default: %(default)s")
     add("--min-numel", type=at_least(0), default=1024, help="smaller tensors go uncompressed (%(default)s)")
+    add("--exchange", choices=gcompress.EXCHANGES, default="auto", help="how ranks come to the mean: %(default)s")
     add("--no-error-feedback", dest="error_feedback", action="store_false", help="forget what was not sent")
     add("--momentum-correction", action="store_true", help="apply --momentum before compressing, for very sparse ones")
     add("--warmup-steps", type=at_least(0), default=0, help="keep more in so many first steps (%(default)s)")
@@ -220,6 +222,7 @@ def build_compression(arguments):
     return gcompress.Policy(
         gcompress.from_spec(arguments.compressor),
         min_numel=arguments.min_numel,
+        exchange=arguments.exchange,
         # None lets the policy decide: on for biased compressors.
         error_feedback=None if arguments.error_feedback else False,
         momentum=arguments.momentum if arguments.momentum_correction else 0.0,
@@ -551,6 +554,8 @@ def main():
     if first:
         numel = sum(parameter.numel() for parameter in training.model.parameters())
         print(f"{title}, {numel} parameters, compressor {arguments.compressor}", flush=True)
+        if training.exchange.plan and hvd.size() > 1:
+            print(training.exchange.plan, flush=True)
     while training.step < training.last_step:
         record = training.measured(training.train_epoch())
         training.curve.append(record)

@@ -20,10 +20,11 @@ from .compressors import (
     from_spec,
 )
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
-from .policy import Policy, Rule, as_policy, parameter_groups
+from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
+    "EXCHANGES",
     "REGISTRY",
     "Chain",
     "Compressor",

@@ -73,6 +73,10 @@ class ErrorFeedback:
         """The residual of `name` (1-D float32, not a copy), or None before its first step."""
         return self._residuals.get(name)
 
+    def retain(self, sizes):
+        """Drop the residuals that are not of one of these {name: entries}."""
+        self._residuals = {name: r for name, r in self._residuals.items() if sizes.get(name) == r.numel()}
+
     def state_dict(self):
         """{name: residual}; the residuals are this rank's own and must not be broadcast."""
         return dict(self._residuals)

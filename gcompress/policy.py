@@ -9,7 +9,7 @@ from .compressors.base import check_choice, check_integer
 from .errors import ConfigError
 from .feedback import eased
 
-EXCHANGES = ("auto", "allgather", "summed")
+EXCHANGES = ("auto", "allgather", "twophase", "summed")
 ROLES = ("gradient", "activation")
 
 
@@ -63,8 +63,10 @@ class Policy:
         compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on for compressors that are not unbiased.
-        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "summed" (for
-            `summable` compressors) or "auto".
+        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "twophase",
+            "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
+        bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
+            the engine does not form buckets itself.
         rules: Rules or their dicts; the first that matches decides, before `compressor` and
             `min_numel`.
         momentum, clip: of momentum correction (see gcompress/feedback.py); 0 and None: none.
@@ -84,6 +86,7 @@ class Policy:
     min_numel: int = 1024
     error_feedback: bool | None = None
     exchange: str = "auto"
+    bucket_bytes: int = 8 << 20
     rules: tuple = ()
     momentum: float = 0.0
     clip: float | None = None
@@ -94,6 +97,7 @@ class Policy:
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False))
         check_choice("exchange", self.exchange, EXCHANGES)
+        check_integer("bucket_bytes", self.bucket_bytes, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
             raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
         object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _made(Rule, r) for r in self.rules))

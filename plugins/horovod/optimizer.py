@@ -58,6 +58,11 @@ class HorovodEngine:
     def allgather(self, name, lane, payload, sizes):
         return Handle(name, hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set))
 
+    def alltoall(self, name, lane, payload, to, back):
+        splits = torch.tensor(to, dtype=torch.int32)
+        started = hvd.alltoall_async(payload, splits, name=f"gcompress.{name}", process_set=self.process_set)
+        return Handle(name, started)
+
     def allreduce(self, name, lane, tensor, op):
         operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
         started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
@@ -75,7 +80,8 @@ class Handle:
 
     def wait(self):
         try:
-            return patient_synchronize(self._handle)
+            result = patient_synchronize(self._handle)
+            return result[0] if isinstance(result, tuple) else result  # an all-to-all adds the sizes received
         except HorovodInternalError as error:
             if "Mismatched" not in str(error):
                 raise
@@ -123,6 +129,9 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
     self._gcompress_number = next(_numbers)
     self._gcompress_agreed = None
+    if ours and self.process_set.included():
+        trained = [p for group in self.param_groups for p in group["params"] if p in self._requires_update]
+        self._gcompress.prepare({self._parameter_names[p]: tuple(p.shape) for p in trained})
     if self._grad_accs:
         _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
         if ours:
@@ -168,6 +177,14 @@ def synchronize(self):
     self._gcompress.end_step()
 
 
+def alltoall_async(token, name, process_set):
+    return hvd.alltoall_async(token.repeat(process_set.size()), name=name, process_set=process_set)
+
+
+# The operation with which each exchange starts.
+STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_async, "summed": hvd.allreduce_async}
+
+
 def agree(self):
     """Compare configurations once per `hvd.init()`, whose handle map is a new object each time."""
     if self._gcompress_agreed is mpi_ops._handle_map:
@@ -176,13 +193,16 @@ def agree(self):
     own = policy.to_dict() if policy else _name_of(self._compression.inner)
     # The step, because seeds that ranks share are made from it.
     configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.report.steps}
+    if policy:
+        configuration["plan"] = self._gcompress.plan.digest()
     check_configurations(configuration, configuration_name(self), self.process_set)
     self._gcompress_agreed = mpi_ops._handle_map
     _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
     for p in self._requires_update:
         name = self._parameter_names.get(p)
         if self._gcompress.compressor_for(name, p.numel()):
-            _names.add((hvd.allgather_async, f"gcompress.{name}", self.process_set))
+            operation = STARTS[self._gcompress.plan.entries[name].exchange]
+            _names.add((operation, f"gcompress.{self._gcompress.first_name(name)}", self.process_set))
         else:
             _names.add((hvd.allreduce_async, name, self.process_set))
 
