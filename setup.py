@@ -61,7 +61,8 @@ class OptionalBuild(BuildNative):
 
 
 headers = [
-    f"csrc/{name}.h" for name in ("entropy", "gcompress", "mask", "quantize", "randomk", "select", "simd", "topk")
+    f"csrc/{name}.h"
+    for name in ("entropy", "gcompress", "mask", "quantize", "randomk", "select", "shared", "simd", "topk")
 ]
 setup(
     ext_modules=[

@@ -46,6 +46,13 @@ typedef struct {
                               uint8_t* workspace, uint8_t* payload);
     int (*entropy_decode)(const uint8_t* payload, int64_t size, const int64_t* sections, int64_t section_count,
                           uint8_t* bytes);
+    void (*shared_scales)(const float* x, int64_t n, int64_t bucket, float* scales);
+    void (*shared_encode)(const float* x, int64_t n, int64_t bucket, int limit, int width, int stochastic,
+                          uint32_t seed, const float* scales, uint8_t* payload);
+    void (*shared_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int limit, int width,
+                          const uint8_t* scales, int add, float* out);
+    void (*lowrank_decode)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t rank,
+                           int64_t n, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -6,6 +6,7 @@
 #include "mask.h"
 #include "quantize.h"
 #include "randomk.h"
+#include "shared.h"
 #include "topk.h"
 
 namespace {
@@ -76,5 +77,7 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   mask_decode,     topk_encode,     topk_decode,
                                                   randomk_encode,  randomk_decode,
                                                   largest_key,     count_keys,      keys_encode,
-                                                  entropy_encode,  entropy_decode};
+                                                  entropy_encode,  entropy_decode,
+                                                  shared_scales,   shared_encode,   shared_decode,
+                                                  lowrank_decode};
 }

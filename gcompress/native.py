@@ -40,6 +40,10 @@ class Kernels(ctypes.Structure):
             ("keys_encode", None, (_POINTER, _SIZE, _SIZE, ctypes.c_uint32, _INT, _INT, _POINTER)),
             ("entropy_encode", _SIZE, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
             ("entropy_decode", _INT, (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER)),
+            ("shared_scales", None, (_POINTER, _SIZE, _SIZE, _POINTER)),
+            ("shared_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("shared_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _INT, _POINTER)),
+            ("lowrank_decode", None, (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER)),
         )
     ]
 

@@ -6,13 +6,18 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .combine import Chain, Hybrid
 from .entropy import Entropy
+from .lowrank import LowRank
 from .mask import MaskSparse
 from .quantize import Quantize
 from .randomk import RandomK
+from .shared import SharedScale
 from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (Chain, Entropy, Hybrid, MaskSparse, Quantize, RandomK, Threshold, TopK)}
+REGISTRY = {
+    cls.name: cls
+    for cls in (Chain, Entropy, Hybrid, LowRank, MaskSparse, Quantize, RandomK, SharedScale, Threshold, TopK)
+}
 
 
 def from_dict(configuration):
@@ -85,9 +90,11 @@ __all__ = [
     "Context",
     "Entropy",
     "Hybrid",
+    "LowRank",
     "MaskSparse",
     "Quantize",
     "RandomK",
+    "SharedScale",
     "Threshold",
     "TopK",
     "from_dict",

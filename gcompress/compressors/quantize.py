@@ -87,7 +87,7 @@ class Quantize(Compressor):
         step, zero, finite = self._grid(rows, numel)
         inverse = torch.where(step >= packing.SMALLEST_NORMAL, 1.0 / step, 0.0)
         scaled = torch.where(finite, rows, 0.0) * inverse
-        dither = _uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
+        dither = uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
         if self.bits == 1:
             codes = torch.floor((scaled + 0.5) + dither)
         else:
@@ -147,7 +147,7 @@ def _mean_magnitude(rows, largest, numel):
     return torch.where(usable, mean.to(torch.float32), 0.0)
 
 
-def _uniform(rows, seed):
+def uniform(rows, seed):
     """A reproducible uniform float32 in [0, 1) for every entry (a 32-bit integer hash of its index)."""
     word = packing.hashed(torch.arange(rows.numel(), device=rows.device), seed)
     return ((word >> 8).to(torch.float32) * 2.0**-24).view_as(rows)
