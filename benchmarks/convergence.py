@@ -13,6 +13,8 @@ it in their policy: see `Policy`.
 """
 
 import argparse
+import multiprocessing
+import os
 import pathlib
 import sys
 import time
@@ -31,15 +33,19 @@ import image_data  # noqa: E402
 POLICIES = [
     "quantize:bits=4",
     "quantize:bits=4,rounding=stochastic",
-    "quantize:bits=2",
     "mask:sparsity=0.99,bits=2",
     "topk:sparsity=0.99",
     "topk:sparsity=0.99; momentum=0.9",
-    "topk:sparsity=0.999; momentum=0.9; warmup_steps=400",
-    "threshold:threshold=0.003; momentum=0.9",
-    "randomk:sparsity=0.9; momentum=0.9; warmup_steps=400",
+    "topk:sparsity=0.999; momentum=0.9; warmup_steps=160",
+    "topk:sparsity=0.999; momentum=0.9; warmup_steps=160; min_numel=1024, max_numel=10000 -> topk:sparsity=0.99",
+    "threshold:threshold=0.01; momentum=0.9",
+    "randomk:sparsity=0.9; momentum=0.9; warmup_steps=160",
     "chain:(topk:sparsity=0.99),(quantize:bits=4); momentum=0.9",
     "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+    "entropy:(quantize:bits=2)",
+    "shared:bits=4",
+    "lowrank:rank=4",
+    "lowrank:rank=4,exchanges=2",
 ]
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 
@@ -122,6 +128,8 @@ class Training:
         meeting = Meeting(arguments.workers)
         engines = [Engine(meeting, rank) for rank in range(arguments.workers)]
         self.exchanges = [GradientExchange(policy, engine) for engine in engines]
+        for exchange in self.exchanges if policy else ():
+            exchange.prepare({name: parameter.shape for name, parameter in self.model.named_parameters()})
         self.step, self.steps = 0, arguments.epochs * (len(data.train_images) // self.global_batch)
         named = list(self.model.named_parameters())
         groups = gcompress.parameter_groups(named, policy, weight_decay=WEIGHT_DECAY) if policy else None
@@ -197,9 +205,10 @@ def methods(policy):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY", help="what to train with")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=32, help="images per worker and step (default 32)")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64, help="images per worker and step (default 64)")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, each on one core")
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate (default 0.1)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default 1)")
     parser.add_argument("--data", help="folder of Fashion-MNIST")
@@ -210,23 +219,30 @@ def main():
         missing = set(gcompress.REGISTRY) - set().union(*map(methods, policies))
         if missing:
             sys.exit(f"convergence.py: error: no policy here uses {', '.join(sorted(missing))}")
-    data = image_data.load("fashion-mnist", arguments.data)
     print("| policy | test accuracy | to uncompressed | bytes per step | in the last | seconds |")
     print("|---|---|---|---|---|---|", flush=True)
     baseline = arguments.baseline
-    for policy in ([None] if baseline is None else []) + policies:
-        started = time.perf_counter()
-        training = Training(policy, data, arguments)
-        training.train()
-        accuracy, report = training.accuracy(), training.exchanges[0].report
-        baseline = accuracy if baseline is None else baseline
-        name = f"`{policy}`" if policy else "uncompressed"
-        mean = report.sent_bytes // report.steps
-        print(
-            f"| {name} | {accuracy:.2f} % | {accuracy - baseline:+.2f} | {mean:,} | {report.last_step_bytes:,} | "
-            f"{time.perf_counter() - started:.0f} |",
-            flush=True,
-        )
+    jobs = [(policy, arguments) for policy in ([None] if baseline is None else []) + policies]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        for (policy, _), (accuracy, report, seconds) in zip(jobs, pool.imap(trained, jobs), strict=True):
+            baseline = accuracy if baseline is None else baseline
+            name = f"`{policy}`" if policy else "uncompressed"
+            mean = report.sent_bytes // report.steps
+            print(
+                f"| {name} | {accuracy:.2f} % | {accuracy - baseline:+.2f} | {mean:,} | {report.last_step_bytes:,} | "
+                f"{seconds:.0f} |",
+                flush=True,
+            )
+
+
+def trained(job):
+    """(test accuracy, report, seconds) of one policy."""
+    policy, arguments = job
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    training = Training(policy, image_data.load("fashion-mnist", arguments.data), arguments)
+    training.train()
+    return training.accuracy(), training.exchanges[0].report, time.perf_counter() - started
 
 
 if __name__ == "__main__":
