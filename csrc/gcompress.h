@@ -36,6 +36,9 @@ typedef struct {
     void (*topk_encode)(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                         int64_t capacity, uint8_t* payload);
     int (*topk_decode)(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out);
+    // `means`: 1 for Sign, 2 for OneBit.
+    void (*sign_encode)(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload);
+    void (*sign_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -4,6 +4,7 @@
 #include "gcompress.h"
 #include "mask.h"
 #include "quantize.h"
+#include "sign.h"
 #include "topk.h"
 
 namespace {
@@ -71,5 +72,6 @@ int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int widt
 extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
-                                                  mask_decode,     topk_encode,     topk_decode};
+                                                  mask_decode,     topk_encode,     topk_decode,
+                                                  sign_encode,     sign_decode};
 }

@@ -33,6 +33,8 @@ class Kernels(ctypes.Structure):
             ("mask_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
             ("topk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _SIZE, _POINTER)),
             ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+            ("sign_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
+            ("sign_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER)),
         )
     ]
 

@@ -33,6 +33,11 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "sign",
+    "sign:bucket=64",
+    "sign:bucket=4160",
+    "onebit",
+    "onebit:bucket=0",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

@@ -6,9 +6,10 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .mask import MaskSparse
 from .quantize import Quantize
+from .sign import OneBit, Sign
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, TopK)}
+REGISTRY = {cls.name: cls for cls in (MaskSparse, OneBit, Quantize, Sign, TopK)}
 
 
 def from_dict(configuration):
@@ -53,4 +54,4 @@ def _parse_value(text):
     return text
 
 
-__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Quantize", "TopK", "from_dict", "from_spec"]
+__all__ = ["REGISTRY", "Compressor", "Context", "from_dict", "from_spec", *(cls.__name__ for cls in REGISTRY.values())]
