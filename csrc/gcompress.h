@@ -21,6 +21,7 @@ enum {
     GC_BAD_INDEX = -2,  // an index is out of range or not strictly increasing
 };
 
+enum { GC_FP16 = 0, GC_FP8 = 1, GC_MXFP4 = 2 };
 enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2 };
 
 // Everything that is compiled once per instruction set. `add` accumulates into `out`
@@ -39,6 +40,10 @@ typedef struct {
     // `means`: 1 for Sign, 2 for OneBit.
     void (*sign_encode)(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload);
     void (*sign_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out);
+    void (*cast_encode)(const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload);
+    void (*cast_decode)(const uint8_t* payload, int64_t n, int form, int64_t bucket, int add, float* out);
+    void (*bf16_encode)(const float* x, int64_t n, uint8_t* payload);
+    void (*bf16_decode)(const uint8_t* payload, int64_t n, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -2,6 +2,7 @@
 // forbids. The arithmetic that decides bytes is single-precision add, multiply and divide in a
 // fixed order, or integer: -ffp-contract=off keeps it so.
 #include "gcompress.h"
+#include "cast.h"
 #include "mask.h"
 #include "quantize.h"
 #include "sign.h"
@@ -73,5 +74,6 @@ extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
-                                                  sign_encode,     sign_decode};
+                                                  sign_encode,     sign_decode,     cast_encode,
+                                                  cast_decode,     bf16_encode,     bf16_decode};
 }

@@ -11,34 +11,42 @@ const int64_t SUM_BLOCK = 4096;
 const int LANES = 16;
 
 // gcc's and clang's vector types: they stay in registers, as arrays of sums do not always.
-typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef double FourDoubles __attribute__((vector_size(32)));
 
 struct LaneSum {
-    Doubles low, high;
-    LaneSum() : low(), high() {}
+    FourDoubles a, b, c, d;  // lanes 0 to 3, 4 to 7, 8 to 11, 12 to 15
+    LaneSum() : a(), b(), c(), d() {}
+    static void add_four(const float* terms, FourDoubles* sum) {
+        FourFloats four;
+        memcpy(&four, terms, sizeof four);
+        *sum += __builtin_convertvector(four, FourDoubles);
+    }
+    static void add_four_products(const float* left, const float* right, FourDoubles* sum) {
+        FourFloats one, other;
+        memcpy(&one, left, sizeof one);
+        memcpy(&other, right, sizeof other);
+        *sum += __builtin_convertvector(one, FourDoubles) * __builtin_convertvector(other, FourDoubles);
+    }
     // Add 16 terms, one to each lane.
     void add(const float* terms) {
-        Floats a[2];
-        memcpy(a, terms, sizeof a);
-        low += __builtin_convertvector(a[0], Doubles);
-        high += __builtin_convertvector(a[1], Doubles);
+        add_four(terms, &a);
+        add_four(terms + 4, &b);
+        add_four(terms + 8, &c);
+        add_four(terms + 12, &d);
     }
     // Add 16 products, which are exact.
     void add_products(const float* left, const float* right) {
-        Floats a[2], b[2];
-        memcpy(a, left, sizeof a);
-        memcpy(b, right, sizeof b);
-        low += __builtin_convertvector(a[0], Doubles) * __builtin_convertvector(b[0], Doubles);
-        high += __builtin_convertvector(a[1], Doubles) * __builtin_convertvector(b[1], Doubles);
+        add_four_products(left, right, &a);
+        add_four_products(left + 4, right + 4, &b);
+        add_four_products(left + 8, right + 8, &c);
+        add_four_products(left + 12, right + 12, &d);
     }
     double folded() const {
-        const Doubles eight = low + high;
-        double lane[8];
-        memcpy(lane, &eight, sizeof lane);
-        for (int half = 4; half > 0; half /= 2)
-            for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
-        return lane[0];
+        const FourDoubles four = (a + c) + (b + d);
+        double lane[4];
+        memcpy(lane, &four, sizeof lane);
+        return (lane[0] + lane[2]) + (lane[1] + lane[3]);
     }
 };
 

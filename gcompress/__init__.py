@@ -4,12 +4,31 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, OneBit, Quantize, Sign, TopK, from_dict, from_spec
+from .compressors import (
+    BF16,
+    FP8,
+    FP16,
+    MXFP4,
+    REGISTRY,
+    Compressor,
+    Context,
+    MaskSparse,
+    OneBit,
+    Quantize,
+    Sign,
+    TopK,
+    from_dict,
+    from_spec,
+)
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
 from .policy import Policy, as_policy
 
 __version__ = "0.1.0"
 __all__ = [
+    "BF16",
+    "FP8",
+    "FP16",
+    "MXFP4",
     "REGISTRY",
     "Compressor",
     "ConfigError",

@@ -35,6 +35,10 @@ class Kernels(ctypes.Structure):
             ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
             ("sign_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
             ("sign_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER)),
+            ("cast_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _POINTER)),
+            ("cast_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
+            ("bf16_encode", None, (_POINTER, _SIZE, _POINTER)),
+            ("bf16_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
         )
     ]
 

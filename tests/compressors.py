@@ -38,6 +38,13 @@ SPECS = [
     "sign:bucket=4160",
     "onebit",
     "onebit:bucket=0",
+    "bf16",
+    "fp16",
+    "fp16:bucket=0",
+    "fp8",
+    "fp8:bucket=64",
+    "mxfp4",
+    "mxfp4:bucket=16",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}
