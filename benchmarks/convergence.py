@@ -26,9 +26,8 @@ import gcompress
 from gcompress.exchange import GradientExchange
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
-from train import build_model, learning_rate  # noqa: E402
-
 import image_data  # noqa: E402
+from train import build_model, learning_rate  # noqa: E402
 
 POLICIES = [
     "quantize:bits=4",

@@ -11,13 +11,13 @@
 
 namespace {
 
-const int LANES = 32;
+const int STATES = 32;
 const int PROBABILITY_BITS = 12;
 const int TOTAL = 1 << PROBABILITY_BITS;
 const uint32_t LOWEST_STATE = 1u << 15;  // states stay in [2^15, 2^31): signed arithmetic vectorises
 const int MAX_PLANES = 128;
 const int64_t SMALLEST_CODED = 64;
-const int64_t STATE_BYTES = 4 * LANES;
+const int64_t STATE_BYTES = 4 * STATES;
 
 // Every stride-th byte of a section.
 struct Plane {
@@ -128,7 +128,7 @@ int64_t read_table(const uint8_t* source, const uint8_t* end, uint16_t* frequenc
 // States that would leave their range give up 16 bits, the last lane's first; words grow downwards.
 inline uint8_t* shrink(const int32_t* divisor, int lanes, int32_t* state, uint8_t* words) {
 #if defined(__AVX512BW__)
-    if (lanes == LANES) {
+    if (lanes == STATES) {
         for (int part = 1; part >= 0; --part) {
             const __m512i x = _mm512_loadu_si512(state + 16 * part);
             const __m512i limit = _mm512_loadu_si512(divisor + 16 * part);
@@ -159,8 +159,8 @@ struct Coding {
 };
 
 struct Group {
-    int32_t divisor[LANES], start[LANES];
-    float inverse[LANES];
+    int32_t divisor[STATES], start[STATES];
+    float inverse[STATES];
 };
 
 // By gathers where there are any: single stores would hold up the vector loads that follow.
@@ -214,10 +214,10 @@ uint8_t* encode_plane(const uint8_t* bytes, const Plane& plane, const uint16_t* 
         coding.inverse[symbol] = 1.0f / (float)(frequency[symbol] ? frequency[symbol] : 1);
     }
     Group group;
-    uint8_t strided[LANES];
-    for (int64_t first = (plane.count - 1) / LANES * LANES; first >= 0; first -= LANES) {
-        if (words - limit < 2 * LANES) return 0;
-        const int lanes = (int)min64(LANES, plane.count - first);
+    uint8_t strided[STATES];
+    for (int64_t first = (plane.count - 1) / STATES * STATES; first >= 0; first -= STATES) {
+        if (words - limit < 2 * STATES) return 0;
+        const int lanes = (int)min64(STATES, plane.count - first);
         const uint8_t* symbols = bytes + plane.offset + first * plane.stride;
         if (plane.stride > 1) {
             for (int j = 0; j < lanes; ++j) strided[j] = symbols[j * plane.stride];
@@ -225,8 +225,8 @@ uint8_t* encode_plane(const uint8_t* bytes, const Plane& plane, const uint16_t* 
         }
         look_up(coding, symbols, lanes, &group);
         words = shrink(group.divisor, lanes, state, words);
-        if (lanes == LANES)
-            code_lanes(group, LANES, state);  // a constant number of them vectorises
+        if (lanes == STATES)
+            code_lanes(group, STATES, state);  // a constant number of them vectorises
         else
             code_lanes(group, lanes, state);
     }
@@ -269,9 +269,9 @@ int64_t entropy_encode(const uint8_t* bytes, const int64_t* sections, int64_t se
     }
     if (gain <= STATE_BYTES) return encode_raw(bytes, planes, count, payload);
 
-    int32_t state[LANES];
-    for (int j = 0; j < LANES; ++j) state[j] = (int32_t)LOWEST_STATE;
-    uint8_t* const words_end = workspace + size + 2 * LANES;
+    int32_t state[STATES];
+    for (int j = 0; j < STATES; ++j) state[j] = (int32_t)LOWEST_STATE;
+    uint8_t* const words_end = workspace + size + 2 * STATES;
     uint8_t* words = words_end;
     for (int64_t p = count - 1; p >= 0 && words; --p)
         if (modes[p]) words = encode_plane(bytes, planes[p], frequency[p], state, words, workspace);
@@ -327,7 +327,7 @@ inline const uint8_t* decode_32(const uint32_t* table, uint32_t* state, const ui
         words += 2 * __builtin_popcount(low);
     }
 #else
-    for (int j = 0; j < LANES; ++j) {
+    for (int j = 0; j < STATES; ++j) {
         const uint32_t entry = table[state[j] & 4095];
         const uint32_t x = next_state(state[j], entry);
         const uint32_t low = x < LOWEST_STATE;
@@ -342,14 +342,14 @@ inline const uint8_t* decode_32(const uint32_t* table, uint32_t* state, const ui
 // Returns where the words of the next plane begin, or NULL if there are too few.
 const uint8_t* decode_plane(const Plane& plane, const uint32_t* table, uint32_t* state, const uint8_t* words,
                             const uint8_t* end, uint8_t* bytes) {
-    uint8_t symbols[LANES];
-    for (int64_t first = 0; first < plane.count; first += LANES) {
+    uint8_t symbols[STATES];
+    for (int64_t first = 0; first < plane.count; first += STATES) {
         uint8_t* target = bytes + plane.offset + first * plane.stride;
-        const int lanes = (int)min64(LANES, plane.count - first);
-        if (lanes == LANES && end - words >= 2 * LANES) {
+        const int lanes = (int)min64(STATES, plane.count - first);
+        if (lanes == STATES && end - words >= 2 * STATES) {
             words = decode_32(table, state, words, plane.stride == 1 ? target : symbols);
             if (plane.stride > 1)
-                for (int j = 0; j < LANES; ++j) target[j * plane.stride] = symbols[j];
+                for (int j = 0; j < STATES; ++j) target[j * plane.stride] = symbols[j];
             continue;
         }
         for (int j = 0; j < lanes; ++j) {
@@ -390,9 +390,9 @@ int entropy_decode(const uint8_t* payload, int64_t size, const int64_t* sections
     }
     if (!coded) return source == end ? GC_OK : GC_BAD_COUNT;
     if (end - source < STATE_BYTES) return GC_BAD_COUNT;
-    uint32_t state[LANES], table[TOTAL];
+    uint32_t state[STATES], table[TOTAL];
     memcpy(state, source, sizeof state);
-    for (int j = 0; j < LANES; ++j)
+    for (int j = 0; j < STATES; ++j)
         if (state[j] < LOWEST_STATE || state[j] >> 31) return GC_BAD_INDEX;
     const uint8_t* words = source + STATE_BYTES;
     for (int64_t p = 0; p < count; ++p) {
@@ -401,7 +401,7 @@ int entropy_decode(const uint8_t* payload, int64_t size, const int64_t* sections
         words = decode_plane(planes[p], table, state, words, end, bytes);
         if (!words) return GC_BAD_COUNT;
     }
-    for (int j = 0; j < LANES; ++j)
+    for (int j = 0; j < STATES; ++j)
         if (state[j] != LOWEST_STATE) return GC_BAD_INDEX;
     return words == end ? GC_OK : GC_BAD_COUNT;
 }

@@ -5,6 +5,10 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 """
 
 from .compressors import (
+    BF16,
+    FP8,
+    FP16,
+    MXFP4,
     REGISTRY,
     Chain,
     Compressor,
@@ -13,9 +17,11 @@ from .compressors import (
     Hybrid,
     LowRank,
     MaskSparse,
+    OneBit,
     Quantize,
     RandomK,
     SharedScale,
+    Sign,
     Threshold,
     TopK,
     from_dict,
@@ -26,7 +32,11 @@ from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
+    "BF16",
     "EXCHANGES",
+    "FP16",
+    "FP8",
+    "MXFP4",
     "REGISTRY",
     "Chain",
     "Compressor",
@@ -39,12 +49,14 @@ __all__ = [
     "Hybrid",
     "LowRank",
     "MaskSparse",
+    "OneBit",
     "PayloadError",
     "Policy",
     "Quantize",
     "RandomK",
     "Rule",
     "SharedScale",
+    "Sign",
     "Threshold",
     "TopK",
     "as_policy",

@@ -4,6 +4,7 @@ import dataclasses
 
 from ..errors import ConfigError
 from .base import Compressor, Context
+from .casts import BF16, FP8, FP16, MXFP4
 from .combine import Chain, Hybrid
 from .entropy import Entropy
 from .lowrank import LowRank
@@ -11,12 +12,30 @@ from .mask import MaskSparse
 from .quantize import Quantize
 from .randomk import RandomK
 from .shared import SharedScale
+from .sign import OneBit, Sign
 from .threshold import Threshold
 from .topk import TopK
 
 REGISTRY = {
     cls.name: cls
-    for cls in (Chain, Entropy, Hybrid, LowRank, MaskSparse, Quantize, RandomK, SharedScale, Threshold, TopK)
+    for cls in (
+        BF16,
+        Chain,
+        Entropy,
+        FP8,
+        FP16,
+        Hybrid,
+        LowRank,
+        MaskSparse,
+        MXFP4,
+        OneBit,
+        Quantize,
+        RandomK,
+        SharedScale,
+        Sign,
+        Threshold,
+        TopK,
+    )
 }
 
 
@@ -83,21 +102,4 @@ def parse_value(text):
     return text
 
 
-__all__ = [
-    "REGISTRY",
-    "Chain",
-    "Compressor",
-    "Context",
-    "Entropy",
-    "Hybrid",
-    "LowRank",
-    "MaskSparse",
-    "Quantize",
-    "RandomK",
-    "SharedScale",
-    "Threshold",
-    "TopK",
-    "from_dict",
-    "from_spec",
-    "parse_value",
-]
+__all__ = ["REGISTRY", "Compressor", "Context", "from_dict", "from_spec", *(cls.__name__ for cls in REGISTRY.values())]

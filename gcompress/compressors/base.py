@@ -243,6 +243,13 @@ def check_sparsity(value):
         raise ConfigError(f"sparsity: got {value!r}, expected the fraction set to zero, 0 <= sparsity < 1")
 
 
+def check_bucket(value, multiple):
+    """ConfigError unless value is a multiple of `multiple`, or 0."""
+    check_integer("bucket", value, 0)
+    if value % multiple:
+        raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
+
+
 def check_choice(argument, value, choices):
     """ConfigError unless value is one of choices."""
     if value not in choices:
