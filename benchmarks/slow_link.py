@@ -11,11 +11,11 @@ DistributedDataParallel, which knows `bf16` and `powersgd:rank=R` as well: torch
 
 Starts the ranks in a network namespace (Linux, root; see tools/slow_link.py) and trains a
 model of --parameters million entries with each method in turn, the methods taking turns
-step by step so that all meet the same noise. Prints the median step, the time of its
-computation alone (forward, backward, update; encoding and decoding of the same bytes on one
-core), the bytes a rank handed over, what its report expects all ranks to send, and what the
-namespace's interface counted: with TCP's headers and the messages Horovod's ranks exchange
-every cycle, whose rate while idle is measured first.
+step by step so that all meet the same noise. Prints the median step, the bytes a rank handed
+over, what its report expects all ranks to send, and what the namespace's interface counted:
+with TCP's headers and the messages Horovod's ranks exchange every cycle, whose rate while
+idle is measured first. With --batch, steps are long enough to see the overlap: a step's time
+is printed beside that of its computation alone and of its exchange alone (a batch of 1).
 """
 
 import argparse
@@ -48,6 +48,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each method (default 5)")
     parser.add_argument("--parameters", type=float, default=8.4, help="model size in million entries (default 8.4)")
     parser.add_argument("--methods", "--compressors", nargs="+", default=DEFAULT, metavar="[ddp/]SPEC[@EXCHANGE]")
+    parser.add_argument("--batch", type=int, help="rows of a batch; measures the overlap (default 8, does not)")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -81,9 +82,9 @@ def make_step(method, parameters):
     make = make_ddp if method.startswith("ddp/") else make_horovod
     model, optimizer, bytes_so_far = make(method.removeprefix("ddp/"), model)
 
-    def step():
+    def step(batch):
         optimizer.zero_grad()
-        model(torch.randn(8, width)).square().mean().backward()
+        model(torch.randn(batch, width)).square().mean().backward()
         optimizer.step()
 
     return step, bytes_so_far
@@ -164,24 +165,21 @@ def start_torch_distributed():
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=hvd.rank(), world_size=hvd.size())
 
 
-def computation_seconds(method, parameters):
-    """What a step takes without any exchange: forward, backward, update, and encoding and decoding."""
+def computation_seconds(parameters, batch):
+    """What a step takes without any exchange, while all ranks compute."""
+    import horovod.torch as hvd
     import torch
 
     model, width = make_model(parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    spec = method.removeprefix("ddp/").partition("@")[0]
-    policy = None if spec.partition(":")[0] in ("none", "fp16", "bf16", "powersgd") else make_policy(spec)
     seconds = []
-    for _ in range(3):
+    for _ in range(4):
+        hvd.barrier()
         start = time.perf_counter()
         optimizer.zero_grad()
-        model(torch.randn(8, width)).square().mean().backward()
-        for name, p in model.named_parameters() if policy else ():
-            compressor = policy.compressor_for(name, p.numel())
-            if compressor:
-                compressor.decompress(*compressor.compress(p.grad))
+        model(torch.randn(batch, width)).square().mean().backward()
         optimizer.step()
+        hvd.barrier()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -193,28 +191,36 @@ def measure(arguments):
     hvd.init()
     if any(method.startswith("ddp/") for method in arguments.methods):
         start_torch_distributed()
-    computing = {method: computation_seconds(method, arguments.parameters) for method in arguments.methods}
+    batch = arguments.batch or 8
+    computing = computation_seconds(arguments.parameters, batch)
     runs = {method: make_step(method, arguments.parameters) for method in arguments.methods}
     for step, _ in runs.values():  # names are negotiated, memory is allocated and buckets are rebuilt
         for _ in range(3):
-            step()
+            step(1)
     idle = count(lambda: time.sleep(1))
     seconds, counted = {method: [] for method in runs}, dict.fromkeys(runs, 0)
+    exchanging = {method: [] for method in runs}
     before = {method: bytes_so_far() for method, (_, bytes_so_far) in runs.items()}
     for _ in range(arguments.steps):
         for method, (step, _) in runs.items():
             start = time.perf_counter()
-            crossed = count(step)
+            counted[method] += count(lambda step=step: step(batch))
             seconds[method].append(time.perf_counter() - start)
-            counted[method] += crossed
+    after = {method: bytes_so_far() for method, (_, bytes_so_far) in runs.items()}
+    for _ in range(arguments.steps if arguments.batch else 0):
+        for method, (step, _) in runs.items():
+            start = time.perf_counter()
+            count(lambda step=step: step(1))
+            exchanging[method].append(time.perf_counter() - start)
     rows = []
-    for method, (_, bytes_so_far) in runs.items():
-        sent, wire = ((after - b) / arguments.steps for after, b in zip(bytes_so_far(), before[method], strict=True))
+    for method in runs:
+        sent, wire = ((a - b) / arguments.steps for a, b in zip(after[method], before[method], strict=True))
         rows.append(
             {
                 "method": method,
                 "median_step_seconds": statistics.median(seconds[method]),
-                "computation_seconds": computing[method],
+                "computation_seconds": computing,
+                "exchange_seconds": statistics.median(exchanging[method]) if arguments.batch else None,
                 "handed_over_bytes": sent,
                 "expected_wire_bytes": float(hvd.allreduce(torch.tensor(wire, dtype=torch.float64), op=hvd.Sum)),
                 "counted_wire_bytes": counted[method] / arguments.steps,
@@ -241,18 +247,20 @@ def show(arguments, rows, idle):
     print(
         f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each"
     )
+    print(f"{'method':38s} {'step s':>7s} {'vs fp16':>8s} {'vs ddp/fp16':>11s} ", end="")
     print(
-        f"{'method':38s} {'step s':>7s} {'vs fp16':>8s} {'vs ddp/fp16':>11s} {'computing s':>11s} "
-        f"{'handed over':>12s} {'wire, all':>12s} {'counted':>12s}"
+        f"{'handed over':>12s} {'wire, all':>12s} {'counted':>12s}{'  computing + exchange s' * bool(arguments.batch)}"
     )
     for row in rows:
         speeds = [f"{base[m] / row['median_step_seconds']:.2f}x" if m in base else "-" for m in ("fp16", "ddp/fp16")]
-        print(
+        line = (
             f"{row['method']:38s} {row['median_step_seconds']:7.3f} {speeds[0]:>8s} {speeds[1]:>11s} "
-            f"{row['computation_seconds']:11.3f} {row['handed_over_bytes']:12,.0f} {row['expected_wire_bytes']:12,.0f} "
-            f"{row['counted_wire_bytes']:12,.0f}",
-            flush=True,
+            f"{row['handed_over_bytes']:12,.0f} {row['expected_wire_bytes']:12,.0f} {row['counted_wire_bytes']:12,.0f}"
         )
+        if arguments.batch:
+            alone = row["computation_seconds"], row["exchange_seconds"]
+            line += f"  {alone[0]:.3f} + {alone[1]:.3f} = {sum(alone):.3f}"
+        print(line, flush=True)
     print(f"idle ranks exchange {idle / 1e6:.2f} MB/s of control messages", flush=True)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))
