@@ -61,6 +61,8 @@ typedef struct {
                           const uint8_t* scales, int add, float* out);
     void (*lowrank_decode)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t rank,
                            int64_t n, int add, float* out);
+    void (*hybrid_split)(const float* x, int64_t n, float* outliers);
+    void (*hybrid_merge)(const float* outliers, int64_t n, float* rest);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

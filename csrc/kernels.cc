@@ -83,5 +83,5 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   largest_key,     count_keys,      keys_encode,
                                                   entropy_encode,  entropy_decode,
                                                   shared_scales,   shared_encode,   shared_decode,
-                                                  lowrank_decode};
+                                                  lowrank_decode,  hybrid_split,    hybrid_merge};
 }

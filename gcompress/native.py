@@ -50,6 +50,8 @@ class Kernels(ctypes.Structure):
             ("shared_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
             ("shared_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _INT, _POINTER)),
             ("lowrank_decode", None, (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER)),
+            ("hybrid_split", None, (_POINTER, _SIZE, _POINTER)),
+            ("hybrid_merge", None, (_POINTER, _SIZE, _POINTER)),
         )
     ]
 
