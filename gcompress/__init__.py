@@ -4,7 +4,7 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, Quantize, TopK, from_dict, from_spec
+from .compressors import REGISTRY, Compressor, Context, MaskSparse, Polar, Quantize, TopK, from_dict, from_spec
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
 from .policy import Policy, as_policy
 
@@ -18,6 +18,7 @@ __all__ = [
     "ExchangeError",
     "GcompressError",
     "MaskSparse",
+    "Polar",
     "PayloadError",
     "Policy",
     "Quantize",

@@ -41,7 +41,7 @@ class ErrorFeedback:
             corrected = values + residual
         else:
             raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
-        payload, _ = compressor.compress(corrected, seed=seed)
+        payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
         decoded = torch.empty_like(corrected)
         compressor.decode_into(payload, decoded)
         corrected.sub_(decoded)

@@ -33,6 +33,11 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "polar:rate=0.5",
+    "polar:rate=0.1,block=1024,scales=tensor",
+    "polar:rate=1.0,scales=chunk",
+    "polar:rate=2.5,allocation=flat",
+    "polar:rate=4,block=256",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

@@ -5,10 +5,11 @@ import dataclasses
 from ..errors import ConfigError
 from .base import Compressor, Context
 from .mask import MaskSparse
+from .polar import Polar
 from .quantize import Quantize
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, TopK)}
+REGISTRY = {cls.name: cls for cls in (MaskSparse, Polar, Quantize, TopK)}
 
 
 def from_dict(configuration):
@@ -53,4 +54,4 @@ def _parse_value(text):
     return text
 
 
-__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Quantize", "TopK", "from_dict", "from_spec"]
+__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Polar", "Quantize", "TopK", "from_dict", "from_spec"]

@@ -35,6 +35,8 @@ class Compressor:
     name: ClassVar[str]
     # Fields that a spec always shows; others are shown when they are not at their default.
     shown: ClassVar[tuple] = ()
+    # Whether `_encode_*` get the entries in their shape; otherwise as a vector.
+    uses_shape: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = True
 
@@ -61,7 +63,8 @@ class Compressor:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
-        values = tensor.detach().reshape(-1).to(torch.float32).contiguous()
+        values = tensor.detach().to(torch.float32).contiguous()
+        values = values if self.uses_shape else values.view(-1)
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         if values.numel() > 0:
             kernels = native.kernels(values)
@@ -143,6 +146,12 @@ def check_integer(argument, value, low, high=None):
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise ConfigError(f"{argument}: got {value!r}, expected {expected}")
+
+
+def check_number(argument, value, low, high):
+    """ConfigError unless value is a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{argument}: got {value!r}, expected a number from {low} to {high}")
 
 
 def check_sparsity(value):
