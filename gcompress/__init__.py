@@ -4,26 +4,65 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, Polar, Quantize, TopK, from_dict, from_spec
+from .compressors import (
+    BF16,
+    FP8,
+    FP16,
+    MXFP4,
+    REGISTRY,
+    Chain,
+    Compressor,
+    Context,
+    Entropy,
+    Hybrid,
+    LowRank,
+    MaskSparse,
+    OneBit,
+    Polar,
+    Quantize,
+    RandomK,
+    SharedScale,
+    Sign,
+    Threshold,
+    TopK,
+    from_dict,
+    from_spec,
+)
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
-from .policy import Policy, as_policy
+from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
+    "BF16",
+    "EXCHANGES",
+    "FP16",
+    "FP8",
+    "MXFP4",
     "REGISTRY",
+    "Chain",
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
     "Context",
+    "Entropy",
     "ExchangeError",
     "GcompressError",
+    "Hybrid",
+    "LowRank",
     "MaskSparse",
+    "OneBit",
     "Polar",
     "PayloadError",
     "Policy",
     "Quantize",
+    "RandomK",
+    "Rule",
+    "SharedScale",
+    "Sign",
+    "Threshold",
     "TopK",
     "as_policy",
     "from_dict",
     "from_spec",
+    "parameter_groups",
 ]

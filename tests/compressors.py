@@ -33,6 +33,43 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "sign",
+    "sign:bucket=64",
+    "sign:bucket=4160",
+    "onebit",
+    "onebit:bucket=0",
+    "bf16",
+    "fp16",
+    "fp16:bucket=0",
+    "fp8",
+    "fp8:bucket=64",
+    "mxfp4",
+    "mxfp4:bucket=16",
+    "randomk:sparsity=0.99",
+    "randomk:sparsity=0.4",
+    "randomk:sparsity=0.0",
+    "randomk:sparsity=0.9,unbiased=true",
+    "threshold:threshold=2.0",
+    "threshold:threshold=1e-05",
+    "threshold:threshold=0.3,relative=true",
+    "chain:(topk:sparsity=0.99),(quantize:bits=4)",
+    "shared:bits=4",
+    "shared:bits=2,bucket=100",
+    "shared:bits=7,bucket=0,rounding=stochastic",
+    "shared:bits=8",
+    "lowrank:rank=4",
+    "lowrank:rank=1",
+    "entropy:(quantize:bits=4)",
+    "entropy:(quantize:bits=3,bucket=0,rounding=stochastic)",
+    "entropy:(topk:sparsity=0.9)",
+    "entropy:(hybrid:(topk:sparsity=0.99),(mask:sparsity=0.99,bits=5))",
+    "chain:(topk:sparsity=0.5),(entropy:(quantize:bits=2))",
+    "chain:(mask:sparsity=0.9,bits=2),(quantize:bits=8,bucket=0)",
+    "chain:(quantize:bits=4,bucket=64),(quantize:bits=8)",
+    "chain:(randomk:sparsity=0.9,unbiased=true),(quantize:bits=2,rounding=stochastic)",
+    "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+    "hybrid:(threshold:threshold=3.0),(quantize:bits=1)",
+    "hybrid:(topk:sparsity=0.99),(chain:(topk:sparsity=0.5),(quantize:bits=3,rounding=stochastic))",
     "polar:rate=0.5",
     "polar:rate=0.1,block=1024,scales=tensor",
     "polar:rate=1.0,scales=chunk",
@@ -41,6 +78,14 @@ SPECS = [
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}
+
+
+def fits(compressor, payload, numel):
+    """Whether a payload has the size that the compressor promises."""
+    if compressor.fixed_size or numel == 0:
+        return payload.shape == (compressor.nbytes(numel),)
+    return payload.numel() == compressor.payload_nbytes(payload, numel) <= compressor.nbytes(numel)
+
 
 SIZES = (1, 2, 7, 63, 64, 65, 127, 128, 129, 1023, 1024, 8200, 70001)
 
