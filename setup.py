@@ -60,7 +60,7 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
-headers = [f"csrc/{name}.h" for name in ("gcompress", "mask", "quantize", "select", "simd", "topk")]
+headers = [f"csrc/{name}.h" for name in ("gcompress", "mask", "quantize", "randomk", "select", "simd", "topk")]
 setup(
     ext_modules=[
         Extension("gcompress._native", ["csrc/dispatch.cc", "csrc/kernels.cc"], depends=headers, optional=True)

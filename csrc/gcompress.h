@@ -36,6 +36,11 @@ typedef struct {
     void (*topk_encode)(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                         int64_t capacity, uint8_t* payload);
     int (*topk_decode)(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out);
+    void (*randomk_encode)(const float* x, int64_t n, int64_t k, int unbiased, uint32_t seed, uint8_t* payload);
+    void (*randomk_decode)(const uint8_t* payload, int64_t n, int64_t k, int add, float* out);
+    uint32_t (*largest_key)(const float* x, int64_t n);
+    int64_t (*count_keys)(const float* x, int64_t n, uint32_t key);
+    void (*keys_encode)(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

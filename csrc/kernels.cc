@@ -4,6 +4,7 @@
 #include "gcompress.h"
 #include "mask.h"
 #include "quantize.h"
+#include "randomk.h"
 #include "topk.h"
 
 namespace {
@@ -71,5 +72,7 @@ int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int widt
 extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
-                                                  mask_decode,     topk_encode,     topk_decode};
+                                                  mask_decode,     topk_encode,     topk_decode,
+                                                  randomk_encode,  randomk_decode,
+                                                  largest_key,     count_keys,      keys_encode};
 }

@@ -7,13 +7,9 @@
 
 namespace {
 
-// A reproducible uniform number in [0, 1) for entry i (a 32-bit integer hash).
+// A reproducible uniform number in [0, 1) for entry i.
 inline float uniform(uint32_t i, uint32_t seed) {
-    uint32_t h = i * 0x9E3779B9u + seed;
-    h = (h ^ h >> 16) * 0x7feb352du;
-    h = (h ^ h >> 15) * 0x846ca68bu;
-    h ^= h >> 16;
-    return (float)(int32_t)(h >> 8) * 5.9604644775390625e-8f;  // 2^-24
+    return (float)(int32_t)(hashed(i, seed) >> 8) * 5.9604644775390625e-8f;  // 2^-24
 }
 
 inline float floor_small(float value) {  // |value| < 2^22

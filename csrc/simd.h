@@ -39,6 +39,14 @@ inline int32_t round_even(float value) {
     return (int32_t)(float_bits(value + magic) - float_bits(magic));
 }
 
+// The random numbers of all compressors: a 32-bit hash of an index.
+inline uint32_t hashed(uint32_t i, uint32_t seed) {
+    uint32_t h = i * 0x9E3779B9u + seed;
+    h = (h ^ h >> 16) * 0x7feb352du;
+    h = (h ^ h >> 15) * 0x846ca68bu;
+    return h ^ h >> 16;
+}
+
 // Bit j of the result: keys[j] >= bound, for 64 keys below 2^31 and a bound of at least 1.
 inline uint64_t at_least_64(const uint32_t* keys, uint32_t bound) {
     uint64_t mask = 0;

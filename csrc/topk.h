@@ -37,9 +37,8 @@ struct BitReader {
 
 inline int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
-void topk_encode(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace, int64_t capacity,
-                 uint8_t* payload) {
-    Selection selection = select_largest<true>(x, n, k, workspace, capacity);
+void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width,
+                     uint8_t* payload) {
     uint8_t* values = payload;
     uint8_t* index = payload + 4 * k;
     BitWriter low = {index, 0, 0};
@@ -69,6 +68,36 @@ void topk_encode(const float* x, int64_t n, int64_t k, int form, int width, uint
         }
     }
     if (form != GC_INDEX_BITMAP) low.finish();
+}
+
+void topk_encode(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace, int64_t capacity,
+                 uint8_t* payload) {
+    encode_selected(x, n, k, select_largest<true>(x, n, k, workspace, capacity), form, width, payload);
+}
+
+// Threshold (gcompress/compressors/threshold.py): the largest key, how many reach `key`, and those k.
+uint32_t largest_key(const float* x, int64_t n) {
+    int32_t largest = 0;  // signed, which every instruction set can compare
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t key = (int32_t)key_of<true>(x[i]);
+        largest = key > largest ? key : largest;
+    }
+    return (uint32_t)largest;
+}
+
+int64_t count_keys(const float* x, int64_t n, uint32_t key) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < n; first += 4096) {
+        int32_t part = 0;
+        const int64_t end = min64(n, first + 4096);
+        for (int64_t i = first; i < end; ++i) part += (int32_t)key_of<true>(x[i]) >= (int32_t)key;
+        count += part;
+    }
+    return count;
+}
+
+void keys_encode(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload) {
+    encode_selected(x, n, k, Selection{key - 1, 0}, form, width, payload);
 }
 
 template <bool add>

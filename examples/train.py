@@ -14,6 +14,8 @@ Another compressor, or none, with the same initial weights and the same batches,
 compare step by step:
 
     horovodrun -np 4 python examples/train.py --compressor topk:sparsity=0.99
+    horovodrun -np 4 python examples/train.py --compressor topk:sparsity=0.999 --momentum-correction \
+        --warmup-steps 400
     horovodrun -np 4 python examples/train.py --compressor fp16
     horovodrun -np 4 python examples/train.py --compressor none --log-file runs/none.jsonl
     horovodrun -np 4 python examples/train.py --plot runs/both.png --compare runs/none.jsonl
@@ -69,7 +71,11 @@ TEST_BATCH = 500
 RESUME_MUST_MATCH = (
     "compressor",
     "min_numel",
+    "exchange",
     "error_feedback",
+    "momentum_correction",
+    "clip",
+    "warmup_steps",
     "model",
     "dataset",
     "image_size",
@@ -119,7 +125,11 @@ def build_parser():
     add = parser.add_argument_group("gradient compression").add_argument
     add("--compressor", metavar="SPEC|none|fp16", default=DEFAULT_COMPRESSOR, help="default: %(default)s")
     add("--min-numel", type=at_least(0), default=1024, help="smaller tensors go uncompressed (%(default)s)")
+    add("--exchange", choices=gcompress.EXCHANGES, default="auto", help="how ranks come to the mean: %(default)s")
     add("--no-error-feedback", dest="error_feedback", action="store_false", help="forget what was not sent")
+    add("--momentum-correction", action="store_true", help="apply --momentum before compressing, for very sparse ones")
+    add("--warmup-steps", type=at_least(0), default=0, help="keep more in so many first steps (%(default)s)")
+    add("--clip", type=at_least(0, float), metavar="NORM", help="clip each tensor's gradient, averaged, to this norm")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="cnn", help="cnn, or the name of any torchvision classifier (%(default)s)")
@@ -206,12 +216,19 @@ def refused_together():
 def build_compression(arguments):
     """What hvd.DistributedOptimizer takes as `compression`."""
     if arguments.compressor in ("none", "fp16"):
+        if arguments.momentum_correction or arguments.warmup_steps or arguments.clip:
+            raise Refusal("--momentum-correction, --warmup-steps and --clip need a compressor with a memory")
         return getattr(hvd.Compression, arguments.compressor)
     return gcompress.Policy(
         gcompress.from_spec(arguments.compressor),
         min_numel=arguments.min_numel,
+        exchange=arguments.exchange,
         # None lets the policy decide: on for biased compressors.
         error_feedback=None if arguments.error_feedback else False,
+        momentum=arguments.momentum if arguments.momentum_correction else 0.0,
+        # Each rank's share of the limit for the mean.
+        clip=arguments.clip / math.sqrt(hvd.size()) if arguments.clip else None,
+        warmup_steps=arguments.warmup_steps,
     )
 
 
@@ -278,12 +295,11 @@ class Training:
 
     def __init__(self, arguments, data, model):
         self.arguments, self.data, self.model = arguments, data, model
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=arguments.lr,
-            momentum=arguments.momentum,
-            weight_decay=arguments.weight_decay,
-        )
+        parameters = [{"params": list(model.parameters()), "weight_decay": arguments.weight_decay}]
+        if arguments.momentum_correction:
+            named = model.named_parameters()
+            parameters = gcompress.parameter_groups(named, arguments.compression, weight_decay=arguments.weight_decay)
+        optimizer = torch.optim.SGD(parameters, lr=arguments.lr, momentum=arguments.momentum)
         self.optimizer = hvd.DistributedOptimizer(
             optimizer, named_parameters=model.named_parameters(), compression=arguments.compression
         )
@@ -538,6 +554,8 @@ def main():
     if first:
         numel = sum(parameter.numel() for parameter in training.model.parameters())
         print(f"{title}, {numel} parameters, compressor {arguments.compressor}", flush=True)
+        if training.exchange.plan and hvd.size() > 1:
+            print(training.exchange.plan, flush=True)
     while training.step < training.last_step:
         record = training.measured(training.train_epoch())
         training.curve.append(record)

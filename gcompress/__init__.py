@@ -4,12 +4,24 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, MaskSparse, Quantize, TopK, from_dict, from_spec
+from .compressors import (
+    REGISTRY,
+    Compressor,
+    Context,
+    MaskSparse,
+    Quantize,
+    RandomK,
+    Threshold,
+    TopK,
+    from_dict,
+    from_spec,
+)
 from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
-from .policy import Policy, as_policy
+from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
+    "EXCHANGES",
     "REGISTRY",
     "Compressor",
     "ConfigError",
@@ -21,8 +33,12 @@ __all__ = [
     "PayloadError",
     "Policy",
     "Quantize",
+    "RandomK",
+    "Rule",
+    "Threshold",
     "TopK",
     "as_policy",
     "from_dict",
     "from_spec",
+    "parameter_groups",
 ]

@@ -3,12 +3,20 @@
 Memory of Seide et al. (2014) and Stich et al. (arXiv 1809.07599), analysed by Karimireddy
 et al. (arXiv 1901.09847): with p = gradient + residual, send C(p) and keep p - D(C(p)).
 With it every contraction, however biased, converges at the rate of SGD.
+
+Very sparse compressors send an entry once in hundreds of steps; what they need besides is
+that of Deep Gradient Compression (Lin et al., arXiv 1712.01887): momentum correction, momentum
+factor masking and clipping (`MomentumCorrection`), and a warm-up (`eased`).
 """
+
+import dataclasses
 
 import torch
 
 from .compressors import Context
 from .errors import ConfigError
+
+WARM_UP_STAGES = 4
 
 
 class ErrorFeedback:
@@ -33,25 +41,41 @@ class ErrorFeedback:
         Returns:
             (payload, ctx) as `Compressor.compress` does.
         """
-        values = gradient.detach().reshape(-1).to(torch.float32)
-        residual = self._residuals.get(name)
-        if residual is None:
-            corrected = values.clone()
-        elif residual.numel() == values.numel():
-            corrected = values + residual
-        else:
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
+        corrected = self.corrected(name, gradient)
         payload, _ = compressor.compress(corrected, seed=seed)
         decoded = torch.empty_like(corrected)
         compressor.decode_into(payload, decoded)
-        corrected.sub_(decoded)
-        if bool(torch.isfinite(torch.linalg.vector_norm(corrected, float("inf")))):
-            self._residuals[name] = corrected
+        self.keep(name, corrected, decoded, sparse=compressor.sparse)
         return payload, Context(gradient.shape, gradient.dtype)
+
+    def corrected(self, name, gradient):
+        """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
+        values = gradient.detach().reshape(-1).to(torch.float32)
+        residual = self._residuals.get(name)
+        if residual is None:
+            return values.clone()
+        if residual.numel() != values.numel():
+            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
+        return values + residual
+
+    def keep(self, name, corrected, sent, *, sparse=False):
+        """Remember corrected - sent, in place of corrected, unless it is not finite; returns whether it is.
+
+        sparse: whether zeros of `sent` mean entries that were not sent.
+        """
+        corrected.sub_(sent)
+        finite = bool(torch.isfinite(torch.linalg.vector_norm(corrected, float("inf"))))
+        if finite:
+            self._residuals[name] = corrected
+        return finite
 
     def residual(self, name):
         """The residual of `name` (1-D float32, not a copy), or None before its first step."""
         return self._residuals.get(name)
+
+    def retain(self, sizes):
+        """Drop the residuals that are not of one of these {name: entries}."""
+        self._residuals = {name: r for name, r in self._residuals.items() if sizes.get(name) == r.numel()}
 
     def state_dict(self):
         """{name: residual}; the residuals are this rank's own and must not be broadcast."""
@@ -59,7 +83,99 @@ class ErrorFeedback:
 
     def load_state_dict(self, state):
         """Replace all residuals by copies of those of `state_dict()`."""
-        for name, residual in state.items():
-            if not isinstance(residual, torch.Tensor) or residual.dim() != 1 or residual.dtype != torch.float32:
-                raise ConfigError(f"residual {name!r}: expected a 1-D float32 tensor, got {type(residual).__name__}")
-        self._residuals = {name: residual.clone() for name, residual in state.items()}
+        self._residuals = _checked_copies("residual", state)
+
+
+class MomentumCorrection(ErrorFeedback):
+    """Error feedback of a velocity instead of the gradient: the momentum of SGD, taken before compression.
+
+    With a residual, plain momentum acts on what arrives late and all at once. So every rank
+    keeps u = momentum u + gradient per parameter, adds u to the residual and sends of that; an
+    entry that was sent by a sparse compressor starts again from u = 0 (momentum factor masking).
+    The optimizer's own momentum must then be 0: see `gcompress.parameter_groups`.
+
+    Args:
+        momentum: factor of the velocity, 0 <= momentum < 1.
+        clip: the L2 norm to which this rank's gradient of one parameter is scaled down before
+            it is added, or None. Of a limit for the mean over N ranks each takes 1 / sqrt(N).
+    """
+
+    def __init__(self, momentum=0.9, clip=None):
+        super().__init__()
+        self.momentum, self.clip = momentum, clip
+        self._velocities = {}
+        self._pending = {}  # velocities of steps under way
+
+    def corrected(self, name, gradient):
+        """Velocity plus the residual of `name`: a new 1-D float32 tensor."""
+        velocity = gradient.detach().reshape(-1).to(torch.float32)
+        if self.clip is not None:
+            norm = float(torch.linalg.vector_norm(velocity))
+            if self.clip < norm < float("inf"):
+                velocity = velocity * (self.clip / norm)
+        before = self._velocities.get(name)
+        if before is not None and before.numel() == velocity.numel():
+            velocity = torch.add(velocity, before, alpha=self.momentum)
+        self._pending[name] = velocity
+        return super().corrected(name, velocity)
+
+    def keep(self, name, corrected, sent, *, sparse=False):
+        velocity = self._pending.pop(name)
+        finite = super().keep(name, corrected, sent)
+        if finite:
+            self._velocities[name] = torch.where(sent == 0, velocity, 0.0) if sparse else velocity.clone()
+        return finite
+
+    def velocity(self, name):
+        """The velocity of `name` (1-D float32, not a copy), or None before its first step."""
+        return self._velocities.get(name)
+
+    def state_dict(self):
+        """{"residual": {name: tensor}, "velocity": {name: tensor}}, this rank's own."""
+        return {"residual": super().state_dict(), "velocity": dict(self._velocities)}
+
+    def load_state_dict(self, state):
+        """Replace all memory by copies of that of `state_dict()`."""
+        if set(state) != {"residual", "velocity"}:
+            raise ConfigError(f"feedback: expected residual and velocity, got {', '.join(map(repr, state))}")
+        velocities = _checked_copies("velocity", state["velocity"])
+        super().load_state_dict(state["residual"])
+        self._velocities = velocities
+
+
+def new_memory(policy):
+    """The empty memory that a Policy asks for, or None."""
+    if not policy.uses_feedback:
+        return None
+    return MomentumCorrection(policy.momentum, policy.clip) if policy.momentum or policy.clip else ErrorFeedback()
+
+
+def _checked_copies(what, state):
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or tensor.dtype != torch.float32:
+            raise ConfigError(f"{what} {name!r}: expected a 1-D float32 tensor, got {type(tensor).__name__}")
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def eased(compressor, step, warmup_steps):
+    """The compressor to use in one step of a warm-up.
+
+    In four equal stages the fraction kept falls from d^(1/5) to d^(4/5), where d is that of
+    `compressor` (for sparsity .999: .75, .937, .984, .996), in it and in its parts.
+
+    Args:
+        compressor: what is used from step `warmup_steps` on.
+        step: 0 is the first.
+        warmup_steps: length of the warm-up.
+
+    >>> from gcompress import TopK
+    >>> [round(eased(TopK(sparsity=0.999), step, 4).sparsity, 3) for step in range(5)]
+    [0.749, 0.937, 0.984, 0.996, 0.999]
+    """
+    if step >= warmup_steps:
+        return compressor
+    changes = {part: eased(getattr(compressor, part), step, warmup_steps) for part in compressor.parts}
+    if hasattr(compressor, "sparsity"):
+        stage = WARM_UP_STAGES * step // warmup_steps
+        changes["sparsity"] = 1 - (1 - compressor.sparsity) ** ((stage + 1) / (WARM_UP_STAGES + 1))
+    return dataclasses.replace(compressor, **changes)

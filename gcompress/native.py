@@ -33,6 +33,11 @@ class Kernels(ctypes.Structure):
             ("mask_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
             ("topk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _SIZE, _POINTER)),
             ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+            ("randomk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, ctypes.c_uint32, _POINTER)),
+            ("randomk_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
+            ("largest_key", ctypes.c_uint32, (_POINTER, _SIZE)),
+            ("count_keys", _SIZE, (_POINTER, _SIZE, ctypes.c_uint32)),
+            ("keys_encode", None, (_POINTER, _SIZE, _SIZE, ctypes.c_uint32, _INT, _INT, _POINTER)),
         )
     ]
 

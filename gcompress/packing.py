@@ -12,6 +12,7 @@ import torch
 from .errors import PayloadError
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
 SMALLEST_FIXED = 2.0**-110  # below it a fixed-point scale of 65535 / magnitude overflows
 INFINITY_KEY = 0x7F800000
 
@@ -40,6 +41,14 @@ def unpack_bits(packed, count, bits):
     work = torch.uint8 if bits <= 8 else torch.int64
     weights = torch.arange(bits, dtype=work, device=packed.device)
     return (stream.to(work) << weights).sum(1, dtype=work)
+
+
+def hashed(index, seed):
+    """A 32-bit hash of every int64 index below 2^32, as int64: the random numbers of all compressors."""
+    word = (index * 0x9E3779B9 + seed) & 0xFFFFFFFF
+    word = ((word ^ word >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ word >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return word ^ word >> 16
 
 
 def float_to_bytes(values):

@@ -1,60 +1,274 @@
-"""Which compressor for which tensor."""
+"""Which compressor for which tensor, and by which exchange."""
 
 import dataclasses
+import fnmatch
+import math
 
-from .compressors import Compressor, from_spec
+from .compressors import Compressor, from_spec, parse_value
 from .compressors.base import check_choice, check_integer
 from .errors import ConfigError
+from .feedback import eased
+
+EXCHANGES = ("auto", "allgather", "twophase", "summed")
+ROLES = ("gradient", "activation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A compressor for the tensors that meet all of its conditions.
+
+    Args:
+        compressor: a Compressor, its spec or its dict; None or "none": send them as they are.
+        name: the tensor's name, a pattern as of file names: `*`, `?`, `[abc]`.
+        role: "gradient", "activation", or None for both.
+        min_numel, max_numel: fewest and most entries; None: any number.
+    """
+
+    compressor: Compressor | None
+    name: str = "*"
+    role: str | None = None
+    min_numel: int = 0
+    max_numel: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name: got {self.name!r}, expected a pattern such as 'classifier.*'")
+        check_choice("role", self.role, (None, *ROLES))
+        check_integer("min_numel", self.min_numel, 0)
+        if self.max_numel is not None:
+            check_integer("max_numel", self.max_numel, self.min_numel)
+
+    def matches(self, name, numel, role):
+        """Whether a tensor meets all conditions."""
+        return (
+            self.min_numel <= numel <= (math.inf if self.max_numel is None else self.max_numel)
+            and self.role in (None, role)
+            and fnmatch.fnmatchcase(name or "", self.name)
+        )
+
+    def to_dict(self):
+        return {**_shallow(self), "compressor": self.compressor.to_dict() if self.compressor else None}
+
+    def __str__(self):
+        conditions = _assignments(self, skip=("compressor",)) or ["name=*"]
+        return f"{', '.join(conditions)} -> {self.compressor or 'none'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One compressor for every tensor that is large enough to be worth it.
+    """One compressor for every tensor that is large enough to be worth it, and rules for the others.
 
     Args:
-        compressor: a Compressor, its spec or its dict.
+        compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
-        error_feedback: True, False, or None: on unless the compressor is unbiased.
+        error_feedback: True, False, or None: on for compressors that are not unbiased.
+        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "twophase",
+            "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
+        bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
+            the engine does not form buckets itself.
+        rules: Rules or their dicts; the first that matches decides, before `compressor` and
+            `min_numel`.
+        momentum, clip: of momentum correction (see gcompress/feedback.py); 0 and None: none.
+        warmup_steps: in so many first steps, sparse compressors keep more (feedback.eased).
+
+    A policy can be written as one string, which `as_policy` reads: the compressor, then options
+    and rules in any order.
+
+    >>> policy = as_policy("topk:sparsity=0.999; warmup_steps=400; name=*.bias -> none; role=activation -> mask")
+    >>> policy.compressor_for("layer.bias", 5000), str(policy.compressor_for("layer.weight", 5000))
+    (None, 'topk:sparsity=0.999')
+    >>> as_policy(str(policy)) == policy == as_policy(policy.to_dict())
+    True
     """
 
-    compressor: Compressor
+    compressor: Compressor | None
     min_numel: int = 1024
     error_feedback: bool | None = None
+    exchange: str = "auto"
+    bucket_bytes: int = 8 << 20
+    rules: tuple = ()
+    momentum: float = 0.0
+    clip: float | None = None
+    warmup_steps: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "compressor", from_spec(self.compressor))
+        object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False))
+        check_choice("exchange", self.exchange, EXCHANGES)
+        check_integer("bucket_bytes", self.bucket_bytes, 1)
+        if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
+            raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
+        object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _made(Rule, r) for r in self.rules))
+        _check_number("momentum", self.momentum, 0 <= _number(self.momentum) < 1, "0 <= momentum < 1")
+        if self.clip is not None:
+            _check_number("clip", self.clip, 0 < _number(self.clip) < math.inf, "a positive norm or None")
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        self._check_exchange_and_feedback()
 
-    def compressor_for(self, name, numel):
-        """The compressor for the gradient of parameter `name`, or None to send it as it is."""
-        return self.compressor if numel >= max(1, self.min_numel) else None
+    def _check_exchange_and_feedback(self):
+        for compressor in self._compressors() if self.exchange == "summed" else ():
+            if not compressor.summable:
+                raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {compressor} do not add")
+        if self.error_feedback is False and (self.momentum or self.clip is not None):
+            what = "momentum" if self.momentum else "clip"
+            raise ConfigError(
+                f"{what}: got {getattr(self, what)}, which needs error feedback: got error_feedback=False"
+            )
+
+    def _compressors(self):
+        return [each.compressor for each in (*self.rules, self) if each.compressor]
+
+    def compressor_for(self, name, numel, *, role="gradient", step=None):
+        """The compressor for a tensor, or None to send it as it is.
+
+        Args:
+            name: of the parameter or the activation.
+            numel: its entries.
+            role: "gradient" or "activation".
+            step: steps taken so far, for the warm-up; None: none is due.
+        """
+        rule = next((rule for rule in self.rules if rule.matches(name, numel, role)), None)
+        if rule is not None:
+            compressor = rule.compressor if numel else None
+        else:
+            compressor = self.compressor if numel >= max(1, self.min_numel) else None
+        if compressor is None or step is None or step >= self.warmup_steps:
+            return compressor
+        return eased(compressor, step, self.warmup_steps)
 
     @property
     def uses_feedback(self):
-        """Whether what is lost is remembered."""
-        return not self.compressor.unbiased if self.error_feedback is None else self.error_feedback
+        """Whether what is lost is remembered, for any tensor."""
+        return any(map(self.feedback_for, self._compressors()))
+
+    def feedback_for(self, compressor):
+        """Whether what this compressor loses is remembered."""
+        if self.error_feedback is None:
+            return bool(self.momentum or self.clip is not None or not compressor.unbiased)
+        return self.error_feedback
 
     def to_dict(self):
         """The configuration as a JSON-able dict; `as_policy` reads it."""
         return {
-            "compressor": self.compressor.to_dict(),
-            "min_numel": self.min_numel,
-            "error_feedback": self.error_feedback,
+            **_shallow(self),
+            "compressor": self.compressor.to_dict() if self.compressor else None,
+            "rules": [rule.to_dict() for rule in self.rules],
         }
 
     def __str__(self):
-        feedback = "with" if self.uses_feedback else "without"
-        return f"{self.compressor} {feedback} error feedback, from {self.min_numel} entries"
+        items = [str(self.compressor or "none"), *_assignments(self, skip=("compressor", "rules"))]
+        return "; ".join([*items, *map(str, self.rules)])
 
 
 def as_policy(value):
-    """A Policy from one, its dict, a compressor, a compressor's dict or a spec string."""
+    """A Policy from one, its dict or string, a compressor, a compressor's dict or a spec string."""
     if isinstance(value, Policy):
         return value
     if isinstance(value, dict) and "compressor" in value:
-        try:
-            return Policy(**value)
-        except TypeError as error:
-            raise ConfigError(f"policy: {error}") from None
+        return _made(Policy, value)
+    if isinstance(value, str) and ";" in value:
+        return _parsed(value)
     return Policy(value)
+
+
+def parameter_groups(named_parameters, policy, *, weight_decay=0.0):
+    """Parameter groups for a torch optimizer whose momentum a policy takes over.
+
+    Momentum correction belongs to the compressed parameters only: they get an optimizer's
+    momentum of 0, the others the policy's. Weight decay that passes through no momentum is
+    1 / (1 - momentum) times weaker; it is made up for.
+
+    Args:
+        named_parameters: (name, parameter) pairs, as of `model.named_parameters()`.
+        policy: what `as_policy` takes.
+        weight_decay: as for the optimizer.
+
+    Returns:
+        A list of at most two dicts, to be given to, e.g., torch.optim.SGD.
+    """
+    policy = as_policy(policy)
+    named_parameters = list(named_parameters)
+    if not policy.momentum:
+        return [{"params": [parameter for _, parameter in named_parameters], "weight_decay": weight_decay}]
+    compressed, others = [], []
+    for name, parameter in named_parameters:
+        (compressed if policy.compressor_for(name, parameter.numel()) else others).append(parameter)
+    groups = [
+        {"params": compressed, "momentum": 0.0, "weight_decay": weight_decay / (1 - policy.momentum)},
+        {"params": others, "momentum": policy.momentum, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def check_momentum(policy, param_groups, names):
+    """ConfigError if an optimizer applies momentum to parameters that have the policy's already.
+
+    Args:
+        policy: a Policy.
+        param_groups: of a torch optimizer.
+        names: {parameter: name}.
+    """
+    for group in param_groups if policy.momentum else ():
+        for parameter in group["params"]:
+            name = names.get(parameter)
+            if group.get("momentum") and policy.compressor_for(name, parameter.numel()):
+                raise ConfigError(
+                    f"momentum: got {group['momentum']} in the optimizer and {policy.momentum} in the policy for "
+                    f"{name!r}, expected one of them: make the optimizer from gcompress.parameter_groups(…)"
+                )
+
+
+def _parsed(text):
+    """The policy behind its string; see Policy."""
+    first, *items = (item.strip() for item in text.split(";"))
+    arguments, rules = {"compressor": first}, []
+    for item in filter(None, items):
+        conditions, arrow, compressor = item.partition("->")
+        target = {"compressor": compressor.strip()} if arrow else arguments
+        for assignment in conditions.split(",") if arrow else [item]:
+            key, equals, value = (part.strip() for part in assignment.partition("="))
+            if not equals or not key or key in target:
+                raise ConfigError(f"policy {text!r}: got {item!r}, expected option=value or conditions -> compressor")
+            target[key] = value if key == "name" else parse_value(value)
+        if arrow:
+            rules.append(_made(Rule, target))
+    return _made(Policy, {**arguments, "rules": rules})
+
+
+def _made(kind, arguments):
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise ConfigError(f"{kind.__name__.lower()}: got {unknown[0]!r}, expected some of {', '.join(known)}")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__.lower()}: {error}") from None
+
+
+def _compressor_or_none(value):
+    return None if value in (None, "none") else from_spec(value)
+
+
+def _shallow(value):
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _assignments(value, skip):
+    """ "field=value" for every field that is not at its default."""
+    fields = [field for field in dataclasses.fields(value) if field.name not in skip]
+    changed = [
+        (field.name, getattr(value, field.name)) for field in fields if getattr(value, field.name) != field.default
+    ]
+    return [f"{name}={str(found).lower() if isinstance(found, bool) else found}" for name, found in changed]
+
+
+def _number(value):
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _check_number(argument, value, fine, expected):
+    if not fine:
+        raise ConfigError(f"{argument}: got {value!r}, expected {expected}")

@@ -9,8 +9,9 @@ class Report:
 
     sent_bytes: handed to the engine by this rank.
     wire_bytes: what this rank then has to send with the engine's ring algorithms, without
-        protocol headers: (N - 1) times the payload for an all-gather among N ranks,
-        2 (N - 1) / N times the tensor for an all-reduce; for parameter servers the payload once.
+        protocol headers: (N - 1) times the payload for an all-gather among N ranks, what is
+        for others in an all-to-all, 2 (N - 1) / N times the tensor for an all-reduce,
+        and for parameter servers the payload once.
     pulled_bytes: received from parameter servers; with other exchanges it is not counted.
     fp32_bytes, fp16_bytes: the same gradients as float32 and float16 handed over whole;
     fp32_wire_bytes: and all-reduced as float32.
@@ -36,18 +37,19 @@ class Report:
 
     def add_all_gather(self, numel, payload_bytes, world_size):
         """Count a payload that stands for `numel` entries and goes to every other rank."""
-        self._add(numel, payload_bytes, (world_size - 1) * payload_bytes, world_size)
+        self.add(numel, payload_bytes, (world_size - 1) * payload_bytes, world_size)
 
     def add_all_reduce(self, numel, tensor_bytes, world_size):
         """Count a tensor of `numel` entries that is summed on the way."""
-        self._add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
+        self.add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
 
     def add_push_pull(self, numel, pushed, pulled, world_size):
         """Count a payload that goes to a parameter server and the one that comes back."""
         self.pulled_bytes += pulled
-        self._add(numel, pushed, pushed, world_size)
+        self.add(numel, pushed, pushed, world_size)
 
-    def _add(self, numel, sent, wire, world_size):
+    def add(self, numel, sent, wire, world_size):
+        """Count `sent` bytes handed over for `numel` entries, for which `wire` bytes leave this rank."""
         self.sent_bytes += sent
         self._step_bytes += sent
         self.wire_bytes += wire

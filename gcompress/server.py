@@ -16,7 +16,7 @@ import torch
 from .compressors import Compressor
 from .compressors.base import check_integer
 from .errors import ConfigError, ExchangeError, PayloadError
-from .feedback import ErrorFeedback
+from .feedback import ErrorFeedback, new_memory
 from .packing import bytes_to_float, float_to_bytes
 
 
@@ -31,7 +31,7 @@ class Partition(NamedTuple):
 
     @property
     def nbytes(self):
-        """The exact size of its payload, the same in both directions."""
+        """The size of its payload in either direction; the largest possible if it is not `fixed_size`."""
         return self.compressor.nbytes(self.numel) if self.compressor else 4 * self.numel
 
 
@@ -69,13 +69,18 @@ class Codec:
 
     Args:
         partitions: from `partition`.
-        policy: the same that it was called with.
+        policy: the same that it was called with. Momentum correction is a worker's; a warm-up
+            is refused, since a server does not know at which step a job was taken up again.
         side: "worker 3" or "server": enters the seeds of compressors that round at random.
     """
 
     def __init__(self, partitions, policy, side):
-        self.partitions, self._side = partitions, side
-        self._feedback = ErrorFeedback() if policy and policy.uses_feedback else None
+        if policy and policy.warmup_steps:
+            raise ConfigError(f"warmup_steps: got {policy.warmup_steps}, expected 0 with parameter servers")
+        self.partitions, self._side, self._policy = partitions, side, policy
+        self._feedback = new_memory(policy) if policy else None
+        if self._feedback and side == "server":
+            self._feedback = ErrorFeedback()
 
     def encode(self, key, values, step, peer=""):
         """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
@@ -85,7 +90,7 @@ class Codec:
         if part.compressor is None:
             return float_to_bytes(values.to(torch.float32)).clone()
         seed = zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
-        if self._feedback:
+        if self._policy.feedback_for(part.compressor):
             memory = f"{part.name}/{part.start}{peer}"
             return self._feedback.compress(memory, values, part.compressor, seed=seed)[0]
         return part.compressor.compress(values, seed=seed)[0]

@@ -33,9 +33,24 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "randomk:sparsity=0.99",
+    "randomk:sparsity=0.4",
+    "randomk:sparsity=0.0",
+    "randomk:sparsity=0.9,unbiased=true",
+    "threshold:threshold=2.0",
+    "threshold:threshold=1e-05",
+    "threshold:threshold=0.3,relative=true",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}
+
+
+def fits(compressor, payload, numel):
+    """Whether a payload has the size that the compressor promises."""
+    if compressor.fixed_size or numel == 0:
+        return payload.shape == (compressor.nbytes(numel),)
+    return payload.numel() == compressor.payload_nbytes(payload, numel) <= compressor.nbytes(numel)
+
 
 SIZES = (1, 2, 7, 63, 64, 65, 127, 128, 129, 1023, 1024, 8200, 70001)
 

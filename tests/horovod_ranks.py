@@ -8,13 +8,16 @@ as plain float32 by Horovod itself.
 import json
 import sys
 import traceback
+import zlib
 
 import horovod.torch as hvd
 import torch
 
 import gcompress
 import gcompress.plugins.horovod as gcompress_hvd
-from gcompress import MaskSparse, Policy, Quantize, TopK
+from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
+from gcompress.plan import Plan
+from simulation import Simulation
 
 SCENARIOS = {}
 
@@ -24,9 +27,9 @@ def scenario(function):
     return function
 
 
-def make_model(seed=0):
+def make_model(seed=0, width=60):
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.ReLU(), torch.nn.Linear(60, 50, bias=False))
+    return torch.nn.Sequential(torch.nn.Linear(40, width), torch.nn.ReLU(), torch.nn.Linear(width, 50, bias=False))
 
 
 def make_optimizer(model, compression, **keywords):
@@ -42,38 +45,34 @@ def backward(model, step, rank=None, batches=1):
         model(torch.randn(8, 40, generator=generator)).square().mean().backward()
 
 
-def local_gradients(step, rank, batches=1):
+def local_gradients(step, rank, batches=1, width=60):
     """The gradients rank `rank` computes in `step`, from a model of its own (weights never change here)."""
-    model = make_model()
+    model = make_model(width=width)
     backward(model, step, rank, batches)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def expected_means(policy, steps, scale, batches=1, ranks=None):
-    """Simulate all ranks in this process: the mean of what each encodes, with its own error feedback."""
+def expected_means(policy, steps, average=True, batches=1, ranks=None, width=60):
+    """Simulate all ranks in this process; see simulation.py."""
     ranks = range(hvd.size()) if ranks is None else ranks
-    memories = {rank: gcompress.feedback.ErrorFeedback() for rank in ranks}
+    shapes = {name: p.shape for name, p in make_model(width=width).named_parameters()}
+    plan = Plan(policy, shapes, len(ranks))
+    simulation = Simulation(plan, average)
     for step in range(steps):
-        total = {}
-        for rank in ranks:
-            for name, gradient in local_gradients(step, rank, batches).items():
-                compressor = policy.compressor_for(name, gradient.numel())
-                if compressor and policy.uses_feedback:
-                    gradient = compressor.decompress(*memories[rank].compress(name, gradient, compressor))
-                elif compressor:
-                    gradient = compressor.decompress(*compressor.compress(gradient))
-                total[name] = total[name] + gradient if name in total else gradient
-        yield {name: value * scale for name, value in total.items()}
+        gradients = [local_gradients(step, rank, batches, width) for rank in ranks]
+        small = [name for name, entry in plan.entries.items() if entry.compressor is None]
+        plain = {name: sum(rank.pop(name) for rank in gradients) for name in small}
+        scale = 1 / len(ranks) if average else 1.0
+        yield {**simulation.means(gradients), **{name: total * scale for name, total in plain.items()}}
 
 
-def check_steps(policy, steps=3, scale=None, batches=1, **keywords):
+def check_steps(policy, steps=3, average=True, batches=1, width=60, **keywords):
     """Real optimizer steps against the simulation, to the bit where the policy compresses."""
     policy = gcompress.as_policy(policy)
-    model = make_model()
+    model = make_model(width=width)
     optimizer = make_optimizer(model, policy, **keywords)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    scale = 1.0 / hvd.size() if scale is None else scale
-    for step, expected in enumerate(expected_means(policy, steps, scale, batches)):
+    for step, expected in enumerate(expected_means(policy, steps, average, batches, width=width)):
         optimizer.zero_grad()
         backward(model, step, batches=batches)
         optimizer.synchronize()
@@ -109,10 +108,81 @@ def topk_and_quantize():
 
 
 @scenario
+def summed_by_horovods_own_all_reduce():
+    """RandomK: the same entries on all ranks; what was dropped comes later, and a NaN is seen by all."""
+    model, compressor = make_model(), RandomK(sparsity=0.75)
+    optimizer = make_optimizer(model, compressor)
+    exchange = gcompress_hvd.exchange(optimizer)
+    residual = {rank: torch.zeros(2400) for rank in range(hvd.size())}
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        seed = zlib.crc32(f"0.weight/{step}".encode())
+        expected = torch.zeros(2400)
+        for rank in residual:
+            corrected = local_gradients(step, rank)["0.weight"].view(-1) + residual[rank]
+            own = compressor.decompress(*compressor.compress(corrected, seed=seed))
+            residual[rank] = corrected - own
+            expected += own / hvd.size()
+        torch.testing.assert_close(model[0].weight.grad.view(-1), expected)
+        assert torch.equal(exchange.state_dict()["feedback"]["0.weight"], residual[hvd.rank()])
+        assert same_on_all_ranks(model[0].weight.grad)
+    assert exchange.report.last_step_bytes == 4 * (600 + 750 + 60)
+    optimizer.zero_grad()
+    (model(torch.randn(8, 40)).square().mean() * (float("nan") if hvd.rank() == 1 else 1.0)).backward()
+    optimizer.synchronize()
+    assert not any(model[i].weight.grad.isfinite().all() for i in (0, 2))
+
+
+def same_on_all_ranks(tensor):
+    rows = hvd.allgather(tensor.reshape(1, -1).view(torch.int32), name="same")
+    return bool((rows == rows[0]).all())
+
+
+@scenario
+def payloads_of_unequal_sizes():
+    optimizer = check_steps("threshold:threshold=0.002")
+    sizes = hvd.allgather(torch.tensor([gcompress_hvd.exchange(optimizer).report.sent_bytes]), name="sizes")
+    assert len(set(sizes.tolist())) > 1, sizes
+
+
+@scenario
+def momentum_correction_and_warm_up():
+    check_steps(Policy(TopK(sparsity=0.95), momentum=0.9, warmup_steps=2, clip=0.01))
+    check_steps(Policy("quantize:bits=4", rules=[gcompress.Rule("topk:sparsity=0.9", name="0.*")]))
+    model = make_model()
+    base = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    expect_error(
+        gcompress.ConfigError,
+        "parameter_groups",
+        lambda: hvd.DistributedOptimizer(base, model.named_parameters(), compression=Policy("topk", momentum=0.9)),
+    )
+
+
+@scenario
 def sum_predivide_and_passes():
-    check_steps(TopK(sparsity=0.9), op=hvd.Sum, scale=1.0)
+    check_steps(TopK(sparsity=0.9), op=hvd.Sum, average=False)
+    check_steps(Policy(TopK(sparsity=0.9), exchange="twophase"), op=hvd.Sum, average=False)
     check_steps(TopK(sparsity=0.9), gradient_predivide_factor=2.0)
     check_steps(TopK(sparsity=0.9), backward_passes_per_step=2, batches=2)
+
+
+@scenario
+def two_phases():
+    """Sparse and dense, in one bucket and in several; what is counted is what the plan expects."""
+    for spec in ("topk:sparsity=0.9", "quantize:bits=4", "quantize:bits=3,rounding=stochastic"):
+        for bucket_bytes in (1 << 20, 1):
+            policy = Policy(spec, exchange="twophase", bucket_bytes=bucket_bytes)
+            exchange = gcompress_hvd.exchange(check_steps(policy, width=300))
+            assert len(exchange.plan.buckets) == (2 if bucket_bytes == 1 else 1)
+            pieces = {piece.owner for entry in exchange.plan.entries.values() for piece in entry.pieces}
+            assert len(pieces) == hvd.size(), "some rank owns nothing"
+            sent = hvd.allreduce(torch.tensor(float(exchange.report.wire_bytes)), op=hvd.Average, name="sent")
+            expected = 3 * sum(exchange.plan.wire_bytes().values())
+            assert abs(float(sent) - expected) < 32, (float(sent), expected)
+    check_steps(Policy("topk:sparsity=0.9", exchange="twophase"))  # one owner for each
+    check_steps(Policy("topk:sparsity=0.9", exchange="twophase"), groups=2, width=300)
 
 
 @scenario
@@ -129,27 +199,36 @@ def groups():
 def process_sets():
     members = [0, hvd.size() - 1]
     process_set = hvd.add_process_set(members)
-    model = make_model()
-    policy = gcompress.as_policy("topk:sparsity=0.9")
-    optimizer = make_optimizer(model, policy, process_set=process_set)
-    backward(model, 0)
-    optimizer.synchronize()
-    if hvd.rank() in members:
-        (expected,) = expected_means(policy, 1, 1 / len(members), ranks=members)
-        assert torch.equal(model[2].weight.grad, expected["2.weight"])
+    for policy in (gcompress.as_policy("topk:sparsity=0.9"), Policy("topk:sparsity=0.9", exchange="twophase")):
+        model = make_model()
+        optimizer = make_optimizer(model, policy, process_set=process_set)
+        backward(model, 0)
+        optimizer.synchronize()
+        if hvd.rank() in members:
+            (expected,) = expected_means(policy, 1, ranks=members)
+            assert torch.equal(model[2].weight.grad, expected["2.weight"])
     hvd.remove_process_set(process_set)
 
 
 @scenario
 def any_order_of_hooks():
     """Each rank's hooks fire in another order, with stalls, and one parameter is unused on some ranks."""
+    for spec, exchange in (
+        ("topk:sparsity=0.5", "allgather"),
+        ("topk:sparsity=0.5", "twophase"),
+        ("randomk", "summed"),
+    ):
+        train_in_any_order(Policy(spec, exchange=exchange, bucket_bytes=10_000))
+
+
+def train_in_any_order(policy):
     import random
     import time
 
     parameters = [torch.nn.Parameter(torch.zeros(1100 + i)) for i in range(12)]
     named = [(f"p{i}", p) for i, p in enumerate(parameters)]
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(parameters, lr=1.0), named_parameters=named, compression=TopK(sparsity=0.5)
+        torch.optim.SGD(parameters, lr=1.0), named_parameters=named, compression=policy
     )
     random.seed(hvd.rank())
     for step in range(6):
@@ -172,15 +251,16 @@ def any_order_of_hooks():
 @scenario
 def exchanges_start_during_the_backward_pass():
     """When the first layer's gradient is computed, the last layer's payload is under way or has arrived."""
-    model = make_model()
-    optimizer = make_optimizer(model, TopK(sparsity=0.9))
-    sent = []
-    model[0].weight.register_hook(lambda gradient: sent.append(gcompress_hvd.exchange(optimizer).report.sent_bytes))
-    backward(model, 0)
-    optimizer.step()
-    own = TopK(sparsity=0.9).nbytes(2400)
-    assert sent[0] >= TopK(sparsity=0.9).nbytes(3000), "the last layer's payload waits"
-    assert sent[0] == gcompress_hvd.exchange(optimizer).report.sent_bytes - own
+    compressor = TopK(sparsity=0.9)
+    for exchange in ("allgather", "twophase"):
+        model, sent = make_model(), []
+        optimizer = make_optimizer(model, Policy(compressor, exchange=exchange, bucket_bytes=1))
+        report = gcompress_hvd.exchange(optimizer).report
+        model[0].weight.register_hook(lambda gradient, report=report, sent=sent: sent.append(report.sent_bytes))
+        backward(model, 0)
+        optimizer.step()
+        assert sent[0] >= compressor.nbytes(3000), "the last layer's payload waits"
+        assert report.sent_bytes - sent[0] >= compressor.nbytes(2400), "the first layer's was not counted then"
 
 
 @scenario
@@ -324,6 +404,20 @@ def join_while_others_train():
     optimizer.zero_grad()
     backward(model, 9)
     optimizer.step()
+
+
+def join_while_others_train_in_two_phases():
+    model, optimizer = steps_before_the_end(Policy(TopK(sparsity=0.9), exchange="twophase"))
+    if hvd.rank() == 0:
+        hvd.join()
+    optimizer.zero_grad()
+    backward(model, 9)
+    optimizer.step()
+
+
+def different_exchange():
+    exchange = "twophase" if hvd.rank() else "allgather"
+    steps_before_the_end(Policy(TopK(sparsity=0.9), exchange=exchange))
 
 
 def different_compressor():

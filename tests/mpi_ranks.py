@@ -221,6 +221,11 @@ def large_tensors_and_broadcast(job):
 
 
 @scenario
+def payloads_of_variable_size(job):
+    check_steps(job, "threshold")
+
+
+@scenario
 def non_finite_is_seen_and_forgotten(job):
     model = make_model()
     optimizer = make_optimizer(job, model, MaskSparse(sparsity=0.9, bits=2))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcompress import MaskSparse, Quantize, TopK, native, packing
+from gcompress import MaskSparse, Quantize, RandomK, TopK, native, packing
 
 
 def gauss(numel=2**20, seed=0):
@@ -116,3 +116,37 @@ def test_gap_coded_indices_come_back():
             packed = packing.pack_gaps(indices, numel, width)
             assert packed.numel() == packing.gap_bytes(numel, k, width)
             assert torch.equal(packing.unpack_gaps(packed, numel, k, width), indices)
+
+
+def test_randomk_draws_one_entry_of_each_run_and_each_as_often():
+    drawn = torch.zeros(1003)
+    for seed in range(2000):
+        kept = RandomK(sparsity=0.9).decompress(*RandomK(sparsity=0.9).compress(torch.ones(1003), seed=seed)) != 0
+        assert int(kept.sum()) == 100
+        assert (kept.nonzero().view(-1).diff() < 22).all()
+        drawn += kept
+    assert drawn.min() > 130 and drawn.max() < 270  # expected 199, deviation 13.4
+
+
+def test_scaled_randomk_is_unbiased():
+    tensor, compressor = gauss(997), RandomK(sparsity=0.7, unbiased=True)
+    trials = [compressor.decompress(*compressor.compress(tensor, seed=977 * seed)) for seed in range(2000)]
+    z = (torch.stack(trials).mean(0) - tensor) / (tensor.abs() * (3.34 - 1) ** 0.5 / 2000**0.5)
+    assert z.abs().max() < 6 and z.square().mean() < 1.3
+    assert compressor.unbiased and not RandomK(sparsity=0.7).unbiased
+
+
+def test_randomk_payloads_of_one_seed_add_up():
+    """The generator's protocol, run by hand for three ranks."""
+    compressor, tensors = RandomK(sparsity=0.9), [gauss(1000, seed) for seed in range(3)]
+    rounds = [compressor.sum_rounds(t, shape=t.shape, seed=5, world_size=3, memory={}) for t in tensors]
+    sent = [next(steps) for steps in rounds]
+    assert [op for _, op in sent] == ["sum"] * 3
+    assert all(4 * tensor.numel() == compressor.summed_nbytes(tensors[0].shape, 3) for tensor, _ in sent)
+    expected = sum(compressor.decompress(*compressor.compress(t, seed=5)) for t in tensors)
+    for steps, tensor in zip(rounds, tensors, strict=True):
+        with pytest.raises(StopIteration) as stop:
+            steps.send(sent[0][0] + sent[1][0] + sent[2][0])
+        total, own = stop.value.value
+        torch.testing.assert_close(total, expected)
+        assert torch.equal(own, compressor.decompress(*compressor.compress(tensor, seed=5)))

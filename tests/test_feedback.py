@@ -65,7 +65,9 @@ def test_policies_are_read_from_everything_that_configures_one():
 
 
 class OneRank:
-    """An engine of a single rank: its all-gather is the identity."""
+    """An engine of a single rank: all that is exchanged comes back."""
+
+    in_order = False
 
     def world_size(self):
         return 1
@@ -73,8 +75,19 @@ class OneRank:
     def rank(self):
         return 0
 
-    def allgather(self, name, payload):
-        return lambda: payload
+    def allgather(self, name, lane, payload, sizes):
+        return Arrived(payload)
+
+
+class Arrived:
+    def __init__(self, payload):
+        self.payload = payload
+
+    def ready(self):
+        return True
+
+    def wait(self):
+        return self.payload
 
 
 def test_an_exchange_counts_what_it_hands_over_and_continues_its_count():
@@ -96,10 +109,10 @@ def test_an_exchange_counts_what_it_hands_over_and_continues_its_count():
 def test_gathered_bytes_of_another_model_are_refused_by_name():
     from gcompress import PayloadError
 
-    with pytest.raises(PayloadError, match="'layer.weight'.*same model"):
-        decode_sum(TopK(sparsity=0.9), torch.zeros(100, dtype=torch.uint8), 2000, 2, "layer.weight")
-    size = TopK(sparsity=0.9).nbytes(2000)
+    exchange = GradientExchange("topk:sparsity=0.9", OneRank())
+    exchange.engine.allgather = lambda name, lane, payload, sizes: Arrived(payload[:-1])
+    with pytest.raises(PayloadError, match="layer.weight.*same model"):
+        exchange.start("layer.weight", torch.randn(2000))()
     good = TopK(sparsity=0.9).compress(torch.randn(2000))[0]
-    gathered = torch.cat([good, torch.zeros(size, dtype=torch.uint8)])
-    with pytest.raises(PayloadError, match="from rank 1"):
-        decode_sum(TopK(sparsity=0.9), gathered, 2000, 2, "layer.weight")
+    with pytest.raises(PayloadError, match="'layer.weight' from rank 1"):
+        decode_sum(TopK(sparsity=0.9), [good, torch.zeros_like(good)], 2000, "layer.weight")

@@ -82,8 +82,15 @@ def test_a_rank_that_does_not_compress_is_refused_everywhere(tmp_path):
     assert all(kind == "ConfigMismatchError" and "NoneCompressor" in text for kind, text in errors.values())
 
 
-def test_join_while_another_rank_trains_ends_with_an_error_on_all(tmp_path):
-    errors = failing(tmp_path, "join_while_others_train")
+def test_a_different_exchange_is_refused_everywhere(tmp_path):
+    errors = failing(tmp_path, "different_exchange")
+    assert len(errors) == 3
+    assert all(kind == "ConfigMismatchError" and '"twophase"' in message for kind, message in errors.values())
+
+
+@pytest.mark.parametrize("name", ["join_while_others_train", "join_while_others_train_in_two_phases"])
+def test_join_while_another_rank_trains_ends_with_an_error_on_all(tmp_path, name):
+    errors = failing(tmp_path, name)
     assert len(errors) >= 1
     assert any("join" in message for _, message in errors.values())
     assert all("Error" in kind for kind, _ in errors.values())

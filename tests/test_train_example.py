@@ -91,9 +91,10 @@ def assert_same(one, other, where="checkpoint"):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """One uninterrupted run with the default compressor, and everything it leaves behind."""
+    """One uninterrupted run with the default compressor by two phases, and everything it leaves behind."""
     folder = tmp_path_factory.mktemp("whole")
     result = train(
+        *("--exchange", "twophase"),
         *("--checkpoint", folder / "checkpoint"),
         *("--log-file", folder / "log.jsonl"),
         *("--plot", folder / "plot.png"),
@@ -108,22 +109,23 @@ class TestRanks:
     def test_compressed_training_reports_what_it_sent(self, whole_run):
         folder, result = whole_run
         assert "handed to Horovod" in result.stdout
+        assert result.stdout.count("twophase (mask:sparsity=0.99,bits=2): 3 tensors") == 1, "the plan, once"
         assert "[1]<stdout>" not in result.stdout, "only rank 0 prints"
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [record.get("final", False) for record in records] == [False, False, True]
         final = records[-1]
         assert final["step"] == final["gradient_steps"] == 32
-        assert 0 < final["sent_bytes"] < final["fp32_bytes"] / 10
+        assert 0 < final["wire_bytes"] < final["fp32_wire_bytes"] / 10
         assert final["fp16_bytes"] * 2 == final["fp32_bytes"]
         assert final["test_accuracy"] > 0.3, "ten classes: it has learnt something"
         assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     def test_resumed_training_is_the_uninterrupted_one_to_the_bit(self, whole_run, tmp_path):
         folder, _ = whole_run
-        interrupted = train("--checkpoint", tmp_path, "--max-steps", 20)
+        interrupted = train("--exchange", "twophase", "--checkpoint", tmp_path, "--max-steps", 20)
         assert interrupted.returncode == 0, interrupted.stderr
         assert checkpoint_files(tmp_path)["model.pt"]["step"] == 16
-        resumed = train("--checkpoint", tmp_path, "--resume")
+        resumed = train("--exchange", "twophase", "--checkpoint", tmp_path, "--resume")
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
         expected, found = checkpoint_files(folder / "checkpoint"), checkpoint_files(tmp_path)
         assert sorted(expected) == ["model.pt", "rank-0.pt", "rank-1.pt"]

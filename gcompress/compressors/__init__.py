@@ -6,9 +6,11 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .mask import MaskSparse
 from .quantize import Quantize
+from .randomk import RandomK
+from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, TopK)}
+REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, RandomK, Threshold, TopK)}
 
 
 def from_dict(configuration):
@@ -21,6 +23,9 @@ def from_dict(configuration):
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise ConfigError(f"{name}: got the argument {unknown[0]!r}, expected some of {', '.join(known)}")
+    for part in REGISTRY[name].parts:
+        if part in arguments:
+            arguments[part] = from_spec(arguments[part])
     return REGISTRY[name](**arguments)
 
 
@@ -34,15 +39,36 @@ def from_spec(spec):
         raise ConfigError(f'compressor: got {spec!r}, expected a spec such as "mask:sparsity=0.99,bits=2"')
     name, _, rest = spec.strip().partition(":")
     arguments = {"name": name.strip()}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
+    parts = iter(getattr(REGISTRY.get(arguments["name"]), "parts", ()))
+    for item in split_outside_parentheses(rest, spec):
+        if item.startswith("("):
+            key, equals, value = next(parts, ""), "=", item
+        else:
+            key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key or key in arguments:
             raise ConfigError(f"compressor {spec!r}: got {item!r}, expected argument=value, each once")
-        arguments[key] = _parse_value(value)
+        arguments[key] = value[1:-1] if value[:1] + value[-1:] == "()" else parse_value(value)
     return from_dict(arguments)
 
 
-def _parse_value(text):
+def split_outside_parentheses(text, spec):
+    """The comma-separated items of a spec's arguments, where a compressor in parentheses is one item."""
+    items, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    if depth != 0:
+        raise ConfigError(f"compressor {spec!r}: its parentheses do not match")
+    return [item.strip() for item in items if item.strip()]
+
+
+def parse_value(text):
+    """The bool, int, float or else str that an argument's text means."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -53,4 +79,16 @@ def _parse_value(text):
     return text
 
 
-__all__ = ["REGISTRY", "Compressor", "Context", "MaskSparse", "Quantize", "TopK", "from_dict", "from_spec"]
+__all__ = [
+    "REGISTRY",
+    "Compressor",
+    "Context",
+    "MaskSparse",
+    "Quantize",
+    "RandomK",
+    "Threshold",
+    "TopK",
+    "from_dict",
+    "from_spec",
+    "parse_value",
+]

@@ -28,15 +28,21 @@ class Compressor:
     floating-point types are converted on the way in and out.
 
     Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
-    is the input), `summable` (payloads add up without decoding), `fixed_size` (`nbytes` is
-    exact, not a bound).
+    is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
+    and `summed_nbytes` as well), `fixed_size` (`nbytes` is exact, not a bound), `sparse`
+    (what decodes to zero was not sent).
+
+    A payload of variable size tells its own by how it begins: `payload_nbytes` reads it.
     """
 
     name: ClassVar[str]
     # Fields that a spec always shows; others are shown when they are not at their default.
     shown: ClassVar[tuple] = ()
+    # Fields that hold other compressors, in the order in which a spec has them.
+    parts: ClassVar[tuple] = ()
     summable: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = True
+    sparse: ClassVar[bool] = False
 
     @property
     def unbiased(self):
@@ -44,8 +50,20 @@ class Compressor:
         return False
 
     def nbytes(self, numel):
-        """The exact payload size in bytes for `numel` entries."""
+        """The payload size in bytes for `numel` entries: exact, or if not `fixed_size` the largest possible."""
         raise NotImplementedError(f"{type(self).__name__}.nbytes")
+
+    def payload_nbytes(self, start, numel):
+        """The size in bytes of a payload for `numel` entries.
+
+        Args:
+            start: uint8 tensor that begins with the payload; more may follow.
+            numel: entries encoded.
+
+        Returns:
+            Its size, at most `nbytes(numel)`; PayloadError if no payload begins so.
+        """
+        return self.nbytes(numel)
 
     def compress(self, tensor, *, seed=0):
         """Encode a tensor.
@@ -55,21 +73,23 @@ class Compressor:
             seed: integer for compressors that round at random; the same seed, the same bytes.
 
         Returns:
-            (payload, ctx): a 1-D uint8 tensor of `nbytes(tensor.numel())` bytes on the
-            tensor's device, and what `decompress` needs besides.
+            (payload, ctx): a 1-D uint8 tensor of `nbytes(tensor.numel())` bytes (at most so
+            many if not `fixed_size`) on the tensor's device, and what `decompress` needs besides.
         """
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
         values = tensor.detach().reshape(-1).to(torch.float32).contiguous()
+        ctx = Context(tensor.shape, tensor.dtype)
+        if values.numel() == 0:
+            return torch.empty(0, dtype=torch.uint8, device=values.device), ctx
+        kernels = native.kernels(values)
+        if kernels is None:
+            return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
-        if values.numel() > 0:
-            kernels = native.kernels(values)
-            if kernels is None:
-                payload.copy_(self._encode_reference(values, seed & 0xFFFFFFFF))
-            else:
-                self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
-        return payload, Context(tensor.shape, tensor.dtype)
+        size = self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
+        # A slice would keep the memory of the largest possible payload.
+        return (payload if self.fixed_size else payload[:size].clone()), ctx
 
     def decompress(self, payload, ctx):
         """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit."""
@@ -84,11 +104,12 @@ class Compressor:
                 f"out: got {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected a contiguous 1-D float32 "
                 f"tensor on the payload's device, {payload.device}"
             )
-        expected = self.nbytes(out.numel())
-        if payload.dtype != torch.uint8 or payload.dim() != 1 or payload.numel() != expected:
+        if payload.dtype != torch.uint8 or payload.dim() != 1:
+            raise PayloadError(f"payload: got {tuple(payload.shape)} of {payload.dtype}, expected 1-D uint8 of {self}")
+        expected = self.payload_nbytes(payload, out.numel()) if out.numel() else 0
+        if payload.numel() != expected:
             raise PayloadError(
-                f"payload: got {tuple(payload.shape)} of {payload.dtype}, expected {expected} bytes (uint8) "
-                f"for {out.numel()} entries of {self}"
+                f"payload: got {payload.numel()} bytes, expected {expected} for {out.numel()} entries of {self}"
             )
         if out.numel() == 0:
             return
@@ -99,6 +120,33 @@ class Compressor:
         elif self._decode_native(kernels, payload.contiguous(), out, add):
             raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
 
+    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+        """The sum over ranks by an all-reduce of payloads that add up; for `summable` compressors.
+
+        A generator: it yields (tensor, "sum" or "max") for each all-reduce and is sent the
+        result, a new tensor. Ranks yield tensors of the same sizes and types, so every
+        decision about them must depend on what all ranks share.
+
+        Args:
+            values: this rank's gradient (plus residual), contiguous 1-D float32; to be left alone.
+            shape: the gradient's torch.Size.
+            seed: 32 bits, the same on all ranks, another one each step.
+            world_size: the number of ranks.
+            memory: a dict of this parameter's own, empty at first, that lives between steps and is
+                saved with the residuals. Replace its tensors, do not change them in place: after a
+                step whose sum is not finite the earlier ones are put back.
+
+        Returns:
+            (total, own): the decoded sum over ranks, the same on each, and what of it this rank
+            contributed, so that values - own is what it still owes; new 1-D float32 tensors.
+            If any rank's values are not finite, so is some entry of the total, on every rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.sum_rounds")
+
+    def summed_nbytes(self, shape, world_size):
+        """The bytes of all tensors that `sum_rounds` yields for a gradient of this torch.Size."""
+        raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
+
     def _encode_reference(self, values, seed):
         raise NotImplementedError(f"{type(self).__name__}._encode_reference")
 
@@ -106,6 +154,7 @@ class Compressor:
         raise NotImplementedError(f"{type(self).__name__}._decode_reference")
 
     def _encode_native(self, kernels, values, payload, seed):
+        """Fill `payload`, of `nbytes` bytes; returns the bytes used if not `fixed_size`."""
         raise NotImplementedError(f"{type(self).__name__}._encode_native")
 
     def _decode_native(self, kernels, payload, out, add):
@@ -113,15 +162,17 @@ class Compressor:
 
     def to_dict(self):
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": self.name, **fields, **{part: fields[part].to_dict() for part in self.parts}}
 
     @property
     def spec(self):
-        """The configuration as a short string, "name:argument=value,…"; `from_spec` reads it."""
-        arguments = [
+        """The configuration as a short string, "name:(part),argument=value,…"; `from_spec` reads it."""
+        arguments = [f"({getattr(self, part).spec})" for part in self.parts]
+        arguments += [
             f"{field.name}={_spec_value(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if field.name in self.shown or getattr(self, field.name) != field.default
+            if field.name not in self.parts and (field.name in self.shown or getattr(self, field.name) != field.default)
         ]
         return f"{self.name}:{','.join(arguments)}" if arguments else self.name
 
@@ -136,6 +187,18 @@ def _spec_value(value):
 def kept_count(numel, sparsity):
     """Entries that a sparse compressor keeps: max(1, round(numel (1 - sparsity))), none of none."""
     return max(1, round(numel * (1 - sparsity))) if numel else 0
+
+
+def read_u32(start):
+    """The little-endian number that a payload begins with; PayloadError if it is shorter."""
+    if start.numel() < 4:
+        raise PayloadError(f"payload: got {start.numel()} bytes, expected at least 4")
+    return int.from_bytes(bytes(start[:4].tolist()), "little")
+
+
+def u32_bytes(number, device):
+    """`number` as four little-endian bytes, a uint8 tensor."""
+    return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
 
 
 def check_integer(argument, value, low, high=None):

@@ -16,8 +16,6 @@ import torch
 from .. import packing
 from .base import Compressor, check_choice, check_integer
 
-LARGEST = torch.finfo(torch.float32).max
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Compressor):
@@ -105,7 +103,7 @@ class Quantize(Compressor):
             half = torch.maximum(top, -bottom)
             if not self.unbiased:
                 half = _mean_magnitude(rows, half, numel)
-            step = torch.where(half < packing.SMALLEST_NORMAL, 0.0, (half + half).clamp(max=LARGEST))
+            step = torch.where(half < packing.SMALLEST_NORMAL, 0.0, (half + half).clamp(max=packing.LARGEST))
         else:
             levels = 2**self.bits - 1
             # Zero falls on a code exactly, for which stochastic rounding needs a spare level.
@@ -146,9 +144,5 @@ def _mean_magnitude(rows, largest, numel):
 
 def _uniform(rows, seed):
     """A reproducible uniform float32 in [0, 1) for every entry (a 32-bit integer hash of its index)."""
-    index = torch.arange(rows.numel(), device=rows.device)
-    word = (index * 0x9E3779B9 + seed) & 0xFFFFFFFF
-    word = ((word ^ word >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    word = ((word ^ word >> 15) * 0x846CA68B) & 0xFFFFFFFF
-    word = word ^ word >> 16
+    word = packing.hashed(torch.arange(rows.numel(), device=rows.device), seed)
     return ((word >> 8).to(torch.float32) * 2.0**-24).view_as(rows)

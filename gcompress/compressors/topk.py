@@ -40,6 +40,7 @@ class TopK(Compressor):
 
     name: ClassVar[str] = "topk"
     shown: ClassVar[tuple] = ("sparsity",)
+    sparse: ClassVar[bool] = True
 
     sparsity: float = 0.99
     index: str = "auto"
@@ -55,17 +56,7 @@ class TopK(Compressor):
 
     def _layout(self, numel):
         """(form, width in bits, index bytes) for numel entries."""
-        if numel >= 2**32:
-            raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^32")
-        k = kept_count(numel, self.sparsity)
-        fixed, gaps = max(1, (numel - 1).bit_length()), packing.gap_width(numel, k)
-        candidates = [
-            ("bitmap", 0, packing.packed_bytes(numel, 1)),
-            ("fixed", fixed, packing.packed_bytes(k, fixed)),
-            ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
-        ]
-        allowed = [c for c in candidates if self.index in ("auto", c[0])]
-        return min(allowed, key=lambda candidate: candidate[2])
+        return index_layout(numel, kept_count(numel, self.sparsity), self.index)
 
     def _encode_native(self, kernels, values, payload, seed):
         form, width, _ = self._layout(values.numel())
@@ -82,30 +73,53 @@ class TopK(Compressor):
         return kernels.topk_decode(payload.data_ptr(), out.numel(), k, FORMS.index(form), width, add, out.data_ptr())
 
     def _encode_reference(self, values, seed):
-        numel = values.numel()
-        form, width, _ = self._layout(numel)
-        _, kept = packing.select_largest(packing.magnitude_keys(values), kept_count(numel, self.sparsity))
-        indices = torch.nonzero(kept).view(-1)
-        if form == "bitmap":
-            index = packing.pack_bits(kept, 1)
-        elif form == "fixed":
-            index = packing.pack_bits(indices, width)
-        else:
-            index = packing.pack_gaps(indices, numel, width)
-        return torch.cat([packing.float_to_bytes(values[indices]), index])
+        form, width, _ = self._layout(values.numel())
+        k = kept_count(values.numel(), self.sparsity)
+        _, kept = packing.select_largest(packing.magnitude_keys(values), k)
+        return encode_kept(values, kept, form, width)
 
     def _decode_reference(self, payload, numel):
         form, width, _ = self._layout(numel)
-        k = kept_count(numel, self.sparsity)
-        packed = payload[4 * k :]
-        if form == "bitmap":
-            indices = torch.nonzero(packing.unpack_bits(packed, 8 * packed.numel(), 1)).view(-1)
-        elif form == "fixed":
-            indices = packing.unpack_bits(packed, k, width).to(torch.int64)
-        else:
-            indices = packing.unpack_gaps(packed, numel, k, width)
-        if indices.numel() != k or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any()):
-            raise PayloadError(f"payload: expected {k} strictly increasing indices below {numel}")
-        out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
-        out[indices] = packing.bytes_to_float(payload[: 4 * k])
-        return out
+        return decode_kept(payload, numel, kept_count(numel, self.sparsity), form, width)
+
+
+def index_layout(numel, k, index="auto"):
+    """(form, width in bits, bytes) of the smallest index of k among numel entries that `index` allows."""
+    if numel >= 2**32:
+        raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^32")
+    fixed, gaps = max(1, (numel - 1).bit_length()), packing.gap_width(numel, k)
+    candidates = [
+        ("bitmap", 0, packing.packed_bytes(numel, 1)),
+        ("fixed", fixed, packing.packed_bytes(k, fixed)),
+        ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
+    ]
+    allowed = [c for c in candidates if index in ("auto", c[0])]
+    return min(allowed, key=lambda candidate: candidate[2])
+
+
+def encode_kept(values, kept, form, width):
+    """The bytes of the entries that the bool tensor `kept` marks: values, then their index."""
+    indices = torch.nonzero(kept).view(-1)
+    if form == "bitmap":
+        index = packing.pack_bits(kept, 1)
+    elif form == "fixed":
+        index = packing.pack_bits(indices, width)
+    else:
+        index = packing.pack_gaps(indices, values.numel(), width)
+    return torch.cat([packing.float_to_bytes(values[indices]), index])
+
+
+def decode_kept(payload, numel, k, form, width):
+    """The float32 tensor of numel entries behind `encode_kept`; PayloadError unless k indices increase."""
+    packed = payload[4 * k :]
+    if form == "bitmap":
+        indices = torch.nonzero(packing.unpack_bits(packed, 8 * packed.numel(), 1)).view(-1)
+    elif form == "fixed":
+        indices = packing.unpack_bits(packed, k, width).to(torch.int64)
+    else:
+        indices = packing.unpack_gaps(packed, numel, k, width)
+    if indices.numel() != k or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any()):
+        raise PayloadError(f"payload: expected {k} strictly increasing indices below {numel}")
+    out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
+    out[indices] = packing.bytes_to_float(payload[: 4 * k])
+    return out

@@ -1,6 +1,5 @@
 """What `hvd.DistributedOptimizer` does differently once the plugin is active."""
 
-import functools
 import itertools
 import weakref
 
@@ -13,7 +12,7 @@ from horovod.torch import optimizer as hvd_optimizer
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
-from gcompress.policy import Policy
+from gcompress.policy import Policy, check_momentum
 
 from .handshake import check_configurations, patient_synchronize, wait_or_raise
 
@@ -43,7 +42,9 @@ def exchange(optimizer):
 
 
 class HorovodEngine:
-    """Named all-gathers of bytes among the ranks of a process set."""
+    """Named collective operations among the ranks of a process set (see gcompress/schedule.py)."""
+
+    in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 
     def __init__(self, process_set):
         self.process_set = process_set
@@ -54,21 +55,40 @@ class HorovodEngine:
     def rank(self):
         return self.process_set.rank()
 
-    def allgather(self, name, payload):
-        handle = hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set)
-        return functools.partial(_wait, handle, name)
+    def allgather(self, name, lane, payload, sizes):
+        return Handle(name, hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set))
+
+    def alltoall(self, name, lane, payload, to, back):
+        splits = torch.tensor(to, dtype=torch.int32)
+        started = hvd.alltoall_async(payload, splits, name=f"gcompress.{name}", process_set=self.process_set)
+        return Handle(name, started)
+
+    def allreduce(self, name, lane, tensor, op):
+        operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
+        started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
+        return Handle(name, started)
 
 
-def _wait(handle, name):
-    try:
-        return patient_synchronize(handle)
-    except HorovodInternalError as error:
-        if "Mismatched" not in str(error):
-            raise
-        raise MismatchedExchangeError(
-            f"gradient {name!r}: {error} Did another rank call hvd.join() while this one still trains? "
-            "Compressed gradients need the same number of steps on every rank."
-        ) from error
+class Handle:
+    """An operation of Horovod's under way."""
+
+    def __init__(self, name, handle):
+        self._name, self._handle = name, handle
+
+    def ready(self):
+        return hvd.poll(self._handle)
+
+    def wait(self):
+        try:
+            result = patient_synchronize(self._handle)
+            return result[0] if isinstance(result, tuple) else result  # an all-to-all adds the sizes received
+        except HorovodInternalError as error:
+            if "Mismatched" not in str(error):
+                raise
+            raise MismatchedExchangeError(
+                f"gradient {self._name!r}: {error} Did another rank call hvd.join() while this one still trains? "
+                "Compressed gradients need the same number of steps on every rank."
+            ) from error
 
 
 class CountedCompression:
@@ -102,11 +122,16 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     _stock["__init__"](self, params, named_parameters, compression, *arguments, **keywords)
     if ours and self.op not in (hvd.Average, hvd.Sum):
         raise ConfigError("op: compressed gradients are averaged or summed, expected hvd.Average or hvd.Sum")
+    if ours:
+        check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
     self._gcompress.engine = HorovodEngine(self.process_set)
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
     self._gcompress_number = next(_numbers)
     self._gcompress_agreed = None
+    if ours and self.process_set.included():
+        trained = [p for group in self.param_groups for p in group["params"] if p in self._requires_update]
+        self._gcompress.prepare({self._parameter_names[p]: tuple(p.shape) for p in trained})
     if self._grad_accs:
         _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
         if ours:
@@ -152,19 +177,32 @@ def synchronize(self):
     self._gcompress.end_step()
 
 
+def alltoall_async(token, name, process_set):
+    return hvd.alltoall_async(token.repeat(process_set.size()), name=name, process_set=process_set)
+
+
+# The operation with which each exchange starts.
+STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_async, "summed": hvd.allreduce_async}
+
+
 def agree(self):
     """Compare configurations once per `hvd.init()`, whose handle map is a new object each time."""
     if self._gcompress_agreed is mpi_ops._handle_map:
         return
     policy = self._gcompress.policy
     own = policy.to_dict() if policy else _name_of(self._compression.inner)
-    check_configurations({"compression": own, "op": int(self.op)}, configuration_name(self), self.process_set)
+    # The step, because seeds that ranks share are made from it.
+    configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.report.steps}
+    if policy:
+        configuration["plan"] = self._gcompress.plan.digest()
+    check_configurations(configuration, configuration_name(self), self.process_set)
     self._gcompress_agreed = mpi_ops._handle_map
     _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
     for p in self._requires_update:
         name = self._parameter_names.get(p)
         if self._gcompress.compressor_for(name, p.numel()):
-            _names.add((hvd.allgather_async, f"gcompress.{name}", self.process_set))
+            operation = STARTS[self._gcompress.plan.entries[name].exchange]
+            _names.add((operation, f"gcompress.{self._gcompress.first_name(name)}", self.process_set))
         else:
             _names.add((hvd.allreduce_async, name, self.process_set))
 

@@ -6,6 +6,7 @@ import torch
 
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError
+from gcompress.policy import check_momentum
 
 from .worker import Worker
 
@@ -35,6 +36,8 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
             f"named_parameters: got {len(parameters)}, expected just the {len(stepped)} that the optimizer steps"
         )
     worker = Worker(job, {name: p.numel() for name, p in parameters.items()}, compression, **options)
+    if worker.policy:
+        check_momentum(worker.policy, optimizer.param_groups, {p: name for name, p in parameters.items()})
     gradients = _Gradients(worker, parameters, backward_passes_per_step)
     optimizer._gcompress = gradients
     optimizer.synchronize = gradients.synchronize

@@ -69,8 +69,7 @@ class Worker:
             part = self.partitions[key]
             payload = self._codec.encode(key, values[part.start : part.start + part.numel], self.report.steps)
             self.job.send(payload.numpy(), self.job.server_rank(part.server), push_tag(key))
-        pushed = sum(self.partitions[key].nbytes for key in self._keys[name])
-        self.report.add_push_pull(expected, pushed, pushed, self.job.size)
+            self.report.add_push_pull(part.numel, payload.numel(), 0, self.job.size)
 
     def pull(self, name):
         """Ask for the workers' mean of what was pushed; returns a function that waits for it and returns it."""
@@ -108,10 +107,12 @@ class Worker:
                 self.job.check_failure(error)
                 rank = self.job.server_rank(part.server)
                 raise ExchangeError(f"gradient {part.name!r}: {self.job.describe(rank)} died") from error
-            if status.Get_count(MPI.BYTE) != part.nbytes:
+            size = status.Get_count(MPI.BYTE)
+            if size == 0:
                 raise ExchangeError(f"gradient {part.name!r}: the servers have given this worker up for its silence")
             del pending[key]
-            self._codec.decode(key, buffer, total[part.start : part.start + part.numel])
+            self.report.pulled_bytes += size
+            self._codec.decode(key, buffer[:size], total[part.start : part.start + part.numel])
         return not pending
 
     def end_step(self):

@@ -1,0 +1,97 @@
+"""Entries drawn at random, the same ones on all ranks: payloads that an all-reduce can sum.
+
+Random-k sparsification (Stich et al., arXiv 1809.07599; unbiased by scaling: Wangni et al.,
+arXiv 1710.09854), stratified: the entries are cut into k runs of equal length, give or take
+one, and one entry is drawn from each. So an entry is kept with a probability of 1 over its
+run's length, indices come in order, and neither drawing nor decoding sorts anything.
+
+Bytes: 4 (seed, uint32) + 4 k (values, float32). Summed by an all-reduce: 4 k, since all
+ranks draw from one seed that is not sent.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from .. import packing
+from ..errors import ConfigError
+from .base import Compressor, check_choice, check_sparsity, kept_count
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomK(Compressor):
+    """Keep k = max(1, round(n (1 - sparsity))) entries that a seed chooses; the rest is zero.
+
+    Args:
+        sparsity: fraction set to zero, 0 <= sparsity < 1.
+        unbiased: multiply each kept entry by its run's length, about n / k, so that the
+            expected decoded value is the input. Without it the error is smaller: use error
+            feedback, with which it converges (a contraction with delta >= k / (n + k)).
+
+    A non-finite entry, drawn or not, makes all sent values NaN. Values are float32.
+
+    >>> payload, ctx = RandomK(sparsity=0.99).compress(torch.randn(1 << 20), seed=7)
+    >>> payload.numel()
+    41948
+    """
+
+    name: ClassVar[str] = "randomk"
+    shown: ClassVar[tuple] = ("sparsity",)
+    summable: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
+
+    sparsity: float = 0.99
+    unbiased: bool = False
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity)
+        check_choice("unbiased", self.unbiased, (False, True))
+
+    def nbytes(self, numel):
+        if numel >= 2**31:
+            raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^31")
+        return 4 + 4 * kept_count(numel, self.sparsity) if numel else 0
+
+    def summed_nbytes(self, shape, world_size):
+        return 4 * kept_count(shape.numel(), self.sparsity)
+
+    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+        """One round: the kept values, whose places the shared seed tells every rank."""
+        payload, _ = self.compress(values, seed=seed)
+        own = torch.empty_like(values)
+        self.decode_into(payload, own)
+        summed = yield payload[4:].view(torch.float32), "sum"
+        total = torch.empty_like(values)
+        self.decode_into(torch.cat([payload[:4], packing.float_to_bytes(summed)]), total)
+        return total, own
+
+    def _encode_native(self, kernels, values, payload, seed):
+        k = kept_count(values.numel(), self.sparsity)
+        kernels.randomk_encode(values.data_ptr(), values.numel(), k, self.unbiased, seed, payload.data_ptr())
+
+    def _decode_native(self, kernels, payload, out, add):
+        k = kept_count(out.numel(), self.sparsity)
+        kernels.randomk_decode(payload.data_ptr(), out.numel(), k, add, out.data_ptr())
+
+    def _encode_reference(self, values, seed):
+        indices, lengths = drawn(values.numel(), kept_count(values.numel(), self.sparsity), seed, values.device)
+        kept = values[indices] * lengths if self.unbiased else values[indices]
+        if not bool(torch.isfinite(values).all()):
+            kept = torch.full_like(kept, float("nan"))
+        word = torch.tensor([seed], device=values.device).view(torch.uint8)[:4]
+        return torch.cat([word, packing.float_to_bytes(kept)])
+
+    def _decode_reference(self, payload, numel):
+        seed = int(packing.unpack_bits(payload[:4], 1, 32))
+        indices, _ = drawn(numel, kept_count(numel, self.sparsity), seed, payload.device)
+        out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
+        out[indices] = packing.bytes_to_float(payload[4:])
+        return out
+
+
+def drawn(numel, k, seed, device):
+    """The index drawn from each of k runs of numel entries, increasing, and the runs' lengths; both int64 [k]."""
+    borders = torch.arange(k + 1, device=device) * numel // k
+    first, length = borders[:-1], borders.diff()
+    return first + (packing.hashed(torch.arange(k, device=device), seed) * length >> 32), length

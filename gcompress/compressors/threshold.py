@@ -1,0 +1,113 @@
+"""Every entry that is large enough, however many those are.
+
+Hard thresholding: Strom (2015) for speech models; Sahu et al., "Rethinking gradient
+sparsification as total error minimization" (arXiv 2108.00951): with error feedback an
+absolute threshold errs less over a whole training than the top-k of the same bytes, since
+it sends more when gradients are large and nearly nothing when they are small.
+
+Bytes, of variable size, for n entries of which k are large enough (0 <= k <= n):
+    4 (k, uint32) + 4 k (values, float32, in index order) + the index as in topk, absent for k = 0
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from .. import packing
+from ..errors import ConfigError, PayloadError
+from .base import Compressor, check_choice, read_u32, u32_bytes
+from .topk import FORMS, decode_kept, encode_kept, index_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold(Compressor):
+    """Keep the entries whose magnitude is at least a threshold, exactly; the rest is zero.
+
+    Args:
+        threshold: positive, in units of the gradient, or of its largest magnitude.
+        relative: whether it is a fraction of the tensor's largest magnitude, then at most 1.
+
+    Biased; no contraction when absolute (a small gradient is not sent at all), and yet it
+    converges with error feedback, which holds the residual of every entry below the
+    threshold. A non-finite entry is always kept. `nbytes` is the size if all are.
+
+    >>> payload, ctx = Threshold(threshold=2.5).compress(torch.randn(1 << 20))
+    >>> payload.numel() < 80_000  # about 1.2 % are kept
+    True
+    """
+
+    name: ClassVar[str] = "threshold"
+    shown: ClassVar[tuple] = ("threshold",)
+    fixed_size: ClassVar[bool] = False
+    sparse: ClassVar[bool] = True
+
+    threshold: float = 0.01
+    relative: bool = False
+
+    def __post_init__(self):
+        check_choice("relative", self.relative, (True, False))
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        largest = 1 if self.relative else packing.LARGEST
+        if not number or not packing.SMALLEST_NORMAL <= self.threshold <= largest:
+            expected = "from 2^-126 to 1 when relative" if self.relative else "a positive float32 of at least 2^-126"
+            raise ConfigError(f"threshold: got {self.threshold!r}, expected {expected}")
+
+    def nbytes(self, numel):
+        return self._size(numel, numel) if numel else 0
+
+    def payload_nbytes(self, start, numel):
+        k = read_u32(start)
+        if k > numel:
+            raise PayloadError(f"payload: says that {k} of {numel} entries are kept")
+        return self._size(numel, k)
+
+    def _size(self, numel, k):
+        return 4 + 4 * k + (index_layout(numel, k)[2] if k else 0)
+
+    def _key(self, largest):
+        """The smallest key to keep, given the largest one: keys order like magnitudes."""
+        threshold = torch.tensor(self.threshold, dtype=torch.float32)
+        if self.relative:
+            if largest >= packing.INFINITY_KEY:
+                return packing.INFINITY_KEY
+            threshold = threshold * torch.tensor(largest, dtype=torch.int32).view(torch.float32)
+        return max(1, int(threshold.view(torch.int32)))
+
+    def _encode_native(self, kernels, values, payload, seed):
+        numel = values.numel()
+        key = self._key(kernels.largest_key(values.data_ptr(), numel) if self.relative else 0)
+        k = kernels.count_keys(values.data_ptr(), numel, key)
+        payload[:4] = u32_bytes(k, payload.device)
+        if k > 0:
+            form, width, _ = index_layout(numel, k)
+            kernels.keys_encode(values.data_ptr(), numel, k, key, FORMS.index(form), width, payload.data_ptr() + 4)
+        return self._size(numel, k)
+
+    def _decode_native(self, kernels, payload, out, add):
+        k = read_u32(payload)
+        if k == 0:
+            if not add:
+                out.zero_()
+            return 0
+        form, width, _ = index_layout(out.numel(), k)
+        return kernels.topk_decode(
+            payload.data_ptr() + 4, out.numel(), k, FORMS.index(form), width, add, out.data_ptr()
+        )
+
+    def _encode_reference(self, values, seed):
+        keys = packing.magnitude_keys(values)
+        kept = keys >= self._key(int(keys.max()))
+        k = int(kept.sum())
+        header = u32_bytes(k, values.device)
+        if k == 0:
+            return header
+        form, width, _ = index_layout(values.numel(), k)
+        return torch.cat([header, encode_kept(values, kept, form, width)])
+
+    def _decode_reference(self, payload, numel):
+        k = read_u32(payload)
+        if k == 0:
+            return torch.zeros(numel, device=payload.device)
+        form, width, _ = index_layout(numel, k)
+        return decode_kept(payload[4:], numel, k, form, width)

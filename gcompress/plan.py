@@ -1,0 +1,185 @@
+"""Which exchange each parameter takes, how it is cut over its owners, and the bytes that follow.
+
+A plan depends only on what all ranks share: names, shapes, policy and the number of ranks.
+So all ranks make the same one without a word, and a parameter's pieces stay with their
+owners however an engine forms its buckets.
+"""
+
+import dataclasses
+import zlib
+from typing import NamedTuple
+
+import torch
+
+# A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole.
+ALIGNMENT = 1024
+# Below it a compressor's fixed costs show, and sparse ones choose among too few.
+SMALLEST_PIECE = 4096
+# Cutting may cost this much more than encoding in one piece.
+LARGEST_OVERHEAD = 1.02
+# Up to so many bytes per rank and step one round of an all-gather takes less time than two rounds.
+SMALL_STEP = 1 << 20
+# Up to so many ranks a second encoding is not worth what it saves: a factor of ranks / 2.
+FEW_RANKS = 3
+
+
+class Piece(NamedTuple):
+    """Entries start to stop of a parameter, which rank `owner` sums and encodes again."""
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self):
+        return self.stop - self.start
+
+    def key(self, name):
+        """The piece's name in its owner's memory."""
+        return f"{name}[{self.start}:{self.stop}]"
+
+
+@dataclasses.dataclass
+class Entry:
+    """A parameter's part of the plan."""
+
+    shape: torch.Size
+    compressor: object  # None: uncompressed, by all-reduce
+    exchange: str  # "allgather", "twophase", "summed" or "allreduce"
+    pieces: tuple = ()
+    bucket: int = -1
+
+    @property
+    def numel(self):
+        return self.shape.numel()
+
+
+class Plan:
+    """The plan of all parameters.
+
+    Args:
+        policy: a Policy; of a warm-up, the plan is for what follows it.
+        shapes: {name: shape} in the model's order; buckets follow the backward pass, which is
+            taken to go the other way.
+        world_size: the number of ranks.
+    """
+
+    def __init__(self, policy, shapes, world_size):
+        self.world_size, self.policy = world_size, policy
+        self.entries = {}
+        for name, shape in shapes.items():
+            compressor = policy.compressor_for(name, torch.Size(shape).numel())
+            self.entries[name] = Entry(torch.Size(shape), compressor, "allreduce")
+        for compressor in {entry.compressor: None for entry in self.entries.values() if entry.compressor}:
+            members = [entry for entry in self.entries.values() if entry.compressor == compressor]
+            for entry in members:
+                entry.exchange = choose(policy, compressor, [e.numel for e in members], world_size)
+        self.buckets = []
+        self._cut()
+        self._fill_buckets()
+
+    def _cut(self):
+        """Give every rank its pieces, the next one always to a rank that has the fewest bytes."""
+        load = [0] * self.world_size
+        for entry in self.entries.values():
+            if entry.exchange != "twophase":
+                continue
+            free, pieces = set(range(self.world_size)), []
+            for start, stop in borders(entry.compressor, entry.numel, self.world_size):
+                owner = min(free, key=lambda rank: (load[rank], rank))
+                free.remove(owner)
+                load[owner] += entry.compressor.nbytes(stop - start)
+                pieces.append(Piece(owner, start, stop))
+            entry.pieces = tuple(pieces)
+
+    def _fill_buckets(self):
+        size = self.policy.bucket_bytes
+        for name in reversed(self.entries):
+            entry = self.entries[name]
+            if entry.exchange != "twophase":
+                continue
+            if size >= self.policy.bucket_bytes:
+                self.buckets.append([])
+                size = 0
+            entry.bucket = len(self.buckets) - 1
+            self.buckets[-1].append(name)
+            size += 4 * entry.numel
+
+    def digest(self):
+        """A number that differs when ranks plan differently."""
+        return zlib.crc32(
+            repr([(name, tuple(entry.shape), entry.exchange) for name, entry in self.entries.items()]).encode()
+        )
+
+    def wire_bytes(self):
+        """{exchange: the mean over ranks of the gradient bytes a rank sends in a step}."""
+        total = {}
+        for entry in self.entries.values():
+            total[entry.exchange] = total.get(entry.exchange, 0) + wire_bytes(entry, self.world_size)
+        return total
+
+    def __str__(self):
+        lines = []
+        for exchange, sent in self.wire_bytes().items():
+            members = [entry for entry in self.entries.values() if entry.exchange == exchange]
+            numel = sum(entry.numel for entry in members)
+            compressors = ", ".join(sorted({str(entry.compressor or "uncompressed") for entry in members}))
+            buckets = f" in {_counted(len(self.buckets), 'bucket')}" if exchange == "twophase" else ""
+            lines.append(
+                f"{exchange} ({compressors}): {_counted(len(members), 'tensor')}, {numel:,} entries"
+                f"{buckets}, {round(sent):,} bytes per rank and step"
+            )
+        half = 2 * sum(entry.numel for entry in self.entries.values())
+        total = round(sum(self.wire_bytes().values()))
+        lines.append(
+            f"{self.world_size} ranks send {total:,} bytes each per step; "
+            f"a float16 all-reduce would send {2 * (self.world_size - 1) * half // self.world_size:,}"
+        )
+        return "\n".join(lines)
+
+
+def _counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def choose(policy, compressor, numels, world_size):
+    """The exchange for all tensors of one compressor: by its traits, their size, and the number of ranks."""
+    if not compressor.fixed_size:
+        return "allgather"  # the others need to know the sizes of all ranks' payloads
+    if policy.exchange != "auto" and (policy.exchange != "summed" or compressor.summable):
+        return policy.exchange
+    if compressor.summable:
+        return "summed"  # one encoding, and its bytes do not grow with the ranks
+    gathered = (world_size - 1) * sum(compressor.nbytes(numel) for numel in numels)
+    if world_size <= FEW_RANKS or gathered <= SMALL_STEP:
+        return "allgather"
+    # The second encoding's error is not averaged over the ranks. Where it is not remembered
+    # either, it is only worth having when all-gather has become larger than float16.
+    if not policy.feedback_for(compressor) and gathered <= 2 * (world_size - 1) * 2 * sum(numels) / world_size:
+        return "allgather"
+    return "twophase"
+
+
+def borders(compressor, numel, world_size):
+    """[(start, stop)] of a parameter's pieces: as many as keep each of them worth encoding, up to one a rank."""
+    count = max(1, min(world_size, numel // SMALLEST_PIECE))
+    allowed = LARGEST_OVERHEAD * compressor.nbytes(numel)
+    while True:
+        blocks = -(-numel // ALIGNMENT)
+        edges = [min(numel, blocks * i // count * ALIGNMENT) for i in range(count)] + [numel]
+        pieces = list(zip(edges, edges[1:], strict=False))
+        if count == 1 or sum(compressor.nbytes(stop - start) for start, stop in pieces) <= allowed:
+            return pieces
+        count -= 1
+
+
+def wire_bytes(entry, world_size):
+    """The mean over ranks of what a rank sends for one tensor."""
+    share = 2 * (world_size - 1) / world_size
+    if entry.exchange == "allgather":
+        return (world_size - 1) * entry.compressor.nbytes(entry.numel)
+    if entry.exchange == "twophase":
+        return share * sum(entry.compressor.nbytes(piece.numel) for piece in entry.pieces)
+    if entry.exchange == "summed":
+        return share * entry.compressor.summed_nbytes(entry.shape, world_size)
+    return share * 4 * entry.numel

@@ -1,0 +1,65 @@
+"""What an exchange must give, computed in one process from all ranks' gradients at once.
+
+Written from the definition, with compressors and each rank's memory: no exchange, no engine.
+"""
+
+import zlib
+
+import torch
+
+from gcompress.feedback import new_memory
+
+
+class Simulation:
+    """The means of successive steps.
+
+    Args:
+        plan: a gcompress Plan: who owns which piece.
+        average: whether the ranks' mean or their sum is wanted.
+    """
+
+    def __init__(self, plan, average=True):
+        self.plan, self.policy, self.average, self.step = plan, plan.policy, average, 0
+        self.memories = [new_memory(plan.policy) for _ in range(plan.world_size)]
+        self.owed = {}  # (name, piece): what its owner still owes
+
+    def means(self, gradients):
+        """{name: mean} of [{name: gradient} of each rank]."""
+        expected = {name: self.mean_of(name, [rank[name] for rank in gradients]) for name in gradients[0]}
+        self.step += 1
+        return expected
+
+    def mean_of(self, name, gradients):
+        entry = self.plan.entries[name]
+        compressor = self.policy.compressor_for(name, entry.numel, step=self.step)
+        remembers = self.policy.feedback_for(compressor)
+        mean = torch.zeros(entry.numel)
+        for rank, gradient in enumerate(gradients):
+            values = self.memories[rank].corrected(name, gradient) if remembers else gradient.reshape(-1).float()
+            if entry.exchange == "twophase":
+                parts = [self.code(compressor, values[p.start : p.stop], name, rank, p.start) for p in entry.pieces]
+                decoded = torch.cat(parts)
+            elif entry.exchange == "summed":
+                decoded = self.code(compressor, values, name)
+            else:
+                decoded = self.code(compressor, values, name, rank)
+            if remembers:
+                self.memories[rank].keep(name, values, decoded, sparse=compressor.sparse)
+            mean = decoded.clone() if rank == 0 else mean + decoded
+        if self.average:
+            mean *= 1.0 / len(gradients)
+        if entry.exchange == "twophase":
+            parts = [self.again(compressor, remembers, name, mean[p.start : p.stop], p) for p in entry.pieces]
+            mean = torch.cat(parts)
+        return mean.view(gradients[0].shape)
+
+    def again(self, compressor, remembers, name, mean, piece):
+        corrected = mean + self.owed.get((name, piece), 0.0)
+        decoded = self.code(compressor, corrected, name, "mean", piece.start)
+        if remembers:
+            self.owed[name, piece] = corrected - decoded
+        return decoded
+
+    def code(self, compressor, values, name, *what):
+        seed = zlib.crc32("/".join(map(str, (name, self.step, *what))).encode())
+        return compressor.decompress(*compressor.compress(values, seed=seed))
