@@ -11,7 +11,7 @@ from gcompress.server import Codec, partition
 
 from .messages import given_up_tag, leave_tag, pull_tag, push_tag
 
-PARTITION_BYTES = 4 << 20  # of float32 entries
+SMALLEST_PARTITION, LARGEST_PARTITION = 1 << 16, 1 << 20  # entries
 
 
 class Worker:
@@ -21,17 +21,21 @@ class Worker:
         job: a Job, on a worker rank. Each job has one connection.
         sizes: {name: number of entries}, the same on all workers.
         compression: what `gcompress.as_policy` takes, or None to send float32.
-        partition_bytes: tensors are cut into parts of so many bytes of float32.
+        partition_bytes: tensors are cut into parts of so many bytes of float32; None: so that each
+            server gets about four, of 256 KiB to 4 MiB.
         staleness, momentum: see `gcompress.server.ParameterServer`.
 
     All workers must give the same; ConfigMismatchError on every rank otherwise.
     """
 
-    def __init__(self, job, sizes, compression=None, *, partition_bytes=PARTITION_BYTES, staleness=0, momentum=0.0):
+    def __init__(self, job, sizes, compression=None, *, partition_bytes=None, staleness=0, momentum=0.0):
         if job.is_server:
             raise ConfigError(f"job: got server {job.rank}, expected a worker; a server calls job.serve()")
         if job.leave is not None:
             raise ConfigError("job: it has a connection already, expected one for all parameters")
+        if partition_bytes is None:
+            share = -(-sum(sizes.values()) // (4 * job.servers))
+            partition_bytes = 4 * min(max(share, SMALLEST_PARTITION), LARGEST_PARTITION)
         check_integer("partition_bytes", partition_bytes, 4)
         check_integer("staleness", staleness, 0)
         self.job, self.policy = job, None if compression is None else as_policy(compression)
