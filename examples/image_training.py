@@ -100,7 +100,7 @@ class Engine:
     """What the loop below needs of an engine.
 
     name: for the log. rank, size: this worker and how many there are.
-    wrap: (optimizer, model) -> (the optimizer to step, its gcompress Report).
+    wrap: (optimizer, model) -> (the optimizer to step, the model to call, a gcompress Report).
     sum: a list of numbers -> their sums over the workers.
     """
 
@@ -158,7 +158,7 @@ def train(engine, arguments, *, optimizer_momentum=None):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=arguments.lr, momentum=momentum, weight_decay=arguments.weight_decay
     )
-    optimizer, report = engine.wrap(optimizer, model)
+    optimizer, model, report = engine.wrap(optimizer, model)
     # From here on each worker draws its own dropout; initial weights are drawn.
     torch.manual_seed(arguments.seed * 1_000_003 + 1 + engine.rank)
     total_steps = len(data.train_images) // (arguments.batch_size * engine.size) * arguments.epochs

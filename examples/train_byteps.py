@@ -39,7 +39,7 @@ def main():
             optimizer, model.named_parameters(), image_training.policy_of(arguments)
         )
         bps.broadcast_parameters(model.state_dict(), root_rank=0)
-        return optimizer, gcompress_bps.exchange(optimizer).report
+        return optimizer, model, gcompress_bps.exchange(optimizer).report
 
     def sum_over_workers(values):
         tensor = torch.tensor(values, dtype=torch.float64)

@@ -53,7 +53,7 @@ def main():
             staleness=arguments.staleness,
             momentum=arguments.momentum if arguments.server_momentum else 0.0,
         )
-        return optimizer, mpi.exchange(optimizer).report
+        return optimizer, model, mpi.exchange(optimizer).report
 
     engine = Engine("MPI servers", job.rank, job.size, wrap, job.sum)
     image_training.train(engine, arguments, optimizer_momentum=0.0 if arguments.server_momentum else None)
