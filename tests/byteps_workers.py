@@ -233,6 +233,18 @@ def killed_worker():
     train("quantize:bits=4", lambda step: step == 3 and bps.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL))
 
 
+def failing_worker():
+    def fail(step):
+        if step == 3 and bps.rank() == 1:
+            raise ValueError("this worker has had enough")
+
+    train("quantize:bits=4", fail)
+
+
+def hanging_worker():
+    train("quantize:bits=4", lambda step: step == 3 and bps.rank() == 1 and signal.pause())
+
+
 def train(compression, before_step=lambda step: None, steps=1000):
     model = make_model("trained")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -80,6 +80,21 @@ def test_a_different_configuration_is_refused_on_every_worker(tmp_path):
 
 
 @needs_byteps
+def test_a_failing_worker_ends_all(tmp_path):
+    code, output = launch(HERE / "byteps_workers.py", tmp_path / "error", "failing_worker", servers=1)
+    assert code == 1 and "worker 1 ended with exit code 1" in output, output[-3000:]
+    assert json.loads((tmp_path / "error.1").read_text()) == ["ValueError", "this worker has had enough"]
+
+
+@needs_byteps
+def test_a_worker_that_hangs_is_told_by_the_others(tmp_path):
+    out = tmp_path / "error"
+    code, _ = launch(HERE / "byteps_workers.py", out, "hanging_worker", servers=1, GCOMPRESS_TIMEOUT="5")
+    kind, message = json.loads((tmp_path / "error.0").read_text())
+    assert code == 1 and kind == "ExchangeError" and "no answer within 5 s" in message
+
+
+@needs_byteps
 def test_a_killed_worker_ends_all_and_nothing_is_left(tmp_path):
     before = set(os.listdir("/dev/shm"))
     code, output = launch(HERE / "byteps_workers.py", tmp_path / "error", "killed_worker", servers=1)

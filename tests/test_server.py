@@ -34,6 +34,7 @@ class Fleet:
         self.totals = [{name: torch.zeros(numel) for name, numel in SIZES.items()} for _ in range(workers)]
         self.queues = {}  # (worker, key): messages in order
         self.alive = set(range(workers))
+        self.handed = []  # (what was answered, a copy of it): an engine may still be sending it
 
     def start(self, worker, gradients=gradient):
         """One step's pushes and pulls of a worker."""
@@ -60,7 +61,8 @@ class Fleet:
     def take(self, answers):
         for worker, key, payload in answers:
             assert worker in self.alive and key not in self.got[worker]
-            self.got[worker][key] = payload.clone()
+            self.got[worker][key] = payload
+            self.handed.append((payload, payload.clone()))
             part = self.parts[key]
             values = torch.zeros(part.numel)
             self.codecs[worker].decode(key, payload, values)
@@ -84,6 +86,8 @@ class Fleet:
                 if self.done(worker) and self.step[worker] < goal[worker]:
                     self.start(worker, gradients)
         assert all(self.done(worker) for worker in self.alive), [server.missing() for server in self.servers]
+        assert all(torch.equal(payload, copy) for payload, copy in self.handed)
+        self.handed.clear()
 
 
 def simulated(policy, parts, workers, steps, momentum=0.0):

@@ -2,9 +2,13 @@
 
 import json
 import os
+import sys
+import time
+import traceback
 import zlib
 
 import byteps.torch as bps
+import byteps.torch.ops as bps_ops
 import torch
 
 from gcompress.compressors import Compressor
@@ -21,7 +25,9 @@ PAGE = os.sysconf("SC_PAGESIZE")
 # without which BytePS crashes. Set before BytePS reads them.
 ENVIRONMENT = {"BYTEPS_MIN_COMPRESS_BYTES": "0", "BYTEPS_THREADPOOL_SIZE": "2"}
 CONFIGURATION_BYTES = 4096  # of one worker, when configurations are compared
+POLL_SECONDS = 2e-4
 _loaded = []  # the library with our compressors, once it is there
+_stock_synchronize = bps_ops.synchronize
 
 
 def init():
@@ -35,7 +41,27 @@ def init():
         raise ConfigError("BYTEPS_LOCAL_SIZE: got more than 1, expected one process per worker in a build without NCCL")
     if not _loaded:
         _loaded.append(native.load())
+        bps.synchronize = bps_ops.synchronize = synchronize
+        sys.excepthook = end_at_once
     bps.init()
+
+
+def synchronize(handle):
+    """BytePS's `synchronize`, which waits for ever, with a time-out (GCOMPRESS_TIMEOUT, 300 seconds)."""
+    timeout = float(os.environ.get("GCOMPRESS_TIMEOUT", "300"))
+    deadline = time.monotonic() + timeout
+    while handle in bps_ops._handle_map and not bps.poll(handle):
+        if time.monotonic() > deadline:
+            raise ExchangeError(f"BytePS: no answer within {timeout:g} s: does every worker take the same steps?")
+        time.sleep(POLL_SECONDS)
+    return _stock_synchronize(handle)
+
+
+def end_at_once(kind, error, trace):
+    """After an exception that nobody caught, end without BytePS's shutdown, in which all wait for all."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def partition_lengths(numel):
