@@ -13,12 +13,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+ENGINES := $(VENV)/.engines
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # horovodrun starts `python` and helpers by name.
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv data train test bench lint clean
+.PHONY: help setup venv engines data train test bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -49,7 +50,14 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 		--plot runs/train.png --log-file runs/train.jsonl \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
 
-test: data ## run all tests (ARGS= for pytest's options)
+engines: $(ENGINES) ## add MPI and BytePS, where they can be had (5 minutes the first time, then nothing)
+
+$(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edits.py plugins/byteps/compressor.cc
+	$(BIN)/python tools/install_mpi.py --optional
+	$(BIN)/python tools/build_byteps.py --optional
+	@touch $@
+
+test: data $(ENGINES) ## run all tests (ARGS= for pytest's options)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY) ## measure the compressors' speed against a plain copy
@@ -60,6 +68,6 @@ lint: $(READY) ## check style with ruff
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached Horovod wheel
-	rm -rf $(VENV) build dist *.egg-info gcompress/*.so .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached wheels
+	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

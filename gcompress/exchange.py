@@ -106,6 +106,34 @@ class GradientExchange:
 
         return finish
 
+    def start_bucket(self, gradients, *, average=True):
+        """Encode and start all of {name: gradient}, for engines that form buckets themselves.
+
+        Every parameter takes its own exchange; those of one exchange travel together, and what is
+        not compressed is all-reduced. On an engine that is `in_order`, all ranks must bring the
+        same buckets in the same order.
+
+        Returns a function that waits and returns {name: mean or sum over ranks}; its method
+        `done()` moves the exchanges on and tells whether there is anything to wait for.
+        """
+        ways = {}
+        for name, gradient in gradients.items():
+            ways.setdefault(self._entry(name, gradient.shape).exchange, {})[name] = gradient
+        tasks, first = [], next(iter(gradients))
+        for way, members in ways.items():
+            if way == "summed":
+                steps = {name: self._summed(name, gradient, average) for name, gradient in members.items()}
+            elif way == "twophase":
+                encoded = {name: self._encoded_pieces(name, gradient) for name, gradient in members.items()}
+                steps = {f"twophase.{first}": self._two_phase(encoded, average)}
+            elif way == "allgather":
+                steps = {f"allgather.{first}": self._all_gather(members, average)}
+            else:
+                steps = {f"allreduce.{first}": self._uncompressed(members, average)}
+            tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
+        self._schedule.advance(self.engine)
+        return _Bucket(self._schedule, self.engine, tasks, gradients)
+
     def _fill_bucket(self, name, gradient, number, average):
         members, waiting = self.plan.buckets[number], self._waiting.setdefault(number, {})
         waiting[name] = self._encoded_pieces(name, gradient)
@@ -166,6 +194,17 @@ class GradientExchange:
                 f"gradients {', '.join(gradients)}: a rank announces {max(sizes)} bytes, expected at most {most}: "
                 "do all ranks have the same model?"
             )
+
+    def _uncompressed(self, gradients, average):
+        """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
+        parts = [gradient.detach().reshape(-1) for gradient in gradients.values()]
+        exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        flat = torch.cat([part.to(exact) for part in parts])
+        self.report.add_all_reduce(flat.numel(), flat.numel() * flat.element_size(), self.engine.world_size())
+        total = yield "allreduce", flat, "sum"
+        if average:
+            total.mul_(1.0 / self.engine.world_size())
+        return dict(zip(gradients, total.split([part.numel() for part in parts]), strict=True))
 
     def _summed(self, name, gradient, average):
         world_size, compressor = self.engine.world_size(), self.compressor_for(name, gradient.numel())
@@ -293,6 +332,24 @@ class GradientExchange:
             self._feedback.load_state_dict(state["feedback"])
         self._owner_feedback.load_state_dict(owned)
         self._memories = {name: dict(memory) for name, memory in state["memories"].items()}
+
+
+class _Bucket:
+    """What `start_bucket` returns."""
+
+    def __init__(self, schedule, engine, tasks, gradients):
+        self._schedule, self._engine, self._tasks = schedule, engine, tasks
+        self._contexts = {name: Context(gradient.shape, gradient.dtype) for name, gradient in gradients.items()}
+
+    def done(self):
+        self._schedule.advance(self._engine)
+        return all(task.done for task in self._tasks)
+
+    def __call__(self):
+        means = {}
+        for task in self._tasks:
+            means.update(self._schedule.wait(self._engine, task))
+        return {name: means[name].to(ctx.dtype).view(ctx.shape) for name, ctx in self._contexts.items()}
 
 
 class _Forgetful:

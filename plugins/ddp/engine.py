@@ -1,0 +1,77 @@
+"""torch.distributed as an engine of gcompress/schedule.py."""
+
+import torch.distributed as dist
+
+from gcompress.errors import ExchangeError
+
+# Rounds of the longest exchange: two-phase has two, summed methods up to three.
+LANES = 3
+
+
+class DistributedEngine:
+    """Collective operations of a process group, whose ranks must start them in one order.
+
+    On Gloo an operation is over when the host sees it, which is at another moment on each rank:
+    every lane gets a process group of its own, so that the order within it is all that counts.
+    On NCCL operations queue on the device and need not be waited for: one group serves all, in
+    the order in which the exchanges are started. So it does for a part of the ranks on Gloo, which
+    then wait in every bucket's hook: torch can only number new groups right that all ranks make.
+
+    Args:
+        group: a process group, or None for all ranks. All of its ranks must make an engine.
+    """
+
+    in_order = True
+
+    def __init__(self, group=None):
+        self.group = dist.group.WORLD if group is None else group
+        of_all = dist.get_world_size(self.group) == dist.get_world_size()
+        self._at_once = dist.get_backend(self.group) == "nccl" or not of_all
+        self._lanes = [self.group if self._at_once else dist.new_group(backend="gloo") for _ in range(LANES)]
+
+    def world_size(self):
+        return dist.get_world_size(self.group)
+
+    def rank(self):
+        return dist.get_rank(self.group)
+
+    def allgather(self, name, lane, payload, sizes):
+        if min(sizes) < max(sizes):  # which an all-gather of torch's cannot
+            repeated = payload.repeat(self.world_size())
+            return self.alltoall(name, lane, repeated, [payload.numel()] * self.world_size(), sizes)
+        result = payload.new_empty(sum(sizes))
+        # Newer releases of torch have the second name and warn of the first.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return self._handle(gather(result, payload, group=self._lane(lane), async_op=True), result, payload)
+
+    def alltoall(self, name, lane, payload, to, back):
+        result = payload.new_empty(sum(back))
+        work = dist.all_to_all_single(result, payload, list(back), list(to), self._lane(lane), async_op=True)
+        return self._handle(work, result, payload)
+
+    def allreduce(self, name, lane, tensor, op):
+        result = tensor.clone()
+        operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
+        return self._handle(dist.all_reduce(result, operation, self._lane(lane), async_op=True), result)
+
+    def _lane(self, lane):
+        if lane >= LANES:
+            raise ExchangeError(f"an exchange of more than {LANES} rounds cannot run on torch.distributed")
+        return self._lanes[lane]
+
+    def _handle(self, work, result, *used):
+        return Handle(work, result, used, self._at_once)
+
+
+class Handle:
+    """An operation under way; keeps the tensors that it uses."""
+
+    def __init__(self, work, result, used, at_once):
+        self._work, self._result, self._used, self._at_once = work, result, used, at_once
+
+    def ready(self):
+        return self._at_once or self._work.is_completed()
+
+    def wait(self):
+        self._work.wait()
+        return self._result
