@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildc
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo 'make: no C++ compiler found (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo '+ $(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,test]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
 	$(BIN)/python tools/build_horovod.py
 	@touch $@
 

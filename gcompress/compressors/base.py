@@ -99,6 +99,14 @@ class Compressor:
         elif self._decode_native(kernels, payload.contiguous(), out, add):
             raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
 
+    def check(self, payload, numel):
+        """PayloadError if a payload from a stranger holds a scale that no encoder writes.
+
+        `decode_into` is safe on any bytes and does not look; whoever takes payloads from
+        peers he does not trust calls this first. NaN scales are written, for inputs that
+        are not finite.
+        """
+
     def _encode_reference(self, values, seed):
         raise NotImplementedError(f"{type(self).__name__}._encode_reference")
 
@@ -136,6 +144,13 @@ def _spec_value(value):
 def kept_count(numel, sparsity):
     """Entries that a sparse compressor keeps: max(1, round(numel (1 - sparsity))), none of none."""
     return max(1, round(numel * (1 - sparsity))) if numel else 0
+
+
+def check_scales(what, scales):
+    """PayloadError unless float32 scales are finite and not negative, or NaN, which stands for a poisoned input."""
+    wrong = scales[(scales < 0) | scales.isinf()]
+    if wrong.numel():
+        raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
 def check_integer(argument, value, low, high=None):

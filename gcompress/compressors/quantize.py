@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_choice, check_integer
+from .base import Compressor, check_choice, check_integer, check_scales
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -63,6 +63,10 @@ class Quantize(Compressor):
             return 0
         buckets = -(-numel // self._bucket(numel))
         return buckets * (4 if self.bits == 1 else 5) + packing.packed_bytes(numel, self.bits)
+
+    def check(self, payload, numel):
+        buckets = -(-numel // self._bucket(numel)) if numel else 0
+        check_scales("steps hold", packing.bytes_to_float(payload[: 4 * buckets]))
 
     def _bucket(self, numel):
         return self.bucket or -(-numel // 8) * 8

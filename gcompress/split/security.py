@@ -1,0 +1,233 @@
+"""Who may connect: certificates for mutual TLS, tokens over TLS, and plaintext on the loopback only."""
+
+import contextlib
+import datetime
+import hmac
+import ipaddress
+import os
+import pathlib
+import re
+import socket
+import ssl
+
+import grpc
+
+from ..errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PROBE_SECONDS = 2.0
+
+
+def split_address(address):
+    """("host", port) of "host:port", "[v6]:port" included; ConfigError if it is none."""
+    host, colon, port = str(address).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ConfigError(f"address: got {address!r}, expected host:port")
+    return host, int(port)
+
+
+def is_loopback(address):
+    """Whether an address is of this machine only."""
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def check_name(name):
+    """ConfigError unless a client's name is 1 to 64 of letters, digits, ".", "_" and "-"."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(f"name: got {str(name)[:80]!r}, expected 1 to 64 letters, digits, dots, dashes, underscores")
+    return name
+
+
+def _read(argument, path):
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{argument}: cannot read {path}: {error.strerror}") from None
+
+
+def client_credentials(address, ca, certificate, key, insecure):
+    """gRPC's channel credentials, or None for plaintext, which only the loopback gets unasked."""
+    if (certificate is None) != (key is None) or (certificate and not ca):
+        raise ConfigError("certificate: a certificate, its key and the authority's ca go together")
+    if ca:
+        own = (_read("key", key), _read("certificate", certificate)) if certificate else (None, None)
+        return grpc.ssl_channel_credentials(_read("ca", ca), *own)
+    if not insecure and not is_loopback(address):
+        raise ConfigError(
+            f"address: {address} is another machine and no ca was given: expected TLS, or insecure=True (--insecure)"
+        )
+    return None
+
+
+def server_credentials(address, ca, certificate, key, tokens, insecure):
+    """gRPC's server credentials, or None for plaintext; strangers are let in on the loopback only."""
+    if (certificate is None) != (key is None) or (ca and not certificate):
+        raise ConfigError("certificate: a server's certificate and key go together, and with them the clients' ca")
+    if not certificate:
+        if not insecure and not is_loopback(address):
+            raise ConfigError(
+                f"address: {address} is reachable by others and no certificate was given: expected TLS, or "
+                "insecure=True (--insecure)"
+            )
+        return None
+    if not ca and not tokens and not insecure and not is_loopback(address):
+        raise ConfigError("ca: anyone could connect; expected the clients' ca, tokens, or insecure=True (--insecure)")
+    pair = [(_read("key", key), _read("certificate", certificate))]
+    authority = _read("ca", ca) if ca else None
+    return grpc.ssl_server_credentials(pair, authority, require_client_auth=bool(ca))
+
+
+def token_owner(tokens, token):
+    """The client whose token it is, or None; takes the same time whichever it is."""
+    owner = None
+    for name, known in tokens.items():
+        if hmac.compare_digest(known.encode(), token.encode()):
+            owner = name
+    return owner
+
+
+def why_unreachable(address, ca=None, certificate=None, key=None, server_name=None):
+    """What is wrong with the certificates, in words, or None if they are not the reason that gRPC cannot connect."""
+    host, port = split_address(address)
+    try:
+        with socket.create_connection((host, port), PROBE_SECONDS) as connection:
+            if not ca:
+                return _why_plaintext_fails(connection)
+            return _why_tls_fails(connection, server_name or host, ca, certificate, key)
+    except OSError:
+        return None  # nobody listens, or he is slow: worth another try
+
+
+def _why_plaintext_fails(connection):
+    """A TLS server answers a TLS greeting; a plaintext one does not."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(connection):
+            return "the server speaks TLS; give its ca (and a certificate or token)"
+    except ssl.SSLError as error:
+        return "the server speaks TLS and wants a certificate" if "ALERT" in str(error).upper() else None
+
+
+def _why_tls_fails(connection, host, ca, certificate, key):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_verify_locations(ca)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        return f"ca, certificate or key cannot be used: {error.reason or error}"
+    try:
+        with context.wrap_socket(connection, server_hostname=host) as channel:
+            # With TLS 1.3 the server looks at our certificate after we think we are connected.
+            channel.settimeout(PROBE_SECONDS)
+            channel.recv(1)
+        return None
+    except ssl.SSLCertVerificationError as error:
+        return f"the server's certificate is not accepted under {ca}: {error.verify_message}"
+    except TimeoutError:
+        return None
+    except ssl.SSLError as error:
+        reason = str(error.reason or error).replace("_", " ").lower()
+        if "alert" in reason or "certificate" in reason:
+            what = f"the client's certificate {certificate}" if certificate else "a client without a certificate"
+            return f"the server refuses {what}: {reason}"
+        return f"the server does not speak TLS: {reason}"
+
+
+def make_certificates(folder, hosts=("localhost", "127.0.0.1"), clients=("client",), days=365):
+    """A development authority, a server's certificate and one for each client: for trials, not for production.
+
+    Writes ca.pem, server.pem, server.key and NAME.pem, NAME.key for every client, keys readable
+    by their owner only. The authority's own key is not kept: make all anew to add a client.
+
+    Args:
+        folder: made if it does not exist; files in it are replaced.
+        hosts: names and addresses under which clients reach the server.
+        clients: their names, which the server takes from their certificates.
+        days: that they are valid.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    authority_key = ec.generate_private_key(ec.SECP256R1())
+    authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gcompress development authority")])
+
+    def issue(name, public_key, extensions):
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) if name else authority
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(authority).public_key(public_key)
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(minutes=5))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=days))
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(authority_key, hashes.SHA256())
+
+    own_identifier = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only"), False
+    )
+    usage |= {"decipher_only": False, "digital_signature": True, "key_cert_sign": True, "crl_sign": True}
+    root = [
+        (x509.BasicConstraints(ca=True, path_length=0), True),
+        (x509.KeyUsage(**usage), True),
+        (own_identifier, False),
+    ]
+    _write(folder / "ca.pem", _pem(issue(None, authority_key.public_key(), root)))
+    leaves = {"server": x509.ExtendedKeyUsageOID.SERVER_AUTH} | {
+        check_name(name): x509.ExtendedKeyUsageOID.CLIENT_AUTH for name in clients
+    }
+    for name, purpose in leaves.items():
+        key = ec.generate_private_key(ec.SECP256R1())
+        extensions = [
+            (x509.BasicConstraints(ca=False, path_length=None), True),
+            (x509.ExtendedKeyUsage([purpose]), False),
+            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own_identifier), False),
+            (x509.SubjectAlternativeName(_names(hosts) if name == "server" else [x509.DNSName(name)]), False),
+        ]
+        _write(folder / f"{name}.pem", _pem(issue(name, key.public_key(), extensions)))
+        _write(folder / f"{name}.key", _key_pem(key), private=True)
+    return folder
+
+
+def _names(hosts):
+    from cryptography import x509
+
+    names = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    return names
+
+
+def _pem(certificate):
+    from cryptography.hazmat.primitives import serialization
+
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key):
+    from cryptography.hazmat.primitives import serialization
+
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, form, serialization.NoEncryption())
+
+
+def _write(path, content, private=False):
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644), "wb") as file:
+        file.write(content)
