@@ -5,7 +5,16 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 """
 
 from .compressors import REGISTRY, Compressor, Context, MaskSparse, Quantize, TopK, from_dict, from_spec
-from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
+from .errors import (
+    ConfigError,
+    ConfigMismatchError,
+    ExchangeError,
+    GcompressError,
+    LinkError,
+    PayloadError,
+    RefusedError,
+    RolledBack,
+)
 from .policy import Policy, as_policy
 
 __version__ = "0.1.0"
@@ -17,10 +26,13 @@ __all__ = [
     "Context",
     "ExchangeError",
     "GcompressError",
+    "LinkError",
     "MaskSparse",
     "PayloadError",
     "Policy",
     "Quantize",
+    "RefusedError",
+    "RolledBack",
     "TopK",
     "as_policy",
     "from_dict",
