@@ -51,13 +51,15 @@ class SplitServer:
         checkpoints: a folder, for clients that save; or None.
         rounds: `Sequential(…)` or `SplitFed(…)` for several clients; None for one.
         on_step: function of (client's name, step, Stats or None), called after every step.
+        on_epoch: function of (client's name, step), called when the client ends an epoch.
         deadline, idle, handshake_deadline: see `gcompress.split.service.Service`.
         labels, label_shape, max_batch, delta_samples, delta_first: see `Agreement`; the same at the client.
     """
 
     def __init__(
         self, model_tail, *, shape, up="none", down="none", optimizer=None, scheduler=None, loss=None, seed=0,
-        checkpoints=None, rounds=None, on_step=None, deadline=60.0, idle=600.0, handshake_deadline=5.0, **agreement,
+        checkpoints=None, rounds=None, on_step=None, on_epoch=None,
+        deadline=60.0, idle=600.0, handshake_deadline=5.0, **agreement,
     ):  # fmt: skip
         self.agreement = Agreement(up=up, down=down, shape=shape, **agreement)
         arguments = {"loss": loss} if loss else {}
@@ -66,6 +68,7 @@ class SplitServer:
         self.rounds = rounds
         self._checkpoints = Checkpoints(checkpoints) if checkpoints else None
         self._on_step = on_step or (lambda name, step, stats: None)
+        self._on_epoch = on_epoch or (lambda name, step: None)
         self._gradients = Codec(self.agreement.down, self.agreement.shape, self.agreement.max_batch)
         self._outputs = self._output_codecs() if self.agreement.u_shaped else None
         self._slots, self._run = {}, None
@@ -310,6 +313,7 @@ class SplitServer:
 
     def _end_epoch(self, slot):
         slot.tail.end_epoch()
+        self._on_epoch(slot.name, slot.step)
 
     def _finish(self, slot):
         if self.rounds is None or self.rounds.leave(slot):
