@@ -15,6 +15,12 @@ Vepakomma et al. (arXiv 1812.00564); SplitFed: Thapa et al. (arXiv 2004.12088). 
 `pip install gcompress[split]`. No privacy is claimed for activations.
 """
 
+try:
+    import google_crc32c  # noqa: F401
+    import grpc  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"{error}; gcompress.split needs more than gcompress: pip install 'gcompress[split]'") from None
+
 from .agreement import Agreement
 from .checkpoint import Checkpoints
 from .client import SplitClient

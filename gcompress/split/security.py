@@ -92,8 +92,16 @@ def token_owner(tokens, token):
     return owner
 
 
-def why_unreachable(address, ca=None, certificate=None, key=None, server_name=None):
-    """What is wrong with the certificates, in words, or None if they are not the reason that gRPC cannot connect."""
+def why_unreachable(address, **files):
+    """What is wrong with the certificates, in words, or None if they are not the reason that gRPC cannot connect.
+
+    gRPC itself only says that it cannot. Asked twice, since a server that is just ending
+    looks like one that refuses.
+    """
+    return _probe(address, **files) and _probe(address, **files)
+
+
+def _probe(address, ca=None, certificate=None, key=None, server_name=None):
     host, port = split_address(address)
     try:
         with socket.create_connection((host, port), PROBE_SECONDS) as connection:
@@ -125,12 +133,16 @@ def _why_tls_fails(connection, host, ca, certificate, key):
             context.load_cert_chain(certificate, key)
     except ssl.SSLError as error:
         return f"ca, certificate or key cannot be used: {error.reason or error}"
+    who = f"the client's certificate {certificate}" if certificate else "a client without a certificate"
     try:
         with context.wrap_socket(connection, server_hostname=host) as channel:
-            # With TLS 1.3 the server looks at our certificate after we think we are connected.
+            # With TLS 1.3 the server looks at our certificate after we think we are connected. One that is
+            # content greets first; gRPC's ends the connection without a word of why.
             channel.settimeout(PROBE_SECONDS)
-            channel.recv(1)
-        return None
+            try:
+                return None if channel.recv(1) else f"the server refuses {who}"
+            except (ConnectionError, ssl.SSLEOFError):
+                return f"the server refuses {who}"
     except ssl.SSLCertVerificationError as error:
         return f"the server's certificate is not accepted under {ca}: {error.verify_message}"
     except TimeoutError:
@@ -138,8 +150,7 @@ def _why_tls_fails(connection, host, ca, certificate, key):
     except ssl.SSLError as error:
         reason = str(error.reason or error).replace("_", " ").lower()
         if "alert" in reason or "certificate" in reason:
-            what = f"the client's certificate {certificate}" if certificate else "a client without a certificate"
-            return f"the server refuses {what}: {reason}"
+            return f"the server refuses {who}: {reason}"
         return f"the server does not speak TLS: {reason}"
 
 
