@@ -18,7 +18,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv data train test bench lint clean
+.PHONY: help setup venv data train split test bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,11 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train.py --compressor '$(COMPRESSOR)' \
 		--plot runs/train.png --log-file runs/train.jsonl \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
+
+split: data ## train a model cut in two, with and without compression, and compare: runs/split.png (2 processes)
+	$(BIN)/python examples/split_learning.py --demo --compressor none --log-file runs/split-none.jsonl $(ARGS)
+	$(BIN)/python examples/split_learning.py --demo --compressor ms --ratio 0.99 --bit 2 \
+		--log-file runs/split-ms.jsonl --compare runs/split-none.jsonl --plot runs/split.png $(ARGS)
 
 test: data ## run all tests (ARGS= for pytest's options)
 	$(BIN)/python -m pytest $(ARGS)

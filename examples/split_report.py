@@ -76,7 +76,7 @@ class History:
     def __init__(self):
         self.curve, self._sums = [], [0.0, 0, 0, 0]
         self._totals = dict.fromkeys((*COUNTED, "seconds", "compression_seconds", "wait_seconds"), 0)
-        self._base = None
+        self._base, self._memory_before = None, split.SplitClient.peak_memory()
 
     def state_dict(self):
         return {"curve": self.curve, "sums": self._sums, "totals": self._totals}
@@ -125,6 +125,7 @@ class History:
             **_rates("test", total),
             **{name: round(value, 3) for name, value in self._totals.items()},
             "peak_memory": training.client.peak_memory(),
+            "memory_before": self._memory_before,
             "title": training.setting.title,
             "seed": training.arguments.seed,
         }
@@ -236,7 +237,9 @@ def table(record, others=()):
         f"test accuracy      top-1 {100 * record['test_top1']:.2f} %, top-5 {100 * record['test_top5']:.2f} %",
         f"steps              {record['step']}, {1000 * seconds / steps:.1f} ms each",
         f"this half's share  {share:.1f} % compressing, {100 * record['wait_seconds'] / seconds:.1f} % waiting for the "
-        f"server, {in_bytes(record['peak_memory'])} of memory at most",
+        "server",
+        f"memory             {in_bytes(record['peak_memory'])} at most, {in_bytes(record['memory_before'])} of it "
+        "(torch, data set) before the first step",
         "",
         f"{'bytes of training':<28}{'up':>12}{'down':>12}{'both':>12}{'per step':>12}",
     ]

@@ -26,6 +26,7 @@ from gcompress import RolledBack, split
 
 SAVE_EVERY, BATCH, SAMPLES = 6, 16, 128
 LONGEST_LIFE = 12  # steps, so that a run of 12 steps a kill is never over too soon
+LONGEST_LIFE_SECONDS = 10
 DEADLINE_SECONDS = 240
 MODES = {
     "labels": {"up": "quantize:bits=4,rounding=stochastic", "down": "topk:sparsity=0.5"},
@@ -126,7 +127,7 @@ def run(folder, mode, steps, kills, seed):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     progress = mmap.mmap(-1, 8)
-    rng, lost = random.Random(seed), {"server": 0, "client": 0}
+    rng, lost, killed_at = random.Random(seed), {"server": 0, "client": 0}, []
     start = {
         "server": lambda: fork(serve, folder, mode, port),
         "client": lambda: fork(train, folder, mode, port, progress, steps),
@@ -135,7 +136,7 @@ def run(folder, mode, steps, kills, seed):
     due = time.monotonic() + DEADLINE_SECONDS
     try:
         while sum(lost.values()) < kills:
-            live_a_while(rng, progress)
+            killed_at.append(live_a_while(rng, progress))
             victim = rng.choice(("server", "client"))
             for name, pid in children.items():
                 if (code := ended(pid)) is not None:
@@ -158,16 +159,19 @@ def run(folder, mode, steps, kills, seed):
         for pid in children.values():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    return {"kills": lost, "step": done(progress)}
+    return {"kills": lost, "killed_at": killed_at, "step": done(progress)}
 
 
 def live_a_while(rng, progress):
-    """Until a random moment: in a handshake, in a step, while saving."""
-    until = time.monotonic() + rng.uniform(0.0, 0.16)
-    last = done(progress) + rng.randrange(LONGEST_LIFE)
-    while time.monotonic() < until and done(progress) <= last:
+    """Until some steps later, or now and then for a short time only, which ends in a handshake; returns the step."""
+    handshake = rng.random() < 0.3
+    until = time.monotonic() + (rng.uniform(0.0, 0.1) if handshake else LONGEST_LIFE_SECONDS)
+    last = done(progress) + rng.randint(1, LONGEST_LIFE)
+    # Steps that are done again after going back count, too: the counter only shows the latest.
+    while time.monotonic() < until and done(progress) < last:
         time.sleep(0.001)
     time.sleep(rng.uniform(0.0, 0.006))
+    return done(progress)
 
 
 def done(progress):

@@ -62,6 +62,8 @@ def test_killed_halves_end_where_an_uninterrupted_run_ends_to_the_bit(tmp_path, 
     outcome, found = train(tmp_path / "killed", mode, steps, kills)
     assert sum(outcome["kills"].values()) == kills and min(outcome["kills"].values()) > 0
     assert outcome["step"] == steps
+    late = [step for step in outcome["killed_at"] if step > 6]
+    assert len(late) > kills / 2, "most kills are of halves that had something to lose"
     assert int(expected[0]["head"]["1.num_batches_tracked"]) == steps
     assert expected[1]["tail"]["scheduler"]["last_epoch"] == steps // 100
     assert_same(expected, found)
