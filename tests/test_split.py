@@ -220,6 +220,14 @@ class TestConnection:
             with pytest.raises(LinkError, match="given up after 0.5 s"):
                 trainer.step(1)
 
+    def test_a_client_may_finish_when_the_server_has_ended(self):
+        with serving() as (server, port):
+            trainer = Trainer(port, patience=0.3)
+            trainer.step(0)
+            server.stop(grace=0)
+            trainer.client.finish()
+            assert not trainer.link.open
+
     def test_a_restarted_server_without_checkpoints_is_refused_with_the_reason(self):
         with serving() as (server, port):
             trainer = Trainer(port)

@@ -140,8 +140,8 @@ def test_schedules_are_those_of_the_reference():
     assert rates["vgg19_cifar10"][100] == pytest.approx(0.05)
 
 
-def start(*options):
-    command = [str(part) for part in (sys.executable, EXAMPLE, "--threads", 1, *options)]
+def start(*options, program=(EXAMPLE,)):
+    command = [str(part) for part in (sys.executable, *program, "--threads", 1, *options)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
 
@@ -158,8 +158,8 @@ def finish(process, code=0):
     return output
 
 
-def run(*options, code=0):
-    return finish(start(*options), code)
+def run(*options, code=0, **program):
+    return finish(start(*options, **program), code)
 
 
 SMALL = ("--limit-train", 640, "--limit-test", 200, "--epochs", 2)
@@ -232,7 +232,7 @@ def test_two_roles_with_certificates_by_the_command_line_and_a_client_that_diffe
         refused = run(*client, "--compressor", "qu", "--bit", 3, code=2)
         assert "up: the server has mask:sparsity=0.99,bits=2,signed=false, the client quantize:bits=3" in refused
         assert "Traceback" not in refused
-        run(*client, "--compressor", "ms", "--ratio", 0.99, "--bit", 2)
+        run(*client, "--compressor", "ms", "--ratio", 0.99, "--bit", 2, program=("-m", "gcompress.cli", "split"))
         assert "finished after step 20" in finish(server)
     finally:
         if server.poll() is None:

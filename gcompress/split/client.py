@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from .. import wire
-from ..errors import ConfigError, PayloadError, RolledBack
+from ..errors import ConfigError, LinkError, PayloadError, RefusedError, RolledBack
 from ..wire import Frame, Kind
 from .agreement import LARGEST_SAMPLE, Agreement
 from .checkpoint import Checkpoints, new_run
 from .codec import STATISTICS_BYTES, ActivationCodec, Codec, Stats, seed_of
 from .link import Broken, RoundLost
 
+FINISH_SECONDS = 20.0  # a server that has heard that all is done may be gone before its answer came through
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts to connect
 
 
@@ -148,8 +149,16 @@ class SplitClient(nn.Module):
 
     def finish(self):
         """Tell the server that this client needs it no more, and disconnect."""
-        self._control("finish")
-        self.link.close()
+        patience, self.link.patience = self.link.patience, min(self.link.patience, FINISH_SECONDS)
+        try:
+            self._control("finish")
+        except RefusedError:
+            raise
+        except LinkError:
+            pass  # gone already: its answer was lost, or it has nothing more to do either
+        finally:
+            self.link.patience = patience
+            self.link.close()
 
     def save(self):
         """Save both halves under the current step number; after the optimizer's step."""

@@ -167,50 +167,74 @@ def make_certificates(folder, hosts=("localhost", "127.0.0.1"), clients=("client
         days: that they are valid.
     """
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
 
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gcompress development authority")])
+    authority = _Authority("gcompress development authority", days)
+    _write(folder / "ca.pem", authority.certificate)
+    purposes = {"server": x509.ExtendedKeyUsageOID.SERVER_AUTH}
+    purposes |= {check_name(name): x509.ExtendedKeyUsageOID.CLIENT_AUTH for name in clients}
+    for name, purpose in purposes.items():
+        certificate, key = authority.issue(name, purpose, _names(hosts if name == "server" else [name]))
+        _write(folder / f"{name}.pem", certificate)
+        _write(folder / f"{name}.key", key, private=True)
+    return folder
 
-    def issue(name, public_key, extensions):
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) if name else authority
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(authority).public_key(public_key)
-        builder = builder.serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - datetime.timedelta(minutes=5))
-        builder = builder.not_valid_after(now + datetime.timedelta(days=days))
-        for extension, critical in extensions:
-            builder = builder.add_extension(extension, critical)
-        return builder.sign(authority_key, hashes.SHA256())
 
-    own_identifier = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only"), False
-    )
-    usage |= {"decipher_only": False, "digital_signature": True, "key_cert_sign": True, "crl_sign": True}
-    root = [
-        (x509.BasicConstraints(ca=True, path_length=0), True),
-        (x509.KeyUsage(**usage), True),
-        (own_identifier, False),
-    ]
-    _write(folder / "ca.pem", _pem(issue(None, authority_key.public_key(), root)))
-    leaves = {"server": x509.ExtendedKeyUsageOID.SERVER_AUTH} | {
-        check_name(name): x509.ExtendedKeyUsageOID.CLIENT_AUTH for name in clients
-    }
-    for name, purpose in leaves.items():
+class _Authority:
+    """Signs certificates with a key that it never gives away; all in PEM."""
+
+    def __init__(self, name, days):
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        self._key, self._name, self._days = ec.generate_private_key(ec.SECP256R1()), _name(name), days
+        self._identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
+        allowed = dict.fromkeys(("digital_signature", "key_cert_sign", "crl_sign"), True)
+        forbidden = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+        forbidden = dict.fromkeys((*forbidden, "encipher_only", "decipher_only"), False)
+        extensions = [
+            (x509.BasicConstraints(ca=True, path_length=0), True),
+            (x509.KeyUsage(**allowed, **forbidden), True),
+            (self._identifier, False),
+        ]
+        self.certificate = self._sign(self._name, self._key.public_key(), extensions)
+
+    def issue(self, name, purpose, alternatives):
+        """(certificate, key) of a server or client."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
         key = ec.generate_private_key(ec.SECP256R1())
         extensions = [
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (x509.ExtendedKeyUsage([purpose]), False),
-            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own_identifier), False),
-            (x509.SubjectAlternativeName(_names(hosts) if name == "server" else [x509.DNSName(name)]), False),
+            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._identifier), False),
+            (x509.SubjectAlternativeName(alternatives), False),
         ]
-        _write(folder / f"{name}.pem", _pem(issue(name, key.public_key(), extensions)))
-        _write(folder / f"{name}.key", _key_pem(key), private=True)
-    return folder
+        form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        return self._sign(_name(name), key.public_key(), extensions), key.private_bytes(*form)
+
+    def _sign(self, subject, public_key, extensions):
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(self._name).public_key(public_key)
+        builder = builder.serial_number(x509.random_serial_number())
+        # Clocks differ a little.
+        builder = builder.not_valid_before(now - datetime.timedelta(minutes=5))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=self._days))
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _name(common_name):
+    from cryptography import x509
+
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
 
 
 def _names(hosts):
@@ -223,19 +247,6 @@ def _names(hosts):
         except ValueError:
             names.append(x509.DNSName(host))
     return names
-
-
-def _pem(certificate):
-    from cryptography.hazmat.primitives import serialization
-
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _key_pem(key):
-    from cryptography.hazmat.primitives import serialization
-
-    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    return key.private_bytes(encoding, form, serialization.NoEncryption())
 
 
 def _write(path, content, private=False):
