@@ -228,6 +228,18 @@ class TestConnection:
             trainer.client.finish()
             assert not trainer.link.open
 
+    def test_a_server_that_is_restarted_before_anything_was_trained_is_as_good_as_the_first(self):
+        with serving() as (server, port):
+            trainer = Trainer(port)
+            assert trainer.client.connect() == 0
+            server.stop(grace=0)
+            with split.SplitServer(split.cut(model(), 3)[1], shape=(WIDTH,), optimizer=sgd) as other:
+                other.listen(f"127.0.0.1:{port}")
+                for number in range(5):
+                    trainer.step(number)
+                state = joined(trainer.client.head, other.tail.model)
+                assert states_equal(state, train_whole(5).state_dict())
+
     def test_a_restarted_server_without_checkpoints_is_refused_with_the_reason(self):
         with serving() as (server, port):
             trainer = Trainer(port)
@@ -251,14 +263,15 @@ class TestConnection:
 class TestManyClients:
     NAMES = ("anna", "berta", "carla")
 
-    def run(self, rounds, train, names=NAMES, **options):
+    def run(self, rounds, train, names=NAMES, terms=(), **options):
         """Let clients of these names take part in threads; returns {name: (trainer, rounds that counted)}."""
         results, errors = {}, []
-        with serving(rounds=rounds, **options) as (server, port):
+        terms = dict(terms)
+        with serving(rounds=rounds, **options, **terms) as (server, port):
 
             def work(name):
                 try:
-                    trainer = Trainer(port, name=name)
+                    trainer = Trainer(port, name=name, **terms)
                     results[name] = trainer, trainer.client.run_rounds(lambda number: train(trainer, name, number))
                     trainer.client.finish()
                 except Exception as error:
@@ -412,6 +425,17 @@ class TestManyClients:
             trainer = Trainer(port, [nn.Linear(12, WIDTH)], name="anna")
             with pytest.raises(Exception, match="weights: .* one side only"):
                 trainer.client.run_rounds(lambda number: None)
+
+    @pytest.mark.parametrize("kind", [split.Sequential, split.SplitFed])
+    def test_rounds_and_delta_mode_go_together(self, kind):
+        options = {"up": "quantize:bits=4", "down": "quantize:bits=4", "delta_samples": 40, "max_batch": 20}
+
+        def train(trainer, name, number):
+            for step in range(4):
+                trainer.step(step, ids=range(16 * (step % 2), 16 * (step % 2) + 16))
+
+        _, results = self.run(kind(split.cut(model(), 3)[0], ["anna"], rounds=3), train, ["anna"], terms=options)
+        assert results["anna"][1] == [0, 1, 2]
 
     def test_rounds_are_saved_and_go_on(self, tmp_path):
         def train(trainer, name, number):

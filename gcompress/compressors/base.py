@@ -146,9 +146,9 @@ def kept_count(numel, sparsity):
     return max(1, round(numel * (1 - sparsity))) if numel else 0
 
 
-def check_scales(what, scales):
-    """PayloadError unless float32 scales are finite and not negative, or NaN, which stands for a poisoned input."""
-    wrong = scales[(scales < 0) | scales.isinf()]
+def check_scales(what, scales, nan=False):
+    """PayloadError unless float32 scales are finite and not negative, or NaN where that stands for a poisoned input."""
+    wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
     if wrong.numel():
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 

@@ -66,7 +66,7 @@ class Quantize(Compressor):
 
     def check(self, payload, numel):
         buckets = -(-numel // self._bucket(numel)) if numel else 0
-        check_scales("steps hold", packing.bytes_to_float(payload[: 4 * buckets]))
+        check_scales("steps hold", packing.bytes_to_float(payload[: 4 * buckets]), nan=True)
 
     def _bucket(self, numel):
         return self.bucket or -(-numel // 8) * 8

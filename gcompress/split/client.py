@@ -279,8 +279,9 @@ class SplitClient(nn.Module):
         """Send a request until it is answered; the server carries it out once."""
         started = time.perf_counter()
         self._ensure_connected()
-        frame = Frame(kind, self._session, self.step, self._sequence + 1, samples, body)
         while True:
+            # Made anew each time: before the first answer a new session changes nothing but its name.
+            frame = Frame(kind, self._session, self.step, self._sequence + 1, samples, body)
             try:
                 answer = self.link.exchange(frame, limits)
                 break

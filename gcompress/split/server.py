@@ -326,6 +326,7 @@ class SplitServer:
         outcome = self.rounds.join(slot)
         if outcome is None:
             return Kind.ANSWER, slot.step, 0, wire.write_message({"wait": True})
+        slot.activations.reset()  # the client forgets, too: it may have lost its last request
         slot.step, finished, head = 0, *outcome
         return Kind.WEIGHTS, self.rounds.number, int(finished), head
 
