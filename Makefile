@@ -19,7 +19,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train test bench lint clean
+.PHONY: help setup venv engines data train split test bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildc
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo 'make: no C++ compiler found (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo '+ $(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,test]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
 	$(BIN)/python tools/build_horovod.py
 	@touch $@
 
@@ -49,6 +49,11 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train.py --compressor '$(COMPRESSOR)' \
 		--plot runs/train.png --log-file runs/train.jsonl \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
+
+split: data ## train a model cut in two, with and without compression, and compare: runs/split.png (2 processes)
+	$(BIN)/python examples/split_learning.py --demo --compressor none --log-file runs/split-none.jsonl $(ARGS)
+	$(BIN)/python examples/split_learning.py --demo --compressor ms --ratio 0.99 --bit 2 \
+		--log-file runs/split-ms.jsonl --compare runs/split-none.jsonl --plot runs/split.png $(ARGS)
 
 engines: $(ENGINES) ## add MPI and BytePS, where they can be had (5 minutes the first time, then nothing)
 

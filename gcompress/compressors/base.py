@@ -167,6 +167,14 @@ class Compressor:
         """The bytes of all tensors that `sum_rounds` yields for a gradient of this torch.Size."""
         raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
 
+    def check(self, payload, numel):
+        """PayloadError if a payload from a stranger holds a scale that no encoder writes.
+
+        `decode_into` is safe on any bytes and does not look; whoever takes payloads from
+        peers he does not trust calls this first. NaN scales are written, for inputs that
+        are not finite.
+        """
+
     def _encode_reference(self, values, seed):
         raise NotImplementedError(f"{type(self).__name__}._encode_reference")
 
@@ -231,6 +239,13 @@ def read_u32(start):
 def u32_bytes(number, device):
     """`number` as four little-endian bytes, a uint8 tensor."""
     return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
+
+
+def check_scales(what, scales, nan=False):
+    """PayloadError unless float32 scales are finite and not negative, or NaN where that stands for a poisoned input."""
+    wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
+    if wrong.numel():
+        raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
 def check_integer(argument, value, low, high=None):
