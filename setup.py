@@ -5,6 +5,7 @@ them. kernels.cc is compiled once per instruction set, chosen among at run time.
 compiler the package installs all the same and runs on its torch reference.
 """
 
+import glob
 import os
 import platform
 import sys
@@ -21,7 +22,7 @@ FLAGS += ["-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wext
 FLAGS += ["-Wno-maybe-uninitialized"]
 ISAS = {"portable": []}
 if X86:
-    ISAS["avx2"] = ["-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
+    ISAS["avx2"] = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     ISAS["avx512"] += ["-mprefer-vector-width=512"]
 
@@ -60,7 +61,7 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
-headers = [f"csrc/{name}.h" for name in ("gcompress", "mask", "quantize", "randomk", "select", "simd", "topk")]
+headers = sorted(glob.glob("csrc/*.h"))
 setup(
     ext_modules=[
         Extension("gcompress._native", ["csrc/dispatch.cc", "csrc/kernels.cc"], depends=headers, optional=True)

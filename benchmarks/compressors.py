@@ -5,9 +5,11 @@
     python benchmarks/compressors.py --specs topk:sparsity=0.999 --numel 1000000
 
 Speeds are GB/s of float32 input, each the best of --repeat runs through the public API,
-payload allocation included; "both/copy" is the time of a copy, measured in turns with them,
-over that of encoding plus decoding. torch.topk stands for selection alone (values of |x|,
-unsorted), the torch reference for the readable definition of the same bytes.
+payload allocation included (from 32 MB up the C library takes fresh pages from the kernel
+each time, which costs more than a cast: hence the default --numel); "both/copy" is the time
+of a copy, measured in turns with them, over that of encoding plus decoding. torch.topk stands
+for selection alone (values of |x|, unsorted), the torch reference for the readable definition
+of the same bytes.
 """
 
 import argparse
@@ -29,6 +31,14 @@ SPECS = [
     "mask:sparsity=0.99,bits=2,signed=false",
     "mask:sparsity=0.99,bits=1",
     "mask:sparsity=0.99,bits=2,levels=lloyd",
+    "threshold:threshold=2.5",
+    "chain:(topk:sparsity=0.99),(quantize:bits=4)",
+    "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+    "entropy:(quantize:bits=4)",
+    "entropy:(quantize:bits=2)",
+    "shared:bits=4",
+    "shared:bits=4,rounding=stochastic",
+    "lowrank:rank=4",
 ]
 
 
@@ -47,7 +57,7 @@ def best_seconds(repeat, *functions):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", nargs="+", default=SPECS, metavar="SPEC", help="compressors to measure")
-    parser.add_argument("--numel", type=int, default=2**24, help="entries of the tensor (default 2^24)")
+    parser.add_argument("--numel", type=int, default=2**23, help="entries of the tensor (default 2^23)")
     parser.add_argument("--repeat", type=int, default=5, help="runs of which the best counts (default 5)")
     parser.add_argument("--backends", nargs="+", choices=native.available_backends(), help="default: all native ones")
     parser.add_argument("--no-reference", action="store_true", help="leave the slow torch reference out")
@@ -63,7 +73,7 @@ def main():
     print(f"{'compressor':40s} {'backend':10s} {'bits':>6s} {'encode':>7s} {'decode':>7s} {'both/copy':>9s}  vs torch")
     backends = arguments.backends or native.available_backends()[1:]
     for compressor in map(from_spec, arguments.specs):
-        bits = 8 * compressor.nbytes(arguments.numel) / arguments.numel
+        bits = 8 * compressor.compress(tensor)[0].numel() / arguments.numel  # nbytes may be a bound
         reference = None if arguments.no_reference else measure("reference", compressor, tensor, out, 1)
         for backend in backends:
             copy, encode, decode = measure(backend, compressor, tensor, out, arguments.repeat)

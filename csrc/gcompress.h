@@ -21,6 +21,7 @@ enum {
     GC_BAD_INDEX = -2,  // an index is out of range or not strictly increasing
 };
 
+enum { GC_FP16 = 0, GC_FP8 = 1, GC_MXFP4 = 2 };
 enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2 };
 
 // Everything that is compiled once per instruction set. `add` accumulates into `out`
@@ -36,11 +37,30 @@ typedef struct {
     void (*topk_encode)(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                         int64_t capacity, uint8_t* payload);
     int (*topk_decode)(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out);
+    // `means`: 1 for Sign, 2 for OneBit.
+    void (*sign_encode)(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload);
+    void (*sign_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out);
+    void (*cast_encode)(const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload);
+    void (*cast_decode)(const uint8_t* payload, int64_t n, int form, int64_t bucket, int add, float* out);
+    void (*bf16_encode)(const float* x, int64_t n, uint8_t* payload);
+    void (*bf16_decode)(const uint8_t* payload, int64_t n, int add, float* out);
     void (*randomk_encode)(const float* x, int64_t n, int64_t k, int unbiased, uint32_t seed, uint8_t* payload);
     void (*randomk_decode)(const uint8_t* payload, int64_t n, int64_t k, int add, float* out);
     uint32_t (*largest_key)(const float* x, int64_t n);
     int64_t (*count_keys)(const float* x, int64_t n, uint32_t key);
     void (*keys_encode)(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload);
+    // `sections`: pairs of bytes and stride; `workspace`: the bytes' number and 64. Returns the payload's bytes.
+    int64_t (*entropy_encode)(const uint8_t* bytes, const int64_t* sections, int64_t section_count,
+                              uint8_t* workspace, uint8_t* payload);
+    int (*entropy_decode)(const uint8_t* payload, int64_t size, const int64_t* sections, int64_t section_count,
+                          uint8_t* bytes);
+    void (*shared_scales)(const float* x, int64_t n, int64_t bucket, float* scales);
+    void (*shared_encode)(const float* x, int64_t n, int64_t bucket, int limit, int width, int stochastic,
+                          uint32_t seed, const float* scales, uint8_t* payload);
+    void (*shared_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int limit, int width,
+                          const uint8_t* scales, int add, float* out);
+    void (*lowrank_decode)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t rank,
+                           int64_t n, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -1,10 +1,14 @@
 // The table of kernels, compiled once per instruction set (GC_ISA); see simd.h for what that
 // forbids. The arithmetic that decides bytes is single-precision add, multiply and divide in a
 // fixed order, or integer: -ffp-contract=off keeps it so.
+#include "entropy.h"
 #include "gcompress.h"
+#include "cast.h"
 #include "mask.h"
 #include "quantize.h"
+#include "sign.h"
 #include "randomk.h"
+#include "shared.h"
 #include "topk.h"
 
 namespace {
@@ -73,6 +77,11 @@ extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
+                                                  sign_encode,     sign_decode,     cast_encode,
+                                                  cast_decode,     bf16_encode,     bf16_decode,
                                                   randomk_encode,  randomk_decode,
-                                                  largest_key,     count_keys,      keys_encode};
+                                                  largest_key,     count_keys,      keys_encode,
+                                                  entropy_encode,  entropy_decode,
+                                                  shared_scales,   shared_encode,   shared_decode,
+                                                  lowrank_decode};
 }

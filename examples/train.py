@@ -42,6 +42,7 @@ compressor, one argument of hvd.DistributedOptimizer and, for checkpoints, one s
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -123,12 +124,12 @@ def build_parser():
         allow_abbrev=False,
     )
     add = parser.add_argument_group("gradient compression").add_argument
-    add("--compressor", metavar="SPEC|none|fp16", default=DEFAULT_COMPRESSOR, help="default: %(default)s")
-    add("--min-numel", type=at_least(0), default=1024, help="smaller tensors go uncompressed (%(default)s)")
-    add("--exchange", choices=gcompress.EXCHANGES, default="auto", help="how ranks come to the mean: %(default)s")
+    add("--compressor", metavar="POLICY|none|fp16", default=DEFAULT_COMPRESSOR, help="default: %(default)s")
+    add("--min-numel", type=at_least(0), help="smaller tensors go uncompressed (1024)")
+    add("--exchange", choices=gcompress.EXCHANGES, help="how ranks come to the mean (auto)")
     add("--no-error-feedback", dest="error_feedback", action="store_false", help="forget what was not sent")
     add("--momentum-correction", action="store_true", help="apply --momentum before compressing, for very sparse ones")
-    add("--warmup-steps", type=at_least(0), default=0, help="keep more in so many first steps (%(default)s)")
+    add("--warmup-steps", type=at_least(0), help="keep more in so many first steps (0)")
     add("--clip", type=at_least(0, float), metavar="NORM", help="clip each tensor's gradient, averaged, to this norm")
 
     add = parser.add_argument_group("model and data").add_argument
@@ -170,7 +171,7 @@ def parse_arguments():
     arguments.compression = build_compression(arguments)
     if arguments.compressor not in ("none", "fp16"):
         # The spec in its one canonical form, so that logs and checkpoints compare.
-        arguments.compressor = str(gcompress.from_spec(arguments.compressor))
+        arguments.compressor = str(gcompress.as_policy(arguments.compressor))
     if hvd.rank() == 0:
         for path in filter(None, (arguments.log_file, arguments.plot)):
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -219,17 +220,18 @@ def build_compression(arguments):
         if arguments.momentum_correction or arguments.warmup_steps or arguments.clip:
             raise Refusal("--momentum-correction, --warmup-steps and --clip need a compressor with a memory")
         return getattr(hvd.Compression, arguments.compressor)
-    return gcompress.Policy(
-        gcompress.from_spec(arguments.compressor),
-        min_numel=arguments.min_numel,
-        exchange=arguments.exchange,
-        # None lets the policy decide: on for biased compressors.
-        error_feedback=None if arguments.error_feedback else False,
-        momentum=arguments.momentum if arguments.momentum_correction else 0.0,
+    given = {
+        "min_numel": arguments.min_numel,
+        "exchange": arguments.exchange,
+        # Without the option the policy decides: on for biased compressors.
+        "error_feedback": None if arguments.error_feedback else False,
+        "momentum": arguments.momentum if arguments.momentum_correction else None,
         # Each rank's share of the limit for the mean.
-        clip=arguments.clip / math.sqrt(hvd.size()) if arguments.clip else None,
-        warmup_steps=arguments.warmup_steps,
-    )
+        "clip": arguments.clip / math.sqrt(hvd.size()) if arguments.clip else None,
+        "warmup_steps": arguments.warmup_steps,
+    }
+    policy = gcompress.as_policy(arguments.compressor)
+    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})
 
 
 class Training:
@@ -238,7 +240,7 @@ class Training:
     def __init__(self, arguments, data, model):
         self.arguments, self.data, self.model = arguments, data, model
         parameters = [{"params": list(model.parameters()), "weight_decay": arguments.weight_decay}]
-        if arguments.momentum_correction:
+        if isinstance(arguments.compression, gcompress.Policy) and arguments.compression.momentum:
             named = model.named_parameters()
             parameters = gcompress.parameter_groups(named, arguments.compression, weight_decay=arguments.weight_decay)
         optimizer = torch.optim.SGD(parameters, lr=arguments.lr, momentum=arguments.momentum)

@@ -33,11 +33,23 @@ class Kernels(ctypes.Structure):
             ("mask_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
             ("topk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _SIZE, _POINTER)),
             ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+            ("sign_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
+            ("sign_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER)),
+            ("cast_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _POINTER)),
+            ("cast_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
+            ("bf16_encode", None, (_POINTER, _SIZE, _POINTER)),
+            ("bf16_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
             ("randomk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, ctypes.c_uint32, _POINTER)),
             ("randomk_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
             ("largest_key", ctypes.c_uint32, (_POINTER, _SIZE)),
             ("count_keys", _SIZE, (_POINTER, _SIZE, ctypes.c_uint32)),
             ("keys_encode", None, (_POINTER, _SIZE, _SIZE, ctypes.c_uint32, _INT, _INT, _POINTER)),
+            ("entropy_encode", _SIZE, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
+            ("entropy_decode", _INT, (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER)),
+            ("shared_scales", None, (_POINTER, _SIZE, _SIZE, _POINTER)),
+            ("shared_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("shared_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _INT, _POINTER)),
+            ("lowrank_decode", None, (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER)),
         )
     ]
 

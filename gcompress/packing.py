@@ -15,6 +15,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST_FIXED = 2.0**-110  # below it a fixed-point scale of 65535 / magnitude overflows
 INFINITY_KEY = 0x7F800000
+SUM_BLOCK = 4096  # terms of an ordered sum that are added before the sums of blocks are
 
 
 def packed_bytes(count, bits):
@@ -59,6 +60,31 @@ def float_to_bytes(values):
 def bytes_to_float(payload):
     """The float32 behind `float_to_bytes`, from bytes at any alignment."""
     return payload.clone().view(torch.float32)
+
+
+def rows_of(values, width):
+    """A 1-D tensor cut into rows of `width`, the last one filled with zeros: shape [rows, width]."""
+    return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width)
+
+
+def ordered_sum(rows):
+    """The sum of every row of a float64 tensor, in the one order that all backends add in.
+
+    A row is cut into blocks of 4096 terms. In a block, lane j of 16 adds up the terms j, j + 16,
+    j + 32, …; then lane j takes lane j + 8, j + 4, j + 2, j + 1. Blocks are added in turn.
+    """
+    count, width = rows.shape
+    block = min(SUM_BLOCK, -(-width // 16) * 16)
+    terms = torch.nn.functional.pad(rows, (0, -width % block)).view(count, -1, block // 16, 16)
+    lanes = torch.zeros_like(terms[:, :, 0])
+    for step in range(block // 16):
+        lanes += terms[:, :, step]
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:, :, :half] + lanes[:, :, half : 2 * half]
+    total = torch.zeros_like(lanes[:, 0, 0])
+    for number in range(lanes.shape[1]):
+        total = total + lanes[:, number, 0]
+    return total
 
 
 def magnitude_keys(values, signed=True):

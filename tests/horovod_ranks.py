@@ -135,6 +135,29 @@ def summed_by_horovods_own_all_reduce():
     assert not any(model[i].weight.grad.isfinite().all() for i in (0, 2))
 
 
+@scenario
+def integers_and_low_rank_by_horovods_own_all_reduce():
+    """Exact where the method is: sums of integers, and a gradient of rank 1 once its space is found."""
+    for compressor, tolerance in ((gcompress.SharedScale(bits=8), 0.02), (gcompress.LowRank(rank=2), 1e-3)):
+        parameter = torch.nn.Parameter(torch.zeros(64, 48))
+        base = torch.optim.SGD([parameter], lr=1.0)
+        name = f"summed.{compressor.name}"
+        policy = Policy(compressor, error_feedback=False)
+        optimizer = hvd.DistributedOptimizer(base, named_parameters=[(name, parameter)], compression=policy)
+        direction = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) @ torch.linspace(-1, 1, 48).view(
+            1, 48
+        )
+        for _ in range(3):
+            parameter.grad = None
+            (parameter * direction * (1.0 + hvd.rank())).sum().backward()
+            optimizer.synchronize()
+        mean = direction * (1 + hvd.size()) / 2
+        assert (parameter.grad - mean).norm() < tolerance * mean.norm(), compressor
+        assert same_on_all_ranks(parameter.grad)
+        expected = compressor.summed_nbytes(parameter.shape, hvd.size())
+        assert gcompress_hvd.exchange(optimizer).report.last_step_bytes == expected
+
+
 def same_on_all_ranks(tensor):
     rows = hvd.allgather(tensor.reshape(1, -1).view(torch.int32), name="same")
     return bool((rows == rows[0]).all())

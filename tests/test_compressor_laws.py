@@ -188,6 +188,11 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("mask:bits=true", "bits: got True"),
         ("mask:levels=max", "levels: got 'max'"),
         ("mask:signed=3", "signed: got 3"),
+        ("threshold:threshold=0", "threshold: got 0"),
+        ("threshold:threshold=2.0,relative=true", "threshold: got 2.0"),
+        ("entropy:(quantize", "parentheses"),
+        ("entropy:(quantize),(topk)", "each once"),
+        ("chain:(topk:sparsity=0.9),(polka)", "'polka'"),
         (17, "17"),
     ],
 )

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from gcompress import MaskSparse, Quantize, RandomK, TopK, native, packing
+from gcompress import (
+    Chain,
+    ConfigError,
+    Entropy,
+    Hybrid,
+    MaskSparse,
+    Quantize,
+    RandomK,
+    Threshold,
+    TopK,
+    native,
+    packing,
+)
 
 
 def gauss(numel=2**20, seed=0):
@@ -150,3 +162,64 @@ def test_randomk_payloads_of_one_seed_add_up():
         total, own = stop.value.value
         torch.testing.assert_close(total, expected)
         assert torch.equal(own, compressor.decompress(*compressor.compress(tensor, seed=5)))
+
+
+@pytest.mark.parametrize("bits, bucket", [(2, 1024), (3, 0), (4, 1024), (4, 0), (8, 0)])
+def test_entropy_coding_comes_within_a_percent_of_the_entropy_of_the_codes(bits, bucket):
+    """Within eight for codes of 3 bits: two of eight lie in two bytes each."""
+    inner, tensor = Quantize(bits=bits, bucket=bucket), gauss()
+    payload, ctx = Entropy(inner).compress(tensor)
+    raw, _ = inner.compress(tensor)
+    codes = packing.unpack_bits(raw[inner.nbytes(2**20) - 2**17 * bits :], 2**20, bits)
+    share = torch.bincount(codes.long()).double() / 2**20
+    bound = float(-(share[share > 0] * share[share > 0].log2()).sum()) * 2**17
+    slack = 1.08 if bits == 3 else 1.01
+    assert payload.numel() < slack * bound + 5 * (2**20 // (bucket or 2**20)) + 2000
+    assert payload.numel() < raw.numel()
+    assert torch.equal(Entropy(inner).decompress(payload, ctx), inner.decompress(raw, ctx))
+
+
+@pytest.mark.parametrize("backend", native.available_backends())
+def test_entropy_coding_costs_a_few_bytes_where_it_saves_none(backend):
+    with native.use_backend(backend):
+        for numel in (1, 64, 1000, 4000):
+            noise = torch.randint(-(2**31), 2**31, (numel,), generator=torch.Generator().manual_seed(0))
+            tensor = (noise & 0x3FFFFFFF).to(torch.int32).view(torch.float32)
+            compressor = Entropy(TopK(sparsity=0.0, index="bitmap"))
+            payload, ctx = compressor.compress(tensor)
+            assert payload.numel() <= compressor.nbytes(numel) == TopK(sparsity=0.0).nbytes(numel) + 9
+            assert torch.equal(compressor.decompress(payload, ctx), tensor)
+
+
+def test_what_cannot_be_combined_is_refused():
+    for make, words in (
+        (lambda: Entropy(Threshold()), "fixed size"),
+        (lambda: Entropy(Entropy(Quantize())), "fixed size"),
+        (lambda: Chain(Threshold(), Quantize()), "first: got threshold"),
+        (lambda: Hybrid(Quantize(), Quantize()), "outliers: got quantize"),
+        (lambda: Hybrid(TopK(), "polka"), "'polka'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make()
+
+
+def test_a_chain_codes_the_kept_values_and_a_hybrid_keeps_outliers():
+    tensor = gauss(2**16).pow(3)
+    topk, hybrid = TopK(sparsity=0.99), Hybrid(TopK(sparsity=0.99), Quantize(bits=2))
+    kept = topk.decompress(*topk.compress(tensor))
+    chained = Chain(topk, Quantize(bits=8)).decompress(*Chain(topk, Quantize(bits=8)).compress(tensor))
+    assert torch.equal(chained != 0, kept != 0)
+    assert (chained - kept).norm() < 0.01 * kept.norm()
+    decoded = hybrid.decompress(*hybrid.compress(tensor))
+    assert torch.equal(decoded[kept != 0], tensor[kept != 0])
+    assert nmse(hybrid, tensor) < 0.4 * nmse(Quantize(bits=2), tensor)
+
+
+def test_a_threshold_keeps_what_reaches_it():
+    tensor = gauss(5000)
+    for compressor, limit in ((Threshold(threshold=1.5), 1.5), (Threshold(threshold=0.5, relative=True), None)):
+        limit = limit or float(tensor.abs().max()) * 0.5
+        payload, ctx = compressor.compress(tensor)
+        assert torch.equal(compressor.decompress(payload, ctx), torch.where(tensor.abs() >= limit, tensor, 0.0))
+        assert payload.numel() < 0.2 * compressor.nbytes(5000)
+    assert Threshold(threshold=100.0).compress(tensor)[0].numel() == 4

@@ -4,13 +4,39 @@ import dataclasses
 
 from ..errors import ConfigError
 from .base import Compressor, Context
+from .casts import BF16, FP8, FP16, MXFP4
+from .combine import Chain, Hybrid
+from .entropy import Entropy
+from .lowrank import LowRank
 from .mask import MaskSparse
 from .quantize import Quantize
 from .randomk import RandomK
+from .shared import SharedScale
+from .sign import OneBit, Sign
 from .threshold import Threshold
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (MaskSparse, Quantize, RandomK, Threshold, TopK)}
+REGISTRY = {
+    cls.name: cls
+    for cls in (
+        BF16,
+        Chain,
+        Entropy,
+        FP8,
+        FP16,
+        Hybrid,
+        LowRank,
+        MaskSparse,
+        MXFP4,
+        OneBit,
+        Quantize,
+        RandomK,
+        SharedScale,
+        Sign,
+        Threshold,
+        TopK,
+    )
+}
 
 
 def from_dict(configuration):
@@ -23,9 +49,6 @@ def from_dict(configuration):
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise ConfigError(f"{name}: got the argument {unknown[0]!r}, expected some of {', '.join(known)}")
-    for part in REGISTRY[name].parts:
-        if part in arguments:
-            arguments[part] = from_spec(arguments[part])
     return REGISTRY[name](**arguments)
 
 
@@ -79,16 +102,4 @@ def parse_value(text):
     return text
 
 
-__all__ = [
-    "REGISTRY",
-    "Compressor",
-    "Context",
-    "MaskSparse",
-    "Quantize",
-    "RandomK",
-    "Threshold",
-    "TopK",
-    "from_dict",
-    "from_spec",
-    "parse_value",
-]
+__all__ = ["REGISTRY", "Compressor", "Context", "from_dict", "from_spec", *(cls.__name__ for cls in REGISTRY.values())]

@@ -1,6 +1,7 @@
 """What every compressor is: a frozen value with an encoder, a decoder, a size and a spec."""
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,6 +19,17 @@ class Context(NamedTuple):
     dtype: torch.dtype
 
 
+class Section(NamedTuple):
+    """A part of a payload whose bytes are alike, for wrappers that code it once more.
+
+    nbytes: its size. stride: byte i is like byte i + stride. floats: whether it is float32 values.
+    """
+
+    nbytes: int
+    stride: int = 1
+    floats: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Compressor:
     """A compressor without memory: equal values make equal bytes.
@@ -30,7 +42,7 @@ class Compressor:
     Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
     is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
     and `summed_nbytes` as well), `fixed_size` (`nbytes` is exact, not a bound), `sparse`
-    (what decodes to zero was not sent).
+    (what decodes to zero was not sent), `exact` (and what does not is exact).
 
     A payload of variable size tells its own by how it begins: `payload_nbytes` reads it.
     """
@@ -43,6 +55,7 @@ class Compressor:
     summable: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = True
     sparse: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
 
     @property
     def unbiased(self):
@@ -64,6 +77,10 @@ class Compressor:
             Its size, at most `nbytes(numel)`; PayloadError if no payload begins so.
         """
         return self.nbytes(numel)
+
+    def sections(self, numel):
+        """The payload's Sections, in order; for compressors of `fixed_size`."""
+        return [Section(self.nbytes(numel))]
 
     def compress(self, tensor, *, seed=0):
         """Encode a tensor.
@@ -160,6 +177,13 @@ class Compressor:
     def _decode_native(self, kernels, payload, out, add):
         raise NotImplementedError(f"{type(self).__name__}._decode_native")
 
+    def _read_parts(self):
+        """Let parts be given as specs or dicts; to be called by `__post_init__`."""
+        from . import from_spec
+
+        for part in self.parts:
+            object.__setattr__(self, part, from_spec(getattr(self, part)))
+
     def to_dict(self):
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -182,6 +206,11 @@ class Compressor:
 
 def _spec_value(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def code_section(numel, bits):
+    """The Section of a bit stream of numel codes."""
+    return Section((numel * bits + 7) // 8, bits // math.gcd(bits, 8))
 
 
 def kept_count(numel, sparsity):
@@ -212,6 +241,13 @@ def check_sparsity(value):
     """ConfigError unless value is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ConfigError(f"sparsity: got {value!r}, expected the fraction set to zero, 0 <= sparsity < 1")
+
+
+def check_bucket(value, multiple):
+    """ConfigError unless value is a multiple of `multiple`, or 0."""
+    check_integer("bucket", value, 0)
+    if value % multiple:
+        raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
 
 
 def check_choice(argument, value, choices):

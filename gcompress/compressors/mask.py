@@ -20,7 +20,16 @@ import torch
 
 from .. import packing
 from ..errors import PayloadError
-from .base import Compressor, check_choice, check_integer, check_sparsity, kept_count, selection_workspace
+from .base import (
+    Compressor,
+    Section,
+    check_choice,
+    check_integer,
+    check_sparsity,
+    code_section,
+    kept_count,
+    selection_workspace,
+)
 
 FIXED_ONE = 65535  # a dropped magnitude is an integer in 1 / 65535 of the threshold
 BINS = 4096  # of 16 such integers each, for Lloyd-Max
@@ -81,6 +90,10 @@ class MaskSparse(Compressor):
             return 0
         kept = kept_count(numel, self.sparsity)
         return 4 * self._sent_levels + 4 * kept + packing.packed_bytes(numel, self.bits)
+
+    def sections(self, numel):
+        kept = Section(4 * kept_count(numel, self.sparsity), 4, floats=True)
+        return [Section(4 * self._sent_levels, 4, floats=True), kept, code_section(numel, self.bits)]
 
     def _encode_native(self, kernels, values, payload, seed):
         k = kept_count(values.numel(), self.sparsity)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_choice, check_integer
+from .base import Compressor, Section, check_choice, check_integer, code_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Quantize(Compressor):
         buckets = -(-numel // self._bucket(numel))
         return buckets * (4 if self.bits == 1 else 5) + packing.packed_bytes(numel, self.bits)
 
+    def sections(self, numel):
+        buckets = -(-numel // self._bucket(numel))
+        zeros = [] if self.bits == 1 else [Section(buckets)]
+        return [Section(4 * buckets, 4, floats=True), *zeros, code_section(numel, self.bits)]
+
     def _bucket(self, numel):
         return self.bucket or -(-numel // 8) * 8
 
@@ -82,7 +87,7 @@ class Quantize(Compressor):
         step, zero, finite = self._grid(rows, numel)
         inverse = torch.where(step >= packing.SMALLEST_NORMAL, 1.0 / step, 0.0)
         scaled = torch.where(finite, rows, 0.0) * inverse
-        dither = _uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
+        dither = uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
         if self.bits == 1:
             codes = torch.floor((scaled + 0.5) + dither)
         else:
@@ -142,7 +147,7 @@ def _mean_magnitude(rows, largest, numel):
     return torch.where(usable, mean.to(torch.float32), 0.0)
 
 
-def _uniform(rows, seed):
+def uniform(rows, seed):
     """A reproducible uniform float32 in [0, 1) for every entry (a 32-bit integer hash of its index)."""
     word = packing.hashed(torch.arange(rows.numel(), device=rows.device), seed)
     return ((word >> 8).to(torch.float32) * 2.0**-24).view_as(rows)

@@ -16,7 +16,7 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError
-from .base import Compressor, check_choice, check_sparsity, kept_count
+from .base import Compressor, Section, check_choice, check_sparsity, kept_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,9 @@ class RandomK(Compressor):
         if numel >= 2**31:
             raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^31")
         return 4 + 4 * kept_count(numel, self.sparsity) if numel else 0
+
+    def sections(self, numel):
+        return [Section(4), Section(4 * kept_count(numel, self.sparsity), 4, floats=True)]
 
     def summed_nbytes(self, shape, world_size):
         return 4 * kept_count(shape.numel(), self.sparsity)

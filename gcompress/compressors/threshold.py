@@ -41,6 +41,7 @@ class Threshold(Compressor):
     shown: ClassVar[tuple] = ("threshold",)
     fixed_size: ClassVar[bool] = False
     sparse: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     threshold: float = 0.01
     relative: bool = False

@@ -17,7 +17,7 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, check_choice, check_sparsity, kept_count, selection_workspace
+from .base import Compressor, Section, check_choice, check_sparsity, kept_count, selection_workspace
 
 FORMS = ("bitmap", "fixed", "gaps")
 
@@ -41,6 +41,7 @@ class TopK(Compressor):
     name: ClassVar[str] = "topk"
     shown: ClassVar[tuple] = ("sparsity",)
     sparse: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     sparsity: float = 0.99
     index: str = "auto"
@@ -53,6 +54,9 @@ class TopK(Compressor):
         if numel == 0:
             return 0
         return 4 * kept_count(numel, self.sparsity) + self._layout(numel)[2]
+
+    def sections(self, numel):
+        return [Section(4 * kept_count(numel, self.sparsity), 4, floats=True), Section(self._layout(numel)[2])]
 
     def _layout(self, numel):
         """(form, width in bits, index bytes) for numel entries."""

@@ -1,0 +1,267 @@
+// Casts to 16, 8 and 4 bit floats (gcompress/compressors/casts.py).
+#ifndef GCOMPRESS_CAST_H
+#define GCOMPRESS_CAST_H
+
+#include "gcompress.h"
+#include "select.h"
+#include "simd.h"
+
+namespace {
+
+template <int form>
+struct Cast;
+template <>
+struct Cast<GC_FP16> {
+    enum { WIDTH = 16, MANTISSA = 10, BIAS = 15, TOP = 0x7bff, TARGET = 14, CARRY = 0 };
+    typedef uint16_t Code;
+};
+template <>
+struct Cast<GC_FP8> {
+    enum { WIDTH = 8, MANTISSA = 3, BIAS = 7, TOP = 0x7e, TARGET = 7, CARRY = 0 };
+    typedef uint8_t Code;
+};
+template <>
+struct Cast<GC_MXFP4> {
+    enum { WIDTH = 4, MANTISSA = 1, BIAS = 1, TOP = 7, TARGET = 2, CARRY = 0x17ffff };
+    typedef uint8_t Code;
+};
+const int32_t SMALLEST_EXPONENT = 15;
+
+inline float power_of_two(int exponent) { return bits_float((uint32_t)(127 + exponent) << 23); }
+
+// Adding a power of two whose last place is the code's rounds to it: that of the magnitude's own exponent, and
+// not less than that of the smallest normal code, below which codes are multiples of one unit.
+template <int form>
+inline int32_t finite_code(uint32_t key) {
+    typedef Cast<form> C;
+    const int32_t smallest = (128 - C::BIAS) << 23;
+    int32_t exponent = (int32_t)(key & INFINITY_KEY);
+    exponent = exponent > smallest ? exponent : smallest;
+    const float unit = bits_float((uint32_t)(exponent + ((23 - C::MANTISSA) << 23)));
+    const int32_t units = (int32_t)(float_bits(bits_float(key) + unit) - float_bits(unit));
+    const int32_t code = units + ((exponent - smallest) >> (23 - C::MANTISSA));
+    return code < C::TOP ? code : C::TOP;
+}
+
+template <int form>
+inline int32_t any_code(uint32_t key) {
+    if (key < INFINITY_KEY) return finite_code<form>(key);
+    if (form == GC_MXFP4) return Cast<form>::TOP;
+    return form == GC_FP8 ? 0x7f : key == INFINITY_KEY ? 0x7c00 : 0x7e00;
+}
+
+// 64 scaled entries to codes.
+template <int form>
+inline void encode_64(const float* x, const float* factors, bool finite, typename Cast<form>::Code* codes) {
+    typedef Cast<form> C;
+    const int to_sign = 32 - C::WIDTH;
+    if (!finite) {
+        for (int j = 0; j < 64; ++j) {
+            const uint32_t pattern = float_bits(x[j] * factors[j]);
+            codes[j] = (typename C::Code)(any_code<form>(pattern & 0x7fffffffu) | (pattern >> 31 << (C::WIDTH - 1)));
+        }
+        return;
+    }
+#if defined(__AVX512F__)
+    if (form == GC_FP16) {
+        for (int j = 0; j < 64; j += 16) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_loadu_ps(factors + j));
+            _mm256_storeu_si256((__m256i*)(codes + j), _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+        }
+        return;
+    }
+#elif defined(__F16C__)
+    if (form == GC_FP16) {
+        for (int j = 0; j < 64; j += 8) {
+            const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + j), _mm256_loadu_ps(factors + j));
+            _mm_storeu_si128((__m128i*)(codes + j), _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+        }
+        return;
+    }
+#endif
+    for (int j = 0; j < 64; ++j) {  // vectorised
+        const uint32_t pattern = float_bits(x[j] * factors[j]);
+        const uint32_t sign = pattern >> to_sign & 1u << (C::WIDTH - 1);
+        codes[j] = (typename C::Code)((uint32_t)finite_code<form>(pattern & 0x7fffffffu) | sign);
+    }
+}
+
+template <int form>
+inline float from_code(uint32_t code) {
+    typedef Cast<form> C;
+    const uint32_t magnitude = code & ((1u << (C::WIDTH - 1)) - 1);
+    uint32_t normal = (magnitude << (23 - C::MANTISSA)) + ((uint32_t)(127 - C::BIAS) << 23);
+    if (form == GC_FP16) normal += magnitude >= 0x7c00 ? 112u << 23 : 0;
+    if (form == GC_FP8) normal = magnitude == 0x7f ? 0x7fc00000u : normal;
+    const uint32_t small = float_bits((float)(int32_t)magnitude * power_of_two(1 - C::BIAS - C::MANTISSA));
+    const uint32_t value = magnitude < 1u << C::MANTISSA ? small : normal;
+    return bits_float(value | code >> (C::WIDTH - 1) << 31);
+}
+
+struct CastScale {
+    float factor;  // brings the largest finite magnitude to 2^target
+    bool finite;
+    uint8_t byte;  // E8M0
+};
+
+template <int form>
+inline CastScale scale_of(const float* x, int64_t count) {
+    typedef Cast<form> C;
+    int32_t largest = 0, top = 0;
+    for (int64_t i = 0; i < count; ++i) {  // vectorised
+        const int32_t key = (int32_t)(float_bits(x[i]) & 0x7fffffffu);
+        top = top > key ? top : key;
+    }
+    largest = top;
+    if (top >= (int32_t)INFINITY_KEY) {
+        largest = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t key = (int32_t)(float_bits(x[i]) & 0x7fffffffu);
+            if (key < (int32_t)INFINITY_KEY && key > largest) largest = key;
+        }
+    }
+    const int32_t exponent = (largest + C::CARRY) >> 23;
+    const int32_t byte = (exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT) - C::TARGET;
+    CastScale scale;
+    scale.finite = top < (int32_t)INFINITY_KEY;
+    scale.factor = bits_float((uint32_t)(254 - byte) << 23);
+    scale.byte = (uint8_t)(form == GC_MXFP4 && !scale.finite ? 255 : byte);
+    return scale;
+}
+
+template <int form>
+void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+    typedef Cast<form> C;
+    uint8_t* packed = payload + (n + bucket - 1) / bucket;
+    float tail[64] = {0}, factors[64] = {0};
+    bool finite = true;
+    typename C::Code codes[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t size = min64(64, n - i);
+        if (bucket < 64) finite = true;
+        if (bucket < 64 || i % bucket == 0) {
+            for (int64_t j = 0; j < size; j += bucket) {  // more than one bucket only if they are small
+                const CastScale scale = scale_of<form>(x + i + j, min64(bucket, n - i - j));
+                *payload++ = scale.byte;
+                finite = scale.finite && (finite || j == 0);
+                for (int64_t f = j; f < min64(64, j + bucket); ++f) factors[f] = scale.factor;
+            }
+        }
+        const float* source = x + i;
+        if (size < 64) {
+            memcpy(tail, source, (size_t)size * sizeof(float));
+            source = tail;
+        }
+        encode_64<form>(source, factors, finite, codes);
+        uint8_t* target = packed + i * C::WIDTH / 8;
+        if (form != GC_MXFP4)
+            memcpy(target, codes, (size_t)size * sizeof *codes);
+        else if (i + 128 <= n)
+            pack_64<4>((const uint8_t*)codes, target);
+        else
+            pack_tail<4>((const uint8_t*)codes, size, target);
+    }
+}
+
+template <int form, bool add>
+void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+    typedef Cast<form> C;
+    const uint8_t* packed = payload + (n + bucket - 1) / bucket;
+    float factors[64] = {0}, values[64];
+    typename C::Code codes[64] = {0};
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t size = min64(64, n - i);
+        if (i % bucket == 0 || bucket < 64) {
+            for (int64_t j = 0; j < size; j += bucket) {
+                const uint32_t scale = *payload++;
+                const float factor = bits_float(scale == 255 ? 0x7fc00000u : scale << 23);
+                for (int64_t f = j; f < min64(64, j + bucket); ++f) factors[f] = factor;
+            }
+        }
+        const uint8_t* source = packed + i * C::WIDTH / 8;
+        if (form != GC_MXFP4)
+            memcpy(codes, source, (size_t)size * sizeof *codes);
+        else if (i + 128 <= n)
+            unpack_64<4>(source, (uint8_t*)codes);
+        else
+            unpack_tail<4>(source, size, (uint8_t*)codes);
+        if (size == 64) {
+#if defined(__F16C__)
+            if (form == GC_FP16) {
+                for (int j = 0; j < 64; j += 8) {
+                    __m256 value = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(codes + j)));
+                    value = _mm256_mul_ps(value, _mm256_loadu_ps(factors + j));
+                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + i + j), value);
+                    _mm256_storeu_ps(out + i + j, value);
+                }
+                continue;
+            }
+#endif
+            for (int j = 0; j < 64; ++j) {  // vectorised
+                const float value = from_code<form>(codes[j]) * factors[j];
+                out[i + j] = add ? out[i + j] + value : value;
+            }
+        } else {
+            for (int j = 0; j < 64; ++j) values[j] = from_code<form>(codes[j]) * factors[j];
+            for (int64_t j = 0; j < size; ++j) out[i + j] = add ? out[i + j] + values[j] : values[j];
+        }
+    }
+}
+
+void cast_encode(const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload) {
+    if (form == GC_FP16)
+        cast_encode_form<GC_FP16>(x, n, bucket, payload);
+    else if (form == GC_FP8)
+        cast_encode_form<GC_FP8>(x, n, bucket, payload);
+    else
+        cast_encode_form<GC_MXFP4>(x, n, bucket, payload);
+}
+
+template <bool add>
+void cast_decode_any(const uint8_t* payload, int64_t n, int form, int64_t bucket, float* out) {
+    if (form == GC_FP16)
+        cast_decode_form<GC_FP16, add>(payload, n, bucket, out);
+    else if (form == GC_FP8)
+        cast_decode_form<GC_FP8, add>(payload, n, bucket, out);
+    else
+        cast_decode_form<GC_MXFP4, add>(payload, n, bucket, out);
+}
+
+void cast_decode(const uint8_t* payload, int64_t n, int form, int64_t bucket, int add, float* out) {
+    if (add)
+        cast_decode_any<true>(payload, n, form, bucket, out);
+    else
+        cast_decode_any<false>(payload, n, form, bucket, out);
+}
+
+inline uint16_t to_bf16(float value) {
+    const uint32_t pattern = float_bits(value);
+    const int32_t key = (int32_t)(pattern & 0x7fffffffu);
+    int32_t code = (int32_t)(((uint32_t)key + 0x7fff + ((uint32_t)key >> 16 & 1)) >> 16);
+    code = code > 0x7f7f ? 0x7f7f : code;
+    code = key == (int32_t)INFINITY_KEY ? 0x7f80 : code;
+    code = key > (int32_t)INFINITY_KEY ? 0x7fc0 : code;
+    return (uint16_t)(code | (int32_t)(pattern >> 31 << 15));
+}
+
+void bf16_encode(const float* x, int64_t n, uint8_t* payload) {
+    uint16_t codes[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t size = min64(64, n - i);
+        if (size == 64)
+            for (int j = 0; j < 64; ++j) codes[j] = to_bf16(x[i + j]);  // vectorised
+        else
+            for (int64_t j = 0; j < size; ++j) codes[j] = to_bf16(x[i + j]);
+        memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
+    }
+}
+
+void bf16_decode(const uint8_t* payload, int64_t n, int add, float* out) {
+    if (add)
+        for (int64_t i = 0; i < n; ++i) out[i] += bits_float((uint32_t)load<uint16_t>(payload + 2 * i) << 16);
+    else
+        for (int64_t i = 0; i < n; ++i) out[i] = bits_float((uint32_t)load<uint16_t>(payload + 2 * i) << 16);
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,144 @@
+// Sign and OneBit: a bit an entry, one or two means a bucket (gcompress/compressors/sign.py).
+#ifndef GCOMPRESS_SIGN_H
+#define GCOMPRESS_SIGN_H
+
+#include "gcompress.h"
+#include "sums.h"
+
+namespace {
+
+// Bit j of the result: x[j] carries a minus sign, for 64 entries.
+inline uint64_t signs_64(const float* x) {
+    uint64_t mask = 0;
+#if defined(__AVX512DQ__)
+    for (int part = 0; part < 4; ++part)
+        mask |= (uint64_t)_mm512_movepi32_mask(_mm512_loadu_si512(x + 16 * part)) << (16 * part);
+#elif defined(__AVX2__)
+    for (int part = 0; part < 8; ++part)
+        mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_loadu_ps(x + 8 * part)) << (8 * part);
+#else
+    for (int j = 0; j < 64; ++j) mask |= (uint64_t)(float_bits(x[j]) >> 31) << j;
+#endif
+    return mask;
+}
+
+// out[j] = bit j of signs ? minus : plus (or +=) for 64 entries.
+template <bool add>
+inline void choose_64(uint64_t signs, float plus, float minus, float* out) {
+#if defined(__AVX512F__)
+    const __m512 ones = _mm512_set1_ps(minus), zeros = _mm512_set1_ps(plus);
+    for (int part = 0; part < 4; ++part) {
+        __m512 value = _mm512_mask_blend_ps((__mmask16)(signs >> (16 * part)), zeros, ones);
+        if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
+        _mm512_storeu_ps(out + 16 * part, value);
+    }
+#elif defined(__AVX2__)
+    const __m256 ones = _mm256_set1_ps(minus), zeros = _mm256_set1_ps(plus);
+    const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (int part = 0; part < 8; ++part) {
+        const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(uint32_t)(signs >> (8 * part))), to_top);
+        __m256 value = _mm256_blendv_ps(zeros, ones, _mm256_castsi256_ps(bits));
+        if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
+        _mm256_storeu_ps(out + 8 * part, value);
+    }
+#else
+    const float choice[2] = {plus, minus};
+    for (int j = 0; j < 64; ++j) {
+        const float value = choice[signs >> j & 1];
+        out[j] = add ? out[j] + value : value;
+    }
+#endif
+}
+
+inline float mean_of(double sum, int64_t count) {
+    const float mean = (float)(sum / (double)(count > 0 ? count : 1));
+    if (!(mean <= LARGEST)) return bits_float(0x7fc00000u);
+    return mean < SMALLEST_NORMAL ? 0.0f : mean;
+}
+
+// The signs of a bucket of up to 4096 entries, and the sums behind its means.
+template <int means>
+void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, int64_t* minus_count) {
+    LaneSum plus, minus;
+    float tail[64] = {0}, of_plus[64], of_minus[64];
+    for (int64_t i = 0; i < count; i += 64) {
+        const int64_t size = min64(64, count - i);
+        const float* source = x + i;
+        if (size < 64) {
+            memcpy(tail, source, (size_t)size * sizeof(float));
+            source = tail;
+        }
+        const uint64_t signs = signs_64(source);
+        *minus_count += __builtin_popcountll(signs);
+        memcpy(packed + i / 8, &signs, (size_t)((size + 7) / 8));
+        for (int j = 0; j < 64; ++j) {  // vectorised
+            const uint32_t pattern = float_bits(source[j]), magnitude = pattern & 0x7fffffffu;
+            const uint32_t negative = means == 1 ? 0 : 0u - (pattern >> 31);
+            of_plus[j] = bits_float(magnitude & ~negative);
+            of_minus[j] = bits_float(magnitude & negative);
+        }
+        for (int row = 0; row < 64; row += LANES) {
+            plus.add(of_plus + row);
+            if (means == 2) minus.add(of_minus + row);
+        }
+    }
+    sums[0] += plus.folded();
+    if (means == 2) sums[1] += minus.folded();
+}
+
+template <int means>
+void sign_encode_means(const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+    const int64_t buckets = (n + bucket - 1) / bucket;
+    uint8_t* packed = payload + 4 * means * buckets;
+    for (int64_t b = 0; b < buckets; ++b) {
+        const int64_t first = b * bucket, end = min64(n, first + bucket);
+        double sums[2] = {0.0, 0.0};
+        int64_t minus_count = 0;
+        for (int64_t i = first; i < end; i += SUM_BLOCK)
+            sign_block<means>(x + i, min64(SUM_BLOCK, end - i), packed + i / 8, sums, &minus_count);
+        const int64_t count = end - first;
+        store<float>(payload + 4 * means * b, mean_of(sums[0], means == 1 ? count : count - minus_count));
+        if (means == 2) store<float>(payload + 8 * b + 4, mean_of(sums[1], minus_count));
+    }
+}
+
+void sign_encode(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload) {
+    if (means == 1)
+        sign_encode_means<1>(x, n, bucket, payload);
+    else
+        sign_encode_means<2>(x, n, bucket, payload);
+}
+
+template <bool add>
+void sign_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, int means, float* out) {
+    const int64_t buckets = (n + bucket - 1) / bucket;
+    const uint8_t* packed = payload + 4 * means * buckets;
+    float tail[64] = {0};
+    for (int64_t b = 0; b < buckets; ++b) {
+        const uint8_t* scales = payload + 4 * means * b;
+        const float plus = load<float>(scales), minus = -load<float>(scales + 4 * (means - 1));
+        const int64_t end = min64(n, (b + 1) * bucket);
+        for (int64_t i = b * bucket; i < end; i += 64) {
+            const int64_t size = min64(64, end - i);
+            uint64_t signs = 0;
+            memcpy(&signs, packed + i / 8, (size_t)((size + 7) / 8));
+            if (size == 64) {
+                choose_64<add>(signs, plus, minus, out + i);
+            } else {
+                memcpy(tail, out + i, (size_t)size * sizeof(float));
+                choose_64<add>(signs, plus, minus, tail);
+                memcpy(out + i, tail, (size_t)size * sizeof(float));
+            }
+        }
+    }
+}
+
+void sign_decode(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out) {
+    if (add)
+        sign_decode_form<true>(payload, n, bucket, means, out);
+    else
+        sign_decode_form<false>(payload, n, bucket, means, out);
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,54 @@
+// Sums of doubles that have the same bits on every instruction set, because their order is laid
+// down (docs/FORMAT.md, "ordered sum"): 16 lanes within blocks of 4096 terms, lanes in pairs, blocks in turn.
+#ifndef GCOMPRESS_SUMS_H
+#define GCOMPRESS_SUMS_H
+
+#include "simd.h"
+
+namespace {
+
+const int64_t SUM_BLOCK = 4096;
+const int LANES = 16;
+
+// gcc's and clang's vector types: they stay in registers, as arrays of sums do not always.
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef double FourDoubles __attribute__((vector_size(32)));
+
+struct LaneSum {
+    FourDoubles a, b, c, d;  // lanes 0 to 3, 4 to 7, 8 to 11, 12 to 15
+    LaneSum() : a(), b(), c(), d() {}
+    static void add_four(const float* terms, FourDoubles* sum) {
+        FourFloats four;
+        memcpy(&four, terms, sizeof four);
+        *sum += __builtin_convertvector(four, FourDoubles);
+    }
+    static void add_four_products(const float* left, const float* right, FourDoubles* sum) {
+        FourFloats one, other;
+        memcpy(&one, left, sizeof one);
+        memcpy(&other, right, sizeof other);
+        *sum += __builtin_convertvector(one, FourDoubles) * __builtin_convertvector(other, FourDoubles);
+    }
+    // Add 16 terms, one to each lane.
+    void add(const float* terms) {
+        add_four(terms, &a);
+        add_four(terms + 4, &b);
+        add_four(terms + 8, &c);
+        add_four(terms + 12, &d);
+    }
+    // Add 16 products, which are exact.
+    void add_products(const float* left, const float* right) {
+        add_four_products(left, right, &a);
+        add_four_products(left + 4, right + 4, &b);
+        add_four_products(left + 8, right + 8, &c);
+        add_four_products(left + 12, right + 12, &d);
+    }
+    double folded() const {
+        const FourDoubles four = (a + c) + (b + d);
+        double lane[4];
+        memcpy(lane, &four, sizeof lane);
+        return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    }
+};
+
+}  // namespace
+#endif

@@ -1,0 +1,184 @@
+"""Compressors made of two others.
+
+`Chain` codes the values that one compressor sends by another, as in Qsparse-local-SGD (Basu
+et al., arXiv 1906.02367: the largest entries, quantized). `Hybrid` takes outliers apart and
+codes the rest, as in LLM.int8() (Dettmers et al., arXiv 2208.07339) and SpQR (arXiv
+2306.03078): a quantizer whose range no outlier stretches.
+
+Bytes of a chain: those of `first` without its float32 values, then those of `then` for so
+many values. Bytes of a hybrid: those of `outliers`, then those of `rest`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from ..errors import ConfigError
+from .base import Compressor
+from .quantize import Quantize
+from .topk import TopK
+
+
+class _Combination(Compressor):
+    """Encoders and decoders by those of the parts, which choose the backend themselves."""
+
+    def _encode_reference(self, values, seed):
+        return torch.cat(self._encode_parts(values, seed))
+
+    def _encode_native(self, kernels, values, payload, seed):
+        start = 0
+        for part in self._encode_parts(values, seed):
+            payload[start : start + part.numel()] = part
+            start += part.numel()
+        return start
+
+    def _decode_reference(self, payload, numel):
+        out = torch.empty(numel, dtype=torch.float32, device=payload.device)
+        self._decode_parts(payload, out, False)
+        return out
+
+    def _decode_native(self, kernels, payload, out, add):
+        self._decode_parts(payload, out, add)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(_Combination):
+    """The float32 values that `first` sends, coded by `then`.
+
+    Args:
+        first: a compressor of fixed size that sends float32 values: the entries kept by topk,
+            randomk or mask, the steps of quantize.
+        then: any compressor; it sees these values as a tensor of one dimension.
+
+    Biased unless both are not. A contraction if `first` is one and the values' error is small.
+
+    >>> chain = Chain(TopK(sparsity=0.99), Quantize(bits=4))
+    >>> payload, ctx = chain.compress(torch.randn(1 << 20))
+    >>> payload.numel(), TopK(sparsity=0.99).nbytes(1 << 20)
+    (16522, 53168)
+    """
+
+    name: ClassVar[str] = "chain"
+    parts: ClassVar[tuple] = ("first", "then")
+
+    first: Compressor = TopK()
+    then: Compressor = Quantize()
+
+    def __post_init__(self):
+        self._read_parts()
+        if not self.first.fixed_size or not any(section.floats for section in self.first.sections(1024)):
+            raise ConfigError(f"first: got {self.first}, expected a compressor of fixed size that sends float32 values")
+
+    @property
+    def unbiased(self):
+        return self.first.unbiased and self.then.unbiased
+
+    @property
+    def fixed_size(self):
+        return self.then.fixed_size
+
+    @property
+    def sparse(self):
+        return self.first.sparse
+
+    def nbytes(self, numel):
+        if numel == 0:
+            return 0
+        before, values, after = self._split(numel)
+        return before + self.then.nbytes(values // 4) + after
+
+    def payload_nbytes(self, start, numel):
+        before, values, after = self._split(numel)
+        return before + after + self.then.payload_nbytes(start[before + after :], values // 4)
+
+    def sections(self, numel):
+        before, values, after = self._split(numel)
+        sections = self.first.sections(numel)
+        coded = max(index for index, section in enumerate(sections) if section.floats)
+        return sections[:coded] + sections[coded + 1 :] + self.then.sections(values // 4)
+
+    def _split(self, numel):
+        """Bytes of `first` before its values, of the values, after them; of several sections the last is taken."""
+        sections = self.first.sections(numel)
+        coded = max(index for index, section in enumerate(sections) if section.floats)
+        sizes = [section.nbytes for section in sections]
+        return sum(sizes[:coded]), sizes[coded], sum(sizes[coded + 1 :])
+
+    def _encode_parts(self, values, seed):
+        payload, _ = self.first.compress(values, seed=seed)
+        before, middle, after = payload.split(self._split(values.numel()))
+        # A copy: floats must lie at an address that is a multiple of four.
+        coded, _ = self.then.compress(middle.clone().view(torch.float32), seed=seed)
+        return before, after, coded
+
+    def _decode_parts(self, payload, out, add):
+        before, middle, after = self._split(out.numel())
+        values = torch.empty(middle // 4, dtype=torch.float32, device=payload.device)
+        self.then.decode_into(payload[before + after :], values)
+        parts = payload[:before], values.view(torch.uint8), payload[before : before + after]
+        self.first.decode_into(torch.cat(parts), out, add)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(_Combination):
+    """The entries that `outliers` keeps exactly, and all others by `rest`.
+
+    Args:
+        outliers: topk or threshold.
+        rest: any compressor; it sees the tensor with zeros in place of the outliers.
+
+    Unbiased if `rest` is.
+
+    >>> hybrid = Hybrid(TopK(sparsity=0.999), Quantize(bits=2))
+    >>> payload, ctx = hybrid.compress(torch.randn(1 << 20))
+    >>> payload.numel(), hybrid.nbytes(1 << 20)
+    (273028, 273028)
+    """
+
+    name: ClassVar[str] = "hybrid"
+    parts: ClassVar[tuple] = ("outliers", "rest")
+
+    outliers: Compressor = TopK(sparsity=0.999)
+    rest: Compressor = Quantize()
+
+    def __post_init__(self):
+        self._read_parts()
+        if not self.outliers.exact:
+            raise ConfigError(
+                f"outliers: got {self.outliers}, expected one that keeps entries exactly: topk, threshold"
+            )
+
+    @property
+    def unbiased(self):
+        return self.rest.unbiased
+
+    @property
+    def fixed_size(self):
+        return self.outliers.fixed_size and self.rest.fixed_size
+
+    def nbytes(self, numel):
+        return self.outliers.nbytes(numel) + self.rest.nbytes(numel)
+
+    def payload_nbytes(self, start, numel):
+        first = self.outliers.payload_nbytes(start, numel)
+        return first + self.rest.payload_nbytes(start[first:], numel)
+
+    def sections(self, numel):
+        return self.outliers.sections(numel) + self.rest.sections(numel)
+
+    def _encode_parts(self, values, seed):
+        payload, _ = self.outliers.compress(values, seed=seed)
+        kept = torch.empty_like(values)
+        self.outliers.decode_into(payload, kept)
+        rest, _ = self.rest.compress(torch.where(kept == 0, values, 0.0), seed=seed)
+        return payload, rest
+
+    def _decode_parts(self, payload, out, add):
+        first = self.outliers.payload_nbytes(payload, out.numel())
+        kept, decoded = torch.empty_like(out), torch.empty_like(out) if add else out
+        self.rest.decode_into(payload[first:], decoded)
+        self.outliers.decode_into(payload[:first], kept)
+        torch.where(kept == 0, decoded, kept, out=decoded)
+        if add:
+            out.add_(decoded)
