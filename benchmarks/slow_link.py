@@ -1,14 +1,21 @@
 #!/usr/bin/env python3
-"""Step time and bytes of Horovod training over a slow link, method against method in one run.
+"""Step time and bytes of training over a slow link, method against method in one run.
 
     python benchmarks/slow_link.py --rate 100mbit --ranks 4
+    python benchmarks/slow_link.py --rate 100mbit --methods fp16 quantize:bits=4@twophase ddp/fp16 \
+        ddp/powersgd:rank=4 ddp/quantize:bits=4@twophase
+
+A method is a compressor's spec, `none` or `fp16`, with Horovod, or behind `ddp/` with
+DistributedDataParallel, which knows `bf16` and `powersgd:rank=R` as well: torch's own hooks.
+`@allgather`, `@twophase` or `@summed` names the exchange; without it the plan chooses.
 
 Starts the ranks in a network namespace (Linux, root; see tools/slow_link.py) and trains a
-model of --parameters million entries with each compressor in turn, the methods taking turns
+model of --parameters million entries with each method in turn, the methods taking turns
 step by step so that all meet the same noise. Prints the median step, the bytes a rank handed
-to Horovod, what its report expects all ranks to send, and what the namespace's interface
-counted: with TCP's headers and the messages Horovod's ranks exchange every cycle, whose rate
-while idle is measured first.
+over, what its report expects all ranks to send, and what the namespace's interface counted:
+with TCP's headers and the messages Horovod's ranks exchange every cycle, whose rate while
+idle is measured first. With --batch, steps are long enough to see the overlap: a step's time
+is printed beside that of its computation alone and of its exchange alone (a batch of 1).
 """
 
 import argparse
@@ -19,6 +26,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,7 +47,8 @@ def parse():
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each method (default 5)")
     parser.add_argument("--parameters", type=float, default=8.4, help="model size in million entries (default 8.4)")
-    parser.add_argument("--compressors", nargs="+", default=DEFAULT, metavar="SPEC")
+    parser.add_argument("--methods", "--compressors", nargs="+", default=DEFAULT, metavar="[ddp/]SPEC[@EXCHANGE]")
+    parser.add_argument("--batch", type=int, help="rows of a batch; measures the overlap (default 8, does not)")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -53,7 +62,7 @@ def launch(arguments):
         sys.exit(f"slow_link.py: error: {tool.missing()}")
     command = [sys.executable, "-m", "horovod.runner.launch", "-np", str(arguments.ranks), "--gloo"]
     with tool.namespace(arguments.rate) as enter:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         sys.exit(subprocess.run([*enter, *command, sys.executable, *sys.argv, "--rank"], env=environment).returncode)
 
 
@@ -65,27 +74,114 @@ def make_model(parameters):
     return torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(4)]), width
 
 
-def make_step(spec, parameters):
-    """A function that trains one step with one compressor, and its exchange."""
+def make_step(method, parameters):
+    """A function that trains one step with one method, and a function that counts its bytes so far."""
+    import torch
+
+    model, width = make_model(parameters)
+    make = make_ddp if method.startswith("ddp/") else make_horovod
+    model, optimizer, bytes_so_far = make(method.removeprefix("ddp/"), model)
+
+    def step(batch):
+        optimizer.zero_grad()
+        model(torch.randn(batch, width)).square().mean().backward()
+        optimizer.step()
+
+    return step, bytes_so_far
+
+
+def make_policy(method):
+    import gcompress
+
+    spec, _, exchange = method.partition("@")
+    return gcompress.Policy(spec, exchange=exchange or "auto")
+
+
+def make_horovod(method, model):
     import horovod.torch as hvd
     import torch
 
-    import gcompress
     import gcompress.plugins.horovod as gcompress_hvd
 
-    model, width = make_model(parameters)
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
-    compression = stock[spec] if spec in stock else gcompress.from_spec(spec)
-    named = [(f"{spec}.{name}", p) for name, p in model.named_parameters()]
+    compression = stock[method] if method in stock else make_policy(method)
+    named = [(f"{method}.{name}", p) for name, p in model.named_parameters()]
     base = torch.optim.SGD(model.parameters(), lr=1e-3)
     optimizer = hvd.DistributedOptimizer(base, named_parameters=named, compression=compression)
+    report = gcompress_hvd.exchange(optimizer).report
+    return model, optimizer, lambda: (report.sent_bytes, report.wire_bytes)
 
-    def step():
+
+def make_ddp(method, model):
+    """DistributedDataParallel with a hook of torch's, whose bytes are those of the tensors it all-reduces, or ours."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    import gcompress.plugins.ddp
+
+    name, _, rank = method.partition(":rank=")
+    # PowerSGD's hook waits within callbacks on Gloo's two threads: two buckets under way would wait for ever.
+    bucket_cap_mb = 10_000 if name == "powersgd" else None
+    model = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if name not in ("none", "fp16", "bf16", "powersgd"):
+        report = gcompress.plugins.ddp.register(model, make_policy(method)).exchange.report
+        return model, optimizer, lambda: (report.sent_bytes, report.wire_bytes)
+    shapes, steps, sizes = [p.shape for p in model.parameters()], [0], {"none": 4, "fp16": 2, "bf16": 2}
+    if name == "powersgd":
+        # From the second step on; before it torch's hook needs two plain ones.
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=int(rank or 1), start_powerSGD_iter=2)
+        hook = powerSGD_hook.powerSGD_hook
+        per_step = 4 * sum(int(rank or 1) * sum(s) if len(s) > 1 else s.numel() for s in shapes)
+    else:
+        state = None
+        hook = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+        hook = hook.get(name, default_hooks.allreduce_hook)
+        per_step = sizes[name] * sum(s.numel() for s in shapes)
+
+    def counted(given, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        steps[0] += bucket.is_last()
+        return hook(given, bucket)
+
+    model.register_comm_hook(state, counted)
+    others = dist.get_world_size() - 1
+    return (
+        model,
+        optimizer,
+        lambda: (
+            steps[0] * per_step,
+            steps[0] * 2 * others * per_step // dist.get_world_size(),
+        ),
+    )
+
+
+def start_torch_distributed():
+    """Among the ranks that horovodrun started."""
+    import horovod.torch as hvd
+    import torch.distributed as dist
+
+    address = hvd.broadcast_object(tempfile.mktemp(prefix="gcompress-store-"), root_rank=0)
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=hvd.rank(), world_size=hvd.size())
+
+
+def computation_seconds(parameters, batch):
+    """What a step takes without any exchange, while all ranks compute."""
+    import horovod.torch as hvd
+    import torch
+
+    model, width = make_model(parameters)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seconds = []
+    for _ in range(4):
+        hvd.barrier()
+        start = time.perf_counter()
         optimizer.zero_grad()
-        model(torch.randn(8, width)).square().mean().backward()
+        model(torch.randn(batch, width)).square().mean().backward()
         optimizer.step()
-
-    return step, gcompress_hvd.exchange(optimizer)
+        hvd.barrier()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def measure(arguments):
@@ -93,30 +189,41 @@ def measure(arguments):
     import torch
 
     hvd.init()
-    runs = {spec: make_step(spec, arguments.parameters) for spec in arguments.compressors}
-    for step, _ in runs.values():  # names are negotiated and memory is allocated
-        step()
-        step()
+    if any(method.startswith("ddp/") for method in arguments.methods):
+        start_torch_distributed()
+    batch = arguments.batch or 8
+    computing = computation_seconds(arguments.parameters, batch)
+    runs = {method: make_step(method, arguments.parameters) for method in arguments.methods}
+    for step, _ in runs.values():  # names are negotiated, memory is allocated and buckets are rebuilt
+        for _ in range(3):
+            step(1)
     idle = count(lambda: time.sleep(1))
-    seconds, counted = {spec: [] for spec in runs}, dict.fromkeys(runs, 0)
-    before = {spec: exchange.report.wire_bytes for spec, (_, exchange) in runs.items()}
+    seconds, counted = {method: [] for method in runs}, dict.fromkeys(runs, 0)
+    exchanging = {method: [] for method in runs}
+    before = {method: bytes_so_far() for method, (_, bytes_so_far) in runs.items()}
     for _ in range(arguments.steps):
-        for spec, (step, _) in runs.items():
+        for method, (step, _) in runs.items():
             start = time.perf_counter()
-            crossed = count(step)
-            seconds[spec].append(time.perf_counter() - start)
-            counted[spec] += crossed
+            counted[method] += count(lambda step=step: step(batch))
+            seconds[method].append(time.perf_counter() - start)
+    after = {method: bytes_so_far() for method, (_, bytes_so_far) in runs.items()}
+    for _ in range(arguments.steps if arguments.batch else 0):
+        for method, (step, _) in runs.items():
+            start = time.perf_counter()
+            count(lambda step=step: step(1))
+            exchanging[method].append(time.perf_counter() - start)
     rows = []
-    for spec, (_, exchange) in runs.items():
-        total = torch.tensor(exchange.report.wire_bytes - before[spec], dtype=torch.float64)
-        wire = hvd.allreduce(total, op=hvd.Sum)
+    for method in runs:
+        sent, wire = ((a - b) / arguments.steps for a, b in zip(after[method], before[method], strict=True))
         rows.append(
             {
-                "compressor": spec,
-                "median_step_seconds": statistics.median(seconds[spec]),
-                "handed_over_bytes": exchange.report.last_step_bytes,
-                "expected_wire_bytes": float(wire) / arguments.steps,
-                "counted_wire_bytes": counted[spec] / arguments.steps,
+                "method": method,
+                "median_step_seconds": statistics.median(seconds[method]),
+                "computation_seconds": computing,
+                "exchange_seconds": statistics.median(exchanging[method]) if arguments.batch else None,
+                "handed_over_bytes": sent,
+                "expected_wire_bytes": float(hvd.allreduce(torch.tensor(wire, dtype=torch.float64), op=hvd.Sum)),
+                "counted_wire_bytes": counted[method] / arguments.steps,
             }
         )
     if hvd.rank() == 0:
@@ -135,19 +242,25 @@ def count(function):
 
 
 def show(arguments, rows, idle):
-    base = {row["compressor"]: row["median_step_seconds"] for row in rows}.get("fp16")
+    base = {row["method"]: row["median_step_seconds"] for row in rows}
     rate = arguments.rate or "unlimited"
     print(
         f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each"
     )
-    print(f"{'compressor':30s} {'step s':>8s} {'vs fp16':>8s} {'bytes/rank':>12s} {'wire, all':>12s} {'counted':>12s}")
+    print(f"{'method':38s} {'step s':>7s} {'vs fp16':>8s} {'vs ddp/fp16':>11s} ", end="")
+    print(
+        f"{'handed over':>12s} {'wire, all':>12s} {'counted':>12s}{'  computing + exchange s' * bool(arguments.batch)}"
+    )
     for row in rows:
-        speed = f"{base / row['median_step_seconds']:.2f}x" if base else "-"
-        print(
-            f"{row['compressor']:30s} {row['median_step_seconds']:8.3f} {speed:>8s} {row['handed_over_bytes']:12,d} "
-            f"{row['expected_wire_bytes']:12,.0f} {row['counted_wire_bytes']:12,.0f}",
-            flush=True,
+        speeds = [f"{base[m] / row['median_step_seconds']:.2f}x" if m in base else "-" for m in ("fp16", "ddp/fp16")]
+        line = (
+            f"{row['method']:38s} {row['median_step_seconds']:7.3f} {speeds[0]:>8s} {speeds[1]:>11s} "
+            f"{row['handed_over_bytes']:12,.0f} {row['expected_wire_bytes']:12,.0f} {row['counted_wire_bytes']:12,.0f}"
         )
+        if arguments.batch:
+            alone = row["computation_seconds"], row["exchange_seconds"]
+            line += f"  {alone[0]:.3f} + {alone[1]:.3f} = {sum(alone):.3f}"
+        print(line, flush=True)
     print(f"idle ranks exchange {idle / 1e6:.2f} MB/s of control messages", flush=True)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))

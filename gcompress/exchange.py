@@ -315,6 +315,47 @@ class GradientExchange:
             "memories": {name: dict(memory) for name, memory in self._memories.items()},
         }
 
+    def memory_vectors(self, state):
+        """What a `state_dict()` owes (nothing if None), as one float32 vector for each kind and parameter.
+
+        "residual/NAME", with momentum correction "velocity/NAME", and "owner/NAME" for what owners
+        of pieces owe. All ranks of one plan have the same keys.
+        """
+        vectors = {}
+        for kind in self._feedback.kinds if self._feedback else ():
+            own = self._feedback.of_kind(state["feedback"], kind) if state else {}
+            for name, entry in self.plan.entries.items():
+                if entry.compressor:
+                    vectors[f"{kind}/{name}"] = own[name].clone() if name in own else torch.zeros(entry.numel)
+        for name, entry in self.plan.entries.items():
+            if entry.compressor and self.policy.feedback_for(entry.compressor):
+                vectors[f"owner/{name}"] = torch.zeros(entry.numel)
+        for key, residual in state["owner_feedback"].items() if state else ():
+            name, _, borders = key.removesuffix("]").rpartition("[")
+            start, stop = map(int, borders.split(":"))
+            vectors[f"owner/{name}"][start:stop] = residual
+        return vectors
+
+    def load_memory_vectors(self, vectors, memories, steps):
+        """Take up `memory_vectors`, of which this rank takes the pieces that it owns, and what all ranks share."""
+        if self._feedback:
+            kinds = {kind: {} for kind in self._feedback.kinds}
+            for key, vector in vectors.items():
+                kind, _, name = key.partition("/")
+                if kind in kinds:
+                    kinds[kind][name] = vector
+            self._feedback.load_kinds(kinds)
+        self._owner_feedback.load_state_dict(
+            {
+                piece.key(name): vectors[f"owner/{name}"][piece.start : piece.stop]
+                for name, entry in self.plan.entries.items()
+                for piece in entry.pieces
+                if piece.owner == self.engine.rank() and f"owner/{name}" in vectors
+            }
+        )
+        self._memories = {name: dict(memory) for name, memory in memories.items()}
+        self.report.steps = steps
+
     def load_state_dict(self, state):
         """Go on from `state_dict()`; ConfigError if it was another policy's or another rank's."""
         policy = self.policy.to_dict() if self.policy else None

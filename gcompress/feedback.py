@@ -26,6 +26,8 @@ class ErrorFeedback:
     every rank sees a non-finite result; the residual stays what it was before that step.
     """
 
+    kinds = ("residual",)  # of tensors that it remembers for a parameter
+
     def __init__(self):
         self._residuals = {}
 
@@ -85,6 +87,14 @@ class ErrorFeedback:
         """Replace all residuals by copies of those of `state_dict()`."""
         self._residuals = _checked_copies("residual", state)
 
+    def of_kind(self, state, kind):
+        """{name: tensor} of one of `kinds` in a `state_dict()`."""
+        return state
+
+    def load_kinds(self, tensors):
+        """`load_state_dict` of {kind: {name: tensor}}."""
+        self.load_state_dict(tensors["residual"])
+
 
 class MomentumCorrection(ErrorFeedback):
     """Error feedback of a velocity instead of the gradient: the momentum of SGD, taken before compression.
@@ -99,6 +109,8 @@ class MomentumCorrection(ErrorFeedback):
         clip: the L2 norm to which this rank's gradient of one parameter is scaled down before
             it is added, or None. Of a limit for the mean over N ranks each takes 1 / sqrt(N).
     """
+
+    kinds = ("residual", "velocity")
 
     def __init__(self, momentum=0.9, clip=None):
         super().__init__()
@@ -141,6 +153,12 @@ class MomentumCorrection(ErrorFeedback):
         velocities = _checked_copies("velocity", state["velocity"])
         super().load_state_dict(state["residual"])
         self._velocities = velocities
+
+    def of_kind(self, state, kind):
+        return state[kind]
+
+    def load_kinds(self, tensors):
+        self.load_state_dict(tensors)
 
 
 def new_memory(policy):

@@ -104,6 +104,13 @@ def every_native_method():
             "mask:sparsity=0.9,bits=3",
             "mask:sparsity=0.9,bits=2,levels=lloyd",
             "mask:sparsity=0.9,bits=2,signed=false",
+            "sign",
+            "sign:bucket=128",
+            "onebit",
+            "fp16",
+            "fp8",
+            "mxfp4",
+            "bf16",
         ]
     ):
         check_steps(f"method{number}", spec, steps=2)

@@ -23,6 +23,7 @@ def test_an_interface_counts_what_the_report_says(tmp_path):
     """Within 6 %: TCP's headers, and the messages of Horovod's cycles, made rare here."""
     out = tmp_path / "figures.json"
     specs = ["none", "fp16", "mask:sparsity=0.99,bits=2", "quantize:bits=4", "topk:sparsity=0.9"]
+    specs += ["quantize:bits=4@twophase", "randomk:sparsity=0.9", "ddp/quantize:bits=4@twophase", "ddp/fp16"]
     command = [sys.executable, ROOT / "benchmarks" / "slow_link.py", "--ranks", "4", "--parameters", "4"]
     subprocess.run(
         [*command, "--steps", "3", "--json", out, "--compressors", *specs],
@@ -32,7 +33,7 @@ def test_an_interface_counts_what_the_report_says(tmp_path):
         capture_output=True,
     )
     rows = json.loads(out.read_text())
-    assert [row["compressor"] for row in rows] == specs
+    assert [row["method"] for row in rows] == specs
     for row in rows:
         ratio = row["counted_wire_bytes"] / row["expected_wire_bytes"]
         assert 0.995 < ratio < 1.06, row

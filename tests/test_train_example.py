@@ -142,6 +142,23 @@ class TestRanks:
         assert_refused(result, "sparsity")
 
 
+@pytest.mark.skipif(fashion_mnist() is None, reason="Fashion-MNIST is not on this machine: make data")
+def test_distributed_data_parallel_trains_as_well(tmp_path):
+    # fmt: off
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        EXAMPLES / "train_ddp.py", "--data", fashion_mnist(), "--epochs", 2, "--limit-train", 1024,
+        "--batch-size", 32, "--limit-test", 1000, "--exchange", "twophase", "--log-file", tmp_path / "log.json",
+    ]
+    # fmt: on
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("twophase (mask:sparsity=0.99,bits=2): 3 tensors") == 1, "the plan, once"
+    final = json.loads((tmp_path / "log.json").read_text())
+    assert final["step"] == final["steps"] == 32 and final["test_accuracy"] > 0.3
+    assert 0 < final["wire_bytes"] < final["fp32_wire_bytes"] / 10
+
+
 def assert_refused(result, words):
     """The ranks ended with code 2; rank 0 said why in one line, and no rank showed a traceback."""
     assert result.returncode != 0

@@ -50,6 +50,30 @@ const Method METHODS[] = {
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
          return kernels->topk_decode(payload, n, a[0], a[1], a[2], 0, out);
      }},
+    {"sign",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->sign_encode(x, n, a[0], a[1], payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->sign_decode(payload, n, a[0], a[1], 0, out);
+         return 0;
+     }},
+    {"cast",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->cast_encode(x, n, a[0], a[1], payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->cast_decode(payload, n, a[0], a[1], 0, out);
+         return 0;
+     }},
+    {"bf16",
+     [](const float* x, int64_t n, const int64_t*, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->bf16_encode(x, n, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t*, float* out) {
+         kernels->bf16_decode(payload, n, 0, out);
+         return 0;
+     }},
     {"randomk",
      [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
          kernels->randomk_encode(x, n, a[0], a[1], seed, payload);

@@ -14,6 +14,8 @@ from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
 from gcompress.policy import Policy, check_momentum
 
+from .elastic import enter_world
+from .elastic import register as register_elastic
 from .handshake import check_configurations, patient_synchronize, wait_or_raise
 
 Stock = hvd_optimizer._DistributedOptimizer
@@ -129,6 +131,7 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
     self._gcompress_number = next(_numbers)
     self._gcompress_agreed = None
+    self._gcompress_world, self._gcompress_ranks = None, None  # see elastic.py
     if ours and self.process_set.included():
         trained = [p for group in self.param_groups for p in group["params"] if p in self._requires_update]
         self._gcompress.prepare({self._parameter_names[p]: tuple(p.shape) for p in trained})
@@ -139,7 +142,13 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
             _optimizers.add(self)
 
 
+def load_state_dict(self, *arguments, **keywords):
+    self._gcompress.abandon_step()  # Horovod forgets its handles here, too
+    _stock["load_state_dict"](self, *arguments, **keywords)
+
+
 def allreduce_grad_async(self, p):
+    enter_world(self)
     name, exchange = self._parameter_names.get(p), self._gcompress
     sparse = p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense
     if sparse and exchange.policy:
@@ -255,6 +264,7 @@ def activate():
         return
     for name, method in (
         ("__init__", init),
+        ("load_state_dict", load_state_dict),
         ("_allreduce_grad_async", allreduce_grad_async),
         ("_grouped_allreduce_grad_async", grouped_allreduce_grad_async),
         ("synchronize", synchronize),
@@ -262,6 +272,7 @@ def activate():
         _stock[name] = getattr(Stock, name)
         setattr(Stock, name, method)
     hvd_optimizer.synchronize = patient_synchronize
+    register_elastic()
     _stock["adasum_init"] = StockAdasum.__init__
     StockAdasum.__init__ = adasum_init
     _stock["join"] = mpi_ops.join

@@ -1,0 +1,102 @@
+"""What happens to residuals when the ranks of a job change.
+
+Horovod's elastic state broadcasts rank 0's to all, which would copy one rank's residuals to
+the others. Here each rank keeps its own while the ranks stay the same. When W ranks become
+W', every new rank gets the mean of what those of the old that are left owe to a mean (to a
+sum: their sum over W'), so that what is owed to the model stays what it was; and what the
+owners of pieces owe goes to the new owners. A rank that was killed takes along what it owed.
+"""
+
+import os
+
+import horovod.torch as hvd
+from horovod.torch import mpi_ops
+from horovod.torch.elastic import state as elastic_state
+
+from gcompress.errors import ExchangeError
+
+
+class ResidualStateHandler(elastic_state.OptimizerStateHandler):
+    """Horovod's handler of an optimizer, which also commits, restores and hands on its residuals."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self._saved_exchange = state_of(optimizer)
+
+    def save(self):
+        super().save()
+        self._saved_exchange = state_of(self.value)
+
+    def restore(self):
+        super().restore()
+        if self._saved_exchange is not None:
+            self.value._gcompress.abandon_step()
+            self.value._gcompress.load_state_dict(self._saved_exchange)
+
+    def sync(self):
+        super().sync()
+        enter_world(self.value)
+        self.save()
+
+
+def state_of(optimizer):
+    """The state of the optimizer's exchange, or None if it compresses nothing; tensors in it never change."""
+    exchange = getattr(optimizer, "_gcompress", None)
+    return exchange.state_dict() if exchange is not None and exchange.policy else None
+
+
+def enter_world(optimizer):
+    """Hand residuals on if the ranks have changed: once after each `hvd.init()`, on all ranks, elastic or not."""
+    exchange = getattr(optimizer, "_gcompress", None)
+    if exchange is None or not exchange.policy or optimizer._gcompress_world is mpi_ops._handle_map:
+        return
+    before, optimizer._gcompress_ranks = optimizer._gcompress_ranks, (hvd.rank(), hvd.size())
+    optimizer._gcompress_world = mpi_ops._handle_map
+    if os.environ.get("HOROVOD_ELASTIC") != "1":
+        return
+    if optimizer.process_set.process_set_id != 0:
+        raise ExchangeError("process_set: elastic ranks can only be handed residuals among all of them")
+    name = f"gcompress.elastic.{optimizer._gcompress_number}"
+    # A rank that has no step behind it has nothing to hand on.
+    ranks = hvd.allgather_object((before, exchange.report.steps), name=f"{name}.ranks")
+    old = [rank for rank, (_, steps) in enumerate(ranks) if steps > 0]
+    unchanged = [rank_and_size for rank_and_size, _ in ranks] == [(r, hvd.size()) for r in range(hvd.size())]
+    if not old or (unchanged and len({steps for _, steps in ranks}) == 1):
+        return
+    state = exchange.state_dict()  # before the new plan drops pieces that are now another rank's
+    exchange.prepare({name: entry.shape for name, entry in exchange.plan.entries.items()})
+    hand_on(exchange, state, old, optimizer.op == hvd.Average, name)
+
+
+def hand_on(exchange, state, old, average, name):
+    """Give every rank its part of what the `old` ranks of the present ones owe.
+
+    Args:
+        exchange: with a plan for the present ranks.
+        state: what this rank had before.
+        old: ranks that have something to hand on; those that have not have it zero.
+        average: whether the exchange gives means.
+        name: of Horovod's operations.
+    """
+    shares = len(old) if average else hvd.size()
+    memory = exchange.memory_vectors(state if hvd.rank() in old else None)
+    for key in memory:
+        memory[key] = hvd.allreduce(memory[key], op=hvd.Sum, name=f"{name}.{key}")
+        if not key.startswith("owner/"):
+            memory[key] /= shares
+    for parameter, entry in exchange.plan.entries.items():
+        if f"owner/{parameter}" in memory and not entry.pieces:  # it no longer travels by two phases
+            owed = memory[f"owner/{parameter}"]
+            memory[f"residual/{parameter}"] += owed if average else owed / hvd.size()
+    shared = (state["report"]["steps"], state["memories"])
+    steps, memories = hvd.broadcast_object(shared, root_rank=old[0], name=f"{name}.shared")
+    exchange.load_memory_vectors(memory, memories, steps)
+
+
+def register():
+    """Make `hvd.elastic.TorchState` use the handler for every optimizer."""
+    registry = [
+        (kind, ResidualStateHandler if handler is elastic_state.OptimizerStateHandler else handler)
+        for kind, handler in elastic_state.get_handler_registry()
+    ]
+    elastic_state.set_handler_registry(registry)

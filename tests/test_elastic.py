@@ -1,0 +1,90 @@
+"""Elastic Horovod kills a rank and adds one; see elastic_ranks.py for what each rank does."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+pytestmark = pytest.mark.horovod
+
+HERE = pathlib.Path(__file__).parent
+# Two names of this machine: Horovod never again uses a host on which a rank died.
+DISCOVERY = """#!/bin/sh
+if [ -e {folder}/enlarge ]; then echo localhost:3; else echo localhost:2; echo 127.0.0.1:1; fi
+"""
+
+
+@pytest.fixture(scope="module")
+def owed(tmp_path_factory):
+    """{kind and step: {world size: {process: what it wrote}}} of a job that loses a rank and gets another."""
+    folder = tmp_path_factory.mktemp("elastic")
+    script = folder / "discover.sh"
+    script.write_text(DISCOVERY.format(folder=folder))
+    script.chmod(0o755)
+    command = [sys.executable, "-m", "horovod.runner.launch", "-np", "3", "--min-np", "2", "--max-np", "3", "--gloo"]
+    command += ["--host-discovery-script", str(script), "--slots-per-host", "3", "--elastic-timeout", "60"]
+    process = subprocess.Popen(
+        [*command, sys.executable, str(HERE / "elastic_ranks.py"), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60"},
+    )
+    try:
+        output, _ = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"the ranks hang:\n{output[-4000:]}")
+    found = {}
+    for path in folder.glob("*.pt"):
+        kind, size, pid = path.stem.split("-")
+        found.setdefault(kind, {}).setdefault(int(size), {})[pid] = torch.load(path, weights_only=True)
+    assert len(found.get("end14", {}).get(3, {})) == 3, output[-6000:]
+    return found
+
+
+def owners_vector(states):
+    """What the owners of pieces owe for the weight, put together."""
+    whole = torch.zeros(18000)
+    for state in states:
+        for key, residual in state["owner_feedback"].items():
+            start, stop = map(int, key.removeprefix("weight[").removesuffix("]").split(":"))
+            assert not whole[start:stop].any(), "a piece has two owners"
+            whole[start:stop] = residual
+    return whole
+
+
+def check_handed_on(before, after):
+    """Every new rank owes the mean of what the old ones owed; the pieces went to their new owners."""
+    mean = sum(state["feedback"]["weight"] for state in before) / len(before)
+    assert mean.norm() > 0
+    for state in after:
+        torch.testing.assert_close(state["feedback"]["weight"], mean)
+        assert state["report"]["steps"] == before[0]["report"]["steps"] == state["step"]
+    assert torch.equal(owners_vector(before), owners_vector(after))
+    assert owners_vector(after).norm() > 0
+
+
+def test_a_killed_rank_leaves_the_mean_of_the_others_to_them(owed):
+    """What they committed together, less what was the killed rank's: its residual, and its pieces'."""
+    committed, entered = owed["commit4"][3], owed["enter4"][2]
+    assert len(committed) == 3 and len(entered) == 2
+    check_handed_on([committed[process] for process in entered], list(entered.values()))
+
+
+def test_an_added_rank_gets_the_mean_and_its_pieces(owed):
+    committed, entered = owed["commit8"][2], owed["enter8"][3]
+    assert sorted(state["rank"] for state in entered.values()) == [0, 1, 2]
+    check_handed_on(list(committed.values()), list(entered.values()))
+
+
+def test_the_ranks_train_on_with_residuals_of_their_own(owed):
+    ends = list(owed["end14"][3].values())
+    assert not torch.equal(ends[0]["feedback"]["weight"], ends[1]["feedback"]["weight"])
