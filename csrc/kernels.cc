@@ -129,13 +129,13 @@ extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
+                                                  polar_sums,      polar_energies,  polar_gather,
+                                                  polar_encode,    polar_decode,    polar_scatter,
                                                   sign_encode,     sign_decode,     cast_encode,
                                                   cast_decode,     bf16_encode,     bf16_decode,
                                                   randomk_encode,  randomk_decode,
                                                   largest_key,     count_keys,      keys_encode,
                                                   entropy_encode,  entropy_decode,
                                                   shared_scales,   shared_encode,   shared_decode,
-                                                  lowrank_decode,
-                                                  polar_sums,      polar_energies,  polar_gather,
-                                                  polar_encode,    polar_decode,    polar_scatter};
+                                                  lowrank_decode,  hybrid_split,    hybrid_merge};
 }

@@ -100,6 +100,15 @@ void keys_encode(const float* x, int64_t n, int64_t k, uint32_t key, int form, i
     encode_selected(x, n, k, Selection{key - 1, 0}, form, width, payload);
 }
 
+// Hybrid (gcompress/compressors/combine.py): what is left beside the outliers, in their place; and both together.
+void hybrid_split(const float* x, int64_t n, float* outliers) {
+    for (int64_t i = 0; i < n; ++i) outliers[i] = outliers[i] == 0.0f ? x[i] : 0.0f;  // vectorised
+}
+
+void hybrid_merge(const float* outliers, int64_t n, float* rest) {
+    for (int64_t i = 0; i < n; ++i) rest[i] = outliers[i] == 0.0f ? rest[i] : outliers[i];  // vectorised
+}
+
 template <bool add>
 int topk_decode_form(const uint8_t* payload, int64_t n, int64_t k, int form, int width, float* out) {
     if (!add) memset(out, 0, (size_t)n * sizeof(float));

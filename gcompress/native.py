@@ -33,6 +33,12 @@ class Kernels(ctypes.Structure):
             ("mask_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
             ("topk_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _SIZE, _POINTER)),
             ("topk_decode", _INT, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, _POINTER)),
+            ("polar_sums", None, (_POINTER, _SIZE, _SIZE, _POINTER, _POINTER)),
+            ("polar_energies", None, (_POINTER,) * 4),
+            ("polar_gather", None, (_POINTER,) * 5),
+            ("polar_encode", None, (_POINTER, _SIZE, *(_POINTER,) * 3, _INT, *(_POINTER,) * 3)),
+            ("polar_decode", None, (_POINTER, _SIZE, *(_POINTER,) * 3, _SIZE, _INT, *(_POINTER,) * 2)),
+            ("polar_scatter", None, (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER)),
             ("sign_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
             ("sign_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER)),
             ("cast_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _POINTER)),
@@ -50,12 +56,8 @@ class Kernels(ctypes.Structure):
             ("shared_encode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
             ("shared_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _INT, _POINTER, _INT, _POINTER)),
             ("lowrank_decode", None, (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER)),
-            ("polar_sums", None, (_POINTER, _SIZE, _SIZE, _POINTER, _POINTER)),
-            ("polar_energies", None, (_POINTER,) * 4),
-            ("polar_gather", None, (_POINTER,) * 5),
-            ("polar_encode", None, (_POINTER, _SIZE, *(_POINTER,) * 3, _INT, *(_POINTER,) * 3)),
-            ("polar_decode", None, (_POINTER, _SIZE, *(_POINTER,) * 3, _SIZE, _INT, *(_POINTER,) * 2)),
-            ("polar_scatter", None, (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER)),
+            ("hybrid_split", None, (_POINTER, _SIZE, _POINTER)),
+            ("hybrid_merge", None, (_POINTER, _SIZE, _POINTER)),
         )
     ]
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from .. import native
 from ..errors import ConfigError
 from .base import Compressor
 from .quantize import Quantize
@@ -169,9 +170,14 @@ class Hybrid(_Combination):
 
     def _encode_parts(self, values, seed):
         payload, _ = self.outliers.compress(values, seed=seed)
-        kept = torch.empty_like(values)
-        self.outliers.decode_into(payload, kept)
-        rest, _ = self.rest.compress(torch.where(kept == 0, values, 0.0), seed=seed)
+        remaining = torch.empty_like(values)
+        self.outliers.decode_into(payload, remaining)
+        kernels = native.kernels(values)
+        if kernels:
+            kernels.hybrid_split(values.data_ptr(), values.numel(), remaining.data_ptr())
+        else:
+            remaining = torch.where(remaining == 0, values, 0.0)
+        rest, _ = self.rest.compress(remaining, seed=seed)
         return payload, rest
 
     def _decode_parts(self, payload, out, add):
@@ -179,6 +185,10 @@ class Hybrid(_Combination):
         kept, decoded = torch.empty_like(out), torch.empty_like(out) if add else out
         self.rest.decode_into(payload[first:], decoded)
         self.outliers.decode_into(payload[:first], kept)
-        torch.where(kept == 0, decoded, kept, out=decoded)
+        kernels = native.kernels(out)
+        if kernels:
+            kernels.hybrid_merge(kept.data_ptr(), kept.numel(), decoded.data_ptr())
+        else:
+            torch.where(kept == 0, decoded, kept, out=decoded)
         if add:
             out.add_(decoded)

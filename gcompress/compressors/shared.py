@@ -149,7 +149,12 @@ class SharedScale(Compressor):
         return torch.where(torch.isfinite(scales), step, float("nan"))
 
     def _encode_native(self, kernels, values, payload, seed):
-        payload.copy_(self._encode_reference(values, seed))
+        numel, start = values.numel(), payload.data_ptr()
+        kernels.shared_scales(values.data_ptr(), numel, self._bucket(numel), start)
+        kernels.shared_encode(
+            values.data_ptr(), numel, self._bucket(numel), self._limit, self.bits, self.unbiased, seed,
+            start, start + 4 * self._buckets(numel),
+        )  # fmt: skip
 
     def _encode_reference(self, values, seed):
         scales = self._scales(values)
