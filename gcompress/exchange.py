@@ -236,13 +236,13 @@ class GradientExchange:
         feedback = self._memory_for(compressor)
         corrected = (feedback or _Forgetful).corrected(name, gradient)
         decoded = torch.empty_like(corrected) if feedback else None
-        payloads = []
-        for _, start, stop in self.plan.entries[name].pieces:
-            seed = self._seed(name, self.engine.rank(), start)
-            payload, _ = compressor.compress(corrected[start:stop], seed=seed)
+        entry, payloads = self.plan.entries[name], []
+        for piece in entry.pieces:
+            part = corrected[piece.start : piece.stop].view(entry.shape_of(piece))
+            payload, _ = compressor.compress(part, seed=self._seed(name, self.engine.rank(), piece.start))
             payloads.append(payload)
             if feedback:
-                compressor.decode_into(payload, decoded[start:stop])
+                compressor.decode_into(payload, decoded[piece.start : piece.stop])
         if feedback:
             feedback.keep(name, corrected, decoded, sparse=compressor.sparse)
         return compressor, payloads
@@ -279,6 +279,7 @@ class GradientExchange:
         """The payload of the mean (or sum) of a piece that this rank owns."""
         if average:
             total.mul_(1.0 / self.engine.world_size())
+        total = total.view(self.plan.entries[name].shape_of(piece))
         coder = (self._owner_feedback if self.policy.feedback_for(compressor) else _Forgetful).compress
         payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
         return payload
