@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressors import SPECS
-from gcompress import ConfigError, ExchangeError, Policy, from_spec
+from gcompress import ConfigError, ExchangeError, Policy, Rule, from_spec
 from gcompress.plan import Plan, borders
 from local_ranks import World, run_ranks
 from simulation import Simulation
@@ -67,6 +67,24 @@ def test_every_compressor_goes_through_two_phases(spec):
     assert {entry.exchange for entry in simulation.plan.entries.values()} == {expected}
     for step in range(2):
         expected = simulation.means([gradients(step, rank, shapes) for rank in range(3)])
+        for results, _, _ in ranks:
+            assert all(torch.equal(results[step][name], mean) for name, mean in expected.items())
+
+
+def test_rules_momentum_correction_and_a_warm_up_go_through_two_phases():
+    """Several compressors in one bucket, which change from step to step."""
+    rules = [Rule("quantize:bits=4", name="c"), Rule("threshold:threshold=0.5", name="d"), Rule(None, name="e")]
+    policy = Policy("topk:sparsity=0.99", rules=rules, momentum=0.9, clip=100.0, warmup_steps=4, exchange="twophase")
+    ranks = train(policy, World(3), steps=6)
+    plan = Plan(policy, SHAPES, 3)
+    ways = {name: entry.exchange for name, entry in plan.entries.items()}
+    assert ways == dict(
+        zip("abcdef", ["twophase", "allreduce", "twophase", "allgather", "allreduce", "twophase"], strict=True)
+    )
+    simulation = Simulation(plan)
+    for step in range(6):
+        own = [gradients(step, rank) for rank in range(3)]
+        expected = simulation.means([{name: rank[name] for name in "acdf"} for rank in own])
         for results, _, _ in ranks:
             assert all(torch.equal(results[step][name], mean) for name, mean in expected.items())
 
