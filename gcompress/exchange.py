@@ -42,6 +42,9 @@ class GradientExchange:
         self.engine = engine
         self.report = Report()
         self.plan = None
+        # False: results are not looked at before they are waited for, since the ranks have yet to compare
+        # their configurations, and a rank that refused another one's bytes would end alone.
+        self.agreed = True
         self._schedule = Schedule()
         self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
         self._tasks = {}  # bucket number: its task of this step
@@ -97,7 +100,8 @@ class GradientExchange:
             task = self._schedule.start(self.engine, name, self._summed(name, gradient, average))
         else:
             task = self._schedule.start(self.engine, name, self._all_gather({name: gradient}, average))
-        self._schedule.advance(self.engine)
+        if self.agreed:
+            self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():

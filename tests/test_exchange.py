@@ -279,3 +279,18 @@ def test_a_compressor_that_looks_at_the_shape_gets_whole_rows():
             assert len(entry.pieces) == min(size, 7 if name == "w" else 3)
             assert all(piece.start % row == piece.stop % row == 0 for piece in entry.pieces)
             assert all(entry.shape_of(piece) == (piece.numel // row, *entry.shape[1:]) for piece in entry.pieces)
+
+
+def test_nothing_is_decoded_before_the_ranks_agree():
+    """A rank of another configuration is found by comparing them, not by one rank's error over its bytes."""
+
+    def run(rank, exchange):
+        exchange.agreed = False
+        finish = [exchange.start(f"p{i}", torch.ones(2000)) for i in range(20)]
+        waiting = len(exchange._schedule._tasks)
+        exchange.agreed = True
+        exchange.start("last", torch.ones(2000))
+        assert (waiting, len(exchange._schedule._tasks)) == (20, 0)
+        return [wait() for wait in finish]
+
+    run_ranks(World(1, delays=0), Policy("topk", exchange="allgather"), run)
