@@ -13,12 +13,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+ENGINES := $(VENV)/.engines
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # horovodrun starts `python` and helpers by name.
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv data train test bench lint clean
+.PHONY: help setup venv engines data train split test bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -36,7 +37,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildc
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo 'make: no C++ compiler found (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo '+ $(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,test]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
 	$(BIN)/python tools/build_horovod.py
 	@touch $@
 
@@ -49,7 +50,19 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 		--plot runs/train.png --log-file runs/train.jsonl \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
 
-test: data ## run all tests (ARGS= for pytest's options)
+split: data ## train a model cut in two, with and without compression, and compare: runs/split.png (2 processes)
+	$(BIN)/python examples/split_learning.py --demo --compressor none --log-file runs/split-none.jsonl $(ARGS)
+	$(BIN)/python examples/split_learning.py --demo --compressor ms --ratio 0.99 --bit 2 \
+		--log-file runs/split-ms.jsonl --compare runs/split-none.jsonl --plot runs/split.png $(ARGS)
+
+engines: $(ENGINES) ## add MPI and BytePS, where they can be had (5 minutes the first time, then nothing)
+
+$(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edits.py plugins/byteps/compressor.cc
+	$(BIN)/python tools/install_mpi.py --optional
+	$(BIN)/python tools/build_byteps.py --optional
+	@touch $@
+
+test: data $(ENGINES) ## run all tests (ARGS= for pytest's options)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY) ## measure the compressors' speed against a plain copy
@@ -60,6 +73,6 @@ lint: $(READY) ## check style with ruff
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached Horovod wheel
-	rm -rf $(VENV) build dist *.egg-info gcompress/*.so .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached wheels
+	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

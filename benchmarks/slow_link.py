@@ -31,12 +31,18 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT = [
-    "none",
     "fp16",
-    "mask:sparsity=0.99,bits=2",
-    "mask:sparsity=0.99,bits=1",
-    "quantize:bits=4",
-    "topk:sparsity=0.99",
+    "quantize:bits=4@allgather",
+    "quantize:bits=4@twophase",
+    "mask:sparsity=0.99,bits=2@allgather",
+    "mask:sparsity=0.99,bits=2@twophase",
+    "mask:sparsity=0.99,bits=1@twophase",
+    "topk:sparsity=0.99@allgather",
+    "topk:sparsity=0.99@twophase",
+    "ddp/fp16",
+    "ddp/bf16",
+    "ddp/powersgd:rank=4",
+    "ddp/quantize:bits=4@twophase",
 ]
 COUNTER = pathlib.Path("/sys/class/net/lo/statistics/tx_bytes")
 

@@ -37,6 +37,18 @@ typedef struct {
     void (*topk_encode)(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                         int64_t capacity, uint8_t* payload);
     int (*topk_decode)(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out);
+    // The steps of Polar; the plan between them is Python's (gcompress/polar/). `layout`, `tiles`
+    // and `designs` are the structures PolarLayout, PolarTile and PolarDesign of polar.h,
+    // workspaces are as gcompress/polar/kernels.py has them.
+    void (*polar_sums)(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums);
+    void (*polar_energies)(const float* x, const void* layout, float* row_buffer, int64_t* totals);
+    void (*polar_gather)(const float* x, const void* layout, int64_t* cursors, float* row_buffer, int8_t* samples);
+    void (*polar_encode)(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots,
+                         const void* designs, int list_size, uint8_t* workspace, uint8_t* words, int64_t* products);
+    void (*polar_decode)(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots,
+                         const float* values, int64_t n, int add, uint64_t* workspace, float* out);
+    void (*polar_scatter)(const float* values, const void* layout, int64_t* cursors, float* row_buffer, int add,
+                          float* out);
     // `means`: 1 for Sign, 2 for OneBit.
     void (*sign_encode)(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload);
     void (*sign_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out);

@@ -5,6 +5,7 @@
 #include "gcompress.h"
 #include "cast.h"
 #include "mask.h"
+#include "polar.h"
 #include "quantize.h"
 #include "sign.h"
 #include "randomk.h"
@@ -68,6 +69,57 @@ int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int widt
                : topk_decode_form<false>(payload, n, k, form, width, out);
 }
 
+void polar_sums(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
+    polar_sums_of(x, n, cols, row_sums, column_sums);
+}
+
+void polar_energies(const float* x, const void* layout, float* row_buffer, int64_t* totals) {
+    polar_class_energies(x, (const PolarLayout*)layout, row_buffer, totals);
+}
+
+void polar_gather(const float* x, const void* layout, int64_t* cursors, float* row_buffer, int8_t* samples) {
+    polar_gather_rows(x, (const PolarLayout*)layout, cursors, row_buffer, samples);
+}
+
+void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
+                  int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
+    (void)list_size;
+    const PolarWorkspace work = polar_workspace(workspace);
+    const PolarTile* tile = (const PolarTile*)tiles;
+    PolarTables tables = {{0}, {0}};
+    int64_t rows = 0;
+    for (int64_t k = 0; k < count; ++k) rows += tile[k].rows;
+    for (int64_t i = 0; i < rows; ++i) {
+        if (slots[i] == PADDING_ROW) continue;
+        tables.levels[slots[i]] = (const int8_t*)((const PolarDesign*)designs)[slots[i]].tables;
+        tables.points[slots[i]] = (const int16_t*)((const PolarDesign*)designs)[slots[i]].points;
+    }
+    for (const PolarTile* end = tile + count; tile < end; ++tile) {
+        words = polar_encode_tile(samples, tile, slots, &tables, work, words, products);
+        samples += tile->lanes * tile->rows;
+        slots += tile->rows;
+    }
+}
+
+void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
+                  int64_t n, int add, uint64_t* workspace, float* out) {
+    const PolarTile* tile = (const PolarTile*)tiles;
+    for (const PolarTile* end = tile + count; tile < end; ++tile) {
+        words = add ? polar_decode_tile<true>(words, tile, slots, values, workspace, n, out)
+                    : polar_decode_tile<false>(words, tile, slots, values, workspace, n, out);
+        n -= tile->lanes * tile->rows;
+        out += tile->lanes * tile->rows;
+        slots += tile->rows;
+    }
+}
+
+void polar_scatter(const float* values, const void* layout, int64_t* cursors, float* row_buffer, int add, float* out) {
+    if (add)
+        polar_scatter_rows<true>(values, (const PolarLayout*)layout, cursors, row_buffer, out);
+    else
+        polar_scatter_rows<false>(values, (const PolarLayout*)layout, cursors, row_buffer, out);
+}
+
 }  // namespace
 
 #define GC_JOIN_(a, b) a##b
@@ -77,6 +129,8 @@ extern "C" {
 extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
+                                                  polar_sums,      polar_energies,  polar_gather,
+                                                  polar_encode,    polar_decode,    polar_scatter,
                                                   sign_encode,     sign_decode,     cast_encode,
                                                   cast_decode,     bf16_encode,     bf16_decode,
                                                   randomk_encode,  randomk_decode,

@@ -77,7 +77,7 @@ void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, in
             of_plus[j] = bits_float(magnitude & ~negative);
             of_minus[j] = bits_float(magnitude & negative);
         }
-        for (int row = 0; row < 64; row += LANES) {
+        for (int row = 0; row < 64; row += SUM_LANES) {
             plus.add(of_plus + row);
             if (means == 2) minus.add(of_minus + row);
         }

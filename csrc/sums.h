@@ -8,7 +8,7 @@
 namespace {
 
 const int64_t SUM_BLOCK = 4096;
-const int LANES = 16;
+const int SUM_LANES = 16;
 
 // gcc's and clang's vector types: they stay in registers, as arrays of sums do not always.
 typedef float FourFloats __attribute__((vector_size(16)));

@@ -64,10 +64,9 @@ except ImportError as error:
 
 import image_data
 import training_report
-from small_cnn import SmallConvNet
+from image_training import build_model, learning_rate, rank_batches
 
 DEFAULT_COMPRESSOR = "mask:sparsity=0.99,bits=2"
-WARMUP_FRACTION = 0.05
 TEST_BATCH = 500
 # A resumed run continues the interrupted one only if these are the same; any other difference is refused.
 RESUME_MUST_MATCH = (
@@ -235,37 +234,6 @@ def build_compression(arguments):
     return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})
 
 
-class ThreeChannels(torch.nn.Module):
-    """A torchvision classifier, which expects three channels, given grey or coloured images."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        output = self.network(images.expand(-1, 3, -1, -1))
-        # Models with auxiliary classifiers return a tuple while they train.
-        return output if torch.is_tensor(output) else output.logits
-
-
-def build_model(name, data):
-    if name == "cnn":
-        return SmallConvNet(data.image_shape[0], data.classes)
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        raise Refusal(f"--model {name}: expected cnn or one of torchvision's classifiers, such as resnet18")
-    return ThreeChannels(models.get_model(name, weights=None, num_classes=data.classes))
-
-
-def learning_rate(step, total_steps, peak):
-    """A linear warm-up, then a cosine to zero. A function of the step, so a checkpoint need not hold it."""
-    warmup = max(1, round(WARMUP_FRACTION * total_steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
-
-
 class Training:
     """One run: the model, its optimizer and exchange, the data, and how far it has come."""
 
@@ -286,21 +254,10 @@ class Training:
         self.epoch, self.step, self.seconds, self.curve = 0, 0, 0.0, []
 
     def batches(self):
-        """This rank's batches of the epoch: its share of one order that all ranks draw alike.
-
-        The order depends on the seed and the epoch alone: runs with different compressors see the same
-        images, and a resumed run needs no generator's state.
-        """
-        size = self.arguments.batch_size
-        generator = torch.Generator().manual_seed(self.arguments.seed * 1_000_003 + self.epoch)
-        count = len(self.data.train_images)
-        order = torch.randperm(count, generator=generator)
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        order = order[: self.steps_per_epoch * size * hvd.size()].view(self.steps_per_epoch, hvd.size(), size)
-        for index in order[:, hvd.rank()]:
-            images, mirror = self.data.train_images[index], mirrored[index]
-            images[mirror] = images[mirror].flip(3)
-            yield self.prepared(images), self.data.train_labels[index]
+        """This rank's batches of the epoch."""
+        seed, size = self.arguments.seed, self.arguments.batch_size
+        for images, labels in rank_batches(self.data, seed, self.epoch, size, hvd.rank(), hvd.size()):
+            yield self.prepared(images), labels
 
     def prepared(self, images):
         images = self.data.normalised(images)

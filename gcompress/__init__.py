@@ -18,6 +18,7 @@ from .compressors import (
     LowRank,
     MaskSparse,
     OneBit,
+    Polar,
     Quantize,
     RandomK,
     SharedScale,
@@ -27,7 +28,16 @@ from .compressors import (
     from_dict,
     from_spec,
 )
-from .errors import ConfigError, ConfigMismatchError, ExchangeError, GcompressError, PayloadError
+from .errors import (
+    ConfigError,
+    ConfigMismatchError,
+    ExchangeError,
+    GcompressError,
+    LinkError,
+    PayloadError,
+    RefusedError,
+    RolledBack,
+)
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
@@ -48,8 +58,10 @@ __all__ = [
     "GcompressError",
     "Hybrid",
     "LowRank",
+    "LinkError",
     "MaskSparse",
     "OneBit",
+    "Polar",
     "PayloadError",
     "Policy",
     "Quantize",
@@ -58,6 +70,8 @@ __all__ = [
     "SharedScale",
     "Sign",
     "Threshold",
+    "RefusedError",
+    "RolledBack",
     "TopK",
     "as_policy",
     "from_dict",

@@ -10,7 +10,7 @@ class ConfigError(GcompressError, ValueError):
 
 
 class PayloadError(GcompressError, ValueError):
-    """Bytes that no compressor of this configuration can have produced."""
+    """Bytes that no peer or compressor of this configuration can have produced: the one error of decoding."""
 
 
 class ConfigMismatchError(GcompressError, RuntimeError):
@@ -19,3 +19,19 @@ class ConfigMismatchError(GcompressError, RuntimeError):
 
 class ExchangeError(GcompressError, RuntimeError):
     """An exchange that cannot be completed; the message says what to change."""
+
+
+class LinkError(GcompressError, ConnectionError):
+    """A peer that cannot be reached, keeps silent beyond a deadline, or was lost."""
+
+
+class RefusedError(LinkError):
+    """A peer that this side, or that refused this side; the message says for what."""
+
+
+class RolledBack(GcompressError, RuntimeError):
+    """Not a failure: a half was lost, and both stand at `step` again; go on from there."""
+
+    def __init__(self, step):
+        super().__init__(f"both halves stand at step {step} again: go on from there")
+        self.step = step

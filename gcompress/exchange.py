@@ -42,6 +42,9 @@ class GradientExchange:
         self.engine = engine
         self.report = Report()
         self.plan = None
+        # False: results are not looked at before they are waited for, since the ranks have yet to compare
+        # their configurations, and a rank that refused another one's bytes would end alone.
+        self.agreed = True
         self._schedule = Schedule()
         self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
         self._tasks = {}  # bucket number: its task of this step
@@ -97,7 +100,8 @@ class GradientExchange:
             task = self._schedule.start(self.engine, name, self._summed(name, gradient, average))
         else:
             task = self._schedule.start(self.engine, name, self._all_gather({name: gradient}, average))
-        self._schedule.advance(self.engine)
+        if self.agreed:
+            self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():
@@ -236,13 +240,13 @@ class GradientExchange:
         feedback = self._memory_for(compressor)
         corrected = (feedback or _Forgetful).corrected(name, gradient)
         decoded = torch.empty_like(corrected) if feedback else None
-        payloads = []
-        for _, start, stop in self.plan.entries[name].pieces:
-            seed = self._seed(name, self.engine.rank(), start)
-            payload, _ = compressor.compress(corrected[start:stop], seed=seed)
+        entry, payloads = self.plan.entries[name], []
+        for piece in entry.pieces:
+            part = corrected[piece.start : piece.stop].view(entry.shape_of(piece))
+            payload, _ = compressor.compress(part, seed=self._seed(name, self.engine.rank(), piece.start))
             payloads.append(payload)
             if feedback:
-                compressor.decode_into(payload, decoded[start:stop])
+                compressor.decode_into(payload, decoded[piece.start : piece.stop])
         if feedback:
             feedback.keep(name, corrected, decoded, sparse=compressor.sparse)
         return compressor, payloads
@@ -279,6 +283,7 @@ class GradientExchange:
         """The payload of the mean (or sum) of a piece that this rank owns."""
         if average:
             total.mul_(1.0 / self.engine.world_size())
+        total = total.view(self.plan.entries[name].shape_of(piece))
         coder = (self._owner_feedback if self.policy.feedback_for(compressor) else _Forgetful).compress
         payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
         return payload

@@ -44,7 +44,7 @@ class ErrorFeedback:
             (payload, ctx) as `Compressor.compress` does.
         """
         corrected = self.corrected(name, gradient)
-        payload, _ = compressor.compress(corrected, seed=seed)
+        payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
         decoded = torch.empty_like(corrected)
         compressor.decode_into(payload, decoded)
         self.keep(name, corrected, decoded, sparse=compressor.sparse)

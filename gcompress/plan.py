@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole.
+# A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole;
+# of whole rows for compressors that look at the shape.
 ALIGNMENT = 1024
 # Below it a compressor's fixed costs show, and sparse ones choose among too few.
 SMALLEST_PIECE = 4096
@@ -53,6 +54,12 @@ class Entry:
     def numel(self):
         return self.shape.numel()
 
+    def shape_of(self, piece):
+        """The shape in which a piece is encoded: rows of the parameter where they are whole ones."""
+        row = self.shape[1:].numel()
+        whole = len(self.shape) > 1 and piece.start % row == piece.stop % row == 0
+        return (piece.numel // row, *self.shape[1:]) if whole else (piece.numel,)
+
 
 class Plan:
     """The plan of all parameters.
@@ -85,7 +92,7 @@ class Plan:
             if entry.exchange != "twophase":
                 continue
             free, pieces = set(range(self.world_size)), []
-            for start, stop in borders(entry.compressor, entry.numel, self.world_size):
+            for start, stop in borders(entry.compressor, entry.shape, self.world_size):
                 owner = min(free, key=lambda rank: (load[rank], rank))
                 free.remove(owner)
                 load[owner] += entry.compressor.nbytes(stop - start)
@@ -160,13 +167,16 @@ def choose(policy, compressor, numels, world_size):
     return "twophase"
 
 
-def borders(compressor, numel, world_size):
+def borders(compressor, shape, world_size):
     """[(start, stop)] of a parameter's pieces: as many as keep each of them worth encoding, up to one a rank."""
-    count = max(1, min(world_size, numel // SMALLEST_PIECE))
+    numel = shape.numel()
+    by_rows = getattr(compressor, "uses_shape", False) and len(shape) > 1
+    unit = shape[1:].numel() if by_rows else ALIGNMENT
+    blocks = -(-numel // unit)
+    count = max(1, min(world_size, numel // SMALLEST_PIECE, blocks))
     allowed = LARGEST_OVERHEAD * compressor.nbytes(numel)
     while True:
-        blocks = -(-numel // ALIGNMENT)
-        edges = [min(numel, blocks * i // count * ALIGNMENT) for i in range(count)] + [numel]
+        edges = [blocks * i // count * unit for i in range(count)] + [numel]
         pieces = list(zip(edges, edges[1:], strict=False))
         if count == 1 or sum(compressor.nbytes(stop - start) for start, stop in pieces) <= allowed:
             return pieces

@@ -10,7 +10,9 @@ class Report:
     sent_bytes: handed to the engine by this rank.
     wire_bytes: what this rank then has to send with the engine's ring algorithms, without
         protocol headers: (N - 1) times the payload for an all-gather among N ranks, what is
-        for others in an all-to-all, 2 (N - 1) / N times the tensor for an all-reduce.
+        for others in an all-to-all, 2 (N - 1) / N times the tensor for an all-reduce,
+        and for parameter servers the payload once.
+    pulled_bytes: received from parameter servers; with other exchanges it is not counted.
     fp32_bytes, fp16_bytes: the same gradients as float32 and float16 handed over whole;
     fp32_wire_bytes: and all-reduced as float32.
     """
@@ -21,6 +23,7 @@ class Report:
     fp32_bytes: int = 0
     fp32_wire_bytes: int = 0
     last_step_bytes: int = 0
+    pulled_bytes: int = 0
     _step_bytes: int = dataclasses.field(default=0, repr=False)
 
     @property
@@ -39,6 +42,11 @@ class Report:
     def add_all_reduce(self, numel, tensor_bytes, world_size):
         """Count a tensor of `numel` entries that is summed on the way."""
         self.add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
+
+    def add_push_pull(self, numel, pushed, pulled, world_size):
+        """Count a payload that goes to a parameter server and the one that comes back."""
+        self.pulled_bytes += pulled
+        self.add(numel, pushed, pushed, world_size)
 
     def add(self, numel, sent, wire, world_size):
         """Count `sent` bytes handed over for `numel` entries, for which `wire` bytes leave this rank."""

@@ -70,6 +70,11 @@ SPECS = [
     "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
     "hybrid:(threshold:threshold=3.0),(quantize:bits=1)",
     "hybrid:(topk:sparsity=0.99),(chain:(topk:sparsity=0.5),(quantize:bits=3,rounding=stochastic))",
+    "polar:rate=0.5",
+    "polar:rate=0.1,block=1024,scales=tensor",
+    "polar:rate=1.0,scales=chunk",
+    "polar:rate=2.5,allocation=flat",
+    "polar:rate=4,block=256",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

@@ -37,27 +37,29 @@ class Simulation:
         for rank, gradient in enumerate(gradients):
             values = self.memories[rank].corrected(name, gradient) if remembers else gradient.reshape(-1).float()
             if entry.exchange == "twophase":
-                parts = [self.code(compressor, values[p.start : p.stop], name, rank, p.start) for p in entry.pieces]
-                decoded = torch.cat(parts)
-            elif entry.exchange == "summed":
-                decoded = self.code(compressor, values, name)
+                parts = [
+                    self.code(compressor, values[p.start : p.stop].view(entry.shape_of(p)), name, rank, p.start)
+                    for p in entry.pieces
+                ]
+                decoded = torch.cat([part.view(-1) for part in parts])
             else:
-                decoded = self.code(compressor, values, name, rank)
+                seed = () if entry.exchange == "summed" else (rank,)
+                decoded = self.code(compressor, values.view(gradient.shape), name, *seed).view(-1)
             if remembers:
                 self.memories[rank].keep(name, values, decoded, sparse=compressor.sparse)
             mean = decoded.clone() if rank == 0 else mean + decoded
         if self.average:
             mean *= 1.0 / len(gradients)
         if entry.exchange == "twophase":
-            parts = [self.again(compressor, remembers, name, mean[p.start : p.stop], p) for p in entry.pieces]
-            mean = torch.cat(parts)
+            parts = [self.again(compressor, remembers, name, mean[p.start : p.stop], p, entry) for p in entry.pieces]
+            mean = torch.cat([part.view(-1) for part in parts])
         return mean.view(gradients[0].shape)
 
-    def again(self, compressor, remembers, name, mean, piece):
-        corrected = mean + self.owed.get((name, piece), 0.0)
+    def again(self, compressor, remembers, name, mean, piece, entry):
+        corrected = (mean + self.owed.get((name, piece), 0.0)).view(entry.shape_of(piece))
         decoded = self.code(compressor, corrected, name, "mean", piece.start)
         if remembers:
-            self.owed[name, piece] = corrected - decoded
+            self.owed[name, piece] = (corrected - decoded).view(-1)
         return decoded
 
     def code(self, compressor, values, name, *what):

@@ -200,3 +200,11 @@ def test_a_bad_spec_names_the_argument_and_what_came(spec, words):
     with pytest.raises(ConfigError) as caught:
         from_spec(spec)
     assert words in str(caught.value)
+
+
+@every_compressor
+def test_what_an_encoder_writes_passes_the_check_for_strangers(compressor):
+    for numel in (1, 65, 1023, 8200):
+        for tensor in {**inputs(numel), **poisoned(numel)}.values():
+            payload, _ = compressor.compress(tensor, seed=7)
+            compressor.check(payload, numel)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressors import SPECS
-from gcompress import ConfigError, ExchangeError, Policy, from_spec
+from gcompress import ConfigError, ExchangeError, Policy, Rule, from_spec
 from gcompress.plan import Plan, borders
 from local_ranks import World, run_ranks
 from simulation import Simulation
@@ -60,13 +60,31 @@ def test_ranks_get_what_a_simulation_gives_to_the_bit(spec, exchange, size, in_o
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_compressor_goes_through_two_phases(spec):
     policy = Policy(spec, exchange="twophase")
-    shapes = {"w": (9000,), "v": (1025,)}
+    shapes = {"w": (9000,), "v": (1025,), "m": (90, 100)}
     ranks = train(policy, World(3), steps=2, shapes=shapes)
     simulation = Simulation(Plan(policy, shapes, 3))
     expected = "twophase" if from_spec(spec).fixed_size else "allgather"
     assert {entry.exchange for entry in simulation.plan.entries.values()} == {expected}
     for step in range(2):
         expected = simulation.means([gradients(step, rank, shapes) for rank in range(3)])
+        for results, _, _ in ranks:
+            assert all(torch.equal(results[step][name], mean) for name, mean in expected.items())
+
+
+def test_rules_momentum_correction_and_a_warm_up_go_through_two_phases():
+    """Several compressors in one bucket, which change from step to step."""
+    rules = [Rule("quantize:bits=4", name="c"), Rule("threshold:threshold=0.5", name="d"), Rule(None, name="e")]
+    policy = Policy("topk:sparsity=0.99", rules=rules, momentum=0.9, clip=100.0, warmup_steps=4, exchange="twophase")
+    ranks = train(policy, World(3), steps=6)
+    plan = Plan(policy, SHAPES, 3)
+    ways = {name: entry.exchange for name, entry in plan.entries.items()}
+    assert ways == dict(
+        zip("abcdef", ["twophase", "allreduce", "twophase", "allgather", "allreduce", "twophase"], strict=True)
+    )
+    simulation = Simulation(plan)
+    for step in range(6):
+        own = [gradients(step, rank) for rank in range(3)]
+        expected = simulation.means([{name: rank[name] for name in "acdf"} for rank in own])
         for results, _, _ in ranks:
             assert all(torch.equal(results[step][name], mean) for name, mean in expected.items())
 
@@ -121,7 +139,7 @@ def test_pieces_cover_a_parameter_and_small_ones_are_not_cut():
     for spec in ("quantize:bits=1", "topk:sparsity=0.9999", "mask:sparsity=0.5,bits=8"):
         for numel in (1, 1023, 4096, 8191, 8192, 100_000, 1_000_003):
             for size in (1, 2, 7, 100):
-                pieces = borders(from_spec(spec), numel, size)
+                pieces = borders(from_spec(spec), torch.Size((numel,)), size)
                 assert pieces[0][0] == 0 and pieces[-1][1] == numel and len(pieces) <= size
                 assert all(a[1] == b[0] and a[1] % 1024 == 0 for a, b in zip(pieces, pieces[1:], strict=False))
                 assert len(pieces) == 1 or min(stop - start for start, stop in pieces) >= 3072
@@ -248,3 +266,31 @@ def test_the_plan_is_logged_once_by_rank_0(caplog):
         train(Policy("topk:sparsity=0.9", exchange="twophase"), World(2))
     (record,) = caplog.records
     assert "twophase (topk:sparsity=0.9): 5 tensors" in record.message and "bytes each per step" in record.message
+
+
+def test_a_compressor_that_looks_at_the_shape_gets_whole_rows():
+    class ByRows(type(from_spec("topk"))):
+        uses_shape = True
+
+    for size in (2, 3, 8):
+        plan = Plan(Policy(ByRows(sparsity=0.9), exchange="twophase"), {"w": (90, 7, 50), "v": (3, 20000)}, size)
+        for name, row in (("w", 350), ("v", 20000)):
+            entry = plan.entries[name]
+            assert len(entry.pieces) == min(size, 7 if name == "w" else 3)
+            assert all(piece.start % row == piece.stop % row == 0 for piece in entry.pieces)
+            assert all(entry.shape_of(piece) == (piece.numel // row, *entry.shape[1:]) for piece in entry.pieces)
+
+
+def test_nothing_is_decoded_before_the_ranks_agree():
+    """A rank of another configuration is found by comparing them, not by one rank's error over its bytes."""
+
+    def run(rank, exchange):
+        exchange.agreed = False
+        finish = [exchange.start(f"p{i}", torch.ones(2000)) for i in range(20)]
+        waiting = len(exchange._schedule._tasks)
+        exchange.agreed = True
+        exchange.start("last", torch.ones(2000))
+        assert (waiting, len(exchange._schedule._tasks)) == (20, 0)
+        return [wait() for wait in finish]
+
+    run_ranks(World(1, delays=0), Policy("topk", exchange="allgather"), run)

@@ -9,6 +9,7 @@ from .combine import Chain, Hybrid
 from .entropy import Entropy
 from .lowrank import LowRank
 from .mask import MaskSparse
+from .polar import Polar
 from .quantize import Quantize
 from .randomk import RandomK
 from .shared import SharedScale
@@ -29,6 +30,7 @@ REGISTRY = {
         MaskSparse,
         MXFP4,
         OneBit,
+        Polar,
         Quantize,
         RandomK,
         SharedScale,

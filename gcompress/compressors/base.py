@@ -52,6 +52,8 @@ class Compressor:
     shown: ClassVar[tuple] = ()
     # Fields that hold other compressors, in the order in which a spec has them.
     parts: ClassVar[tuple] = ()
+    # Whether `_encode_*` get the entries in their shape; otherwise as a vector.
+    uses_shape: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = True
     sparse: ClassVar[bool] = False
@@ -96,7 +98,8 @@ class Compressor:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
-        values = tensor.detach().reshape(-1).to(torch.float32).contiguous()
+        values = tensor.detach().to(torch.float32).contiguous()
+        values = values if self.uses_shape else values.view(-1)
         ctx = Context(tensor.shape, tensor.dtype)
         if values.numel() == 0:
             return torch.empty(0, dtype=torch.uint8, device=values.device), ctx
@@ -164,6 +167,14 @@ class Compressor:
         """The bytes of all tensors that `sum_rounds` yields for a gradient of this torch.Size."""
         raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
 
+    def check(self, payload, numel):
+        """PayloadError if a payload from a stranger holds a scale that no encoder writes.
+
+        `decode_into` is safe on any bytes and does not look; whoever takes payloads from
+        peers he does not trust calls this first. NaN scales are written, for inputs that
+        are not finite.
+        """
+
     def _encode_reference(self, values, seed):
         raise NotImplementedError(f"{type(self).__name__}._encode_reference")
 
@@ -230,11 +241,24 @@ def u32_bytes(number, device):
     return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
 
 
+def check_scales(what, scales, nan=False):
+    """PayloadError unless float32 scales are finite and not negative, or NaN where that stands for a poisoned input."""
+    wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
+    if wrong.numel():
+        raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
+
+
 def check_integer(argument, value, low, high=None):
     """ConfigError unless value is an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise ConfigError(f"{argument}: got {value!r}, expected {expected}")
+
+
+def check_number(argument, value, low, high):
+    """ConfigError unless value is a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{argument}: got {value!r}, expected a number from {low} to {high}")
 
 
 def check_sparsity(value):

@@ -25,6 +25,7 @@ from .base import (
     Section,
     check_choice,
     check_integer,
+    check_scales,
     check_sparsity,
     code_section,
     kept_count,
@@ -94,6 +95,9 @@ class MaskSparse(Compressor):
     def sections(self, numel):
         kept = Section(4 * kept_count(numel, self.sparsity), 4, floats=True)
         return [Section(4 * self._sent_levels, 4, floats=True), kept, code_section(numel, self.bits)]
+
+    def check(self, payload, numel):
+        check_scales("levels hold", packing.bytes_to_float(payload[: 4 * self._sent_levels if numel else 0]))
 
     def _encode_native(self, kernels, values, payload, seed):
         k = kept_count(values.numel(), self.sparsity)

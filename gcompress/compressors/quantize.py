@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, Section, check_choice, check_integer, code_section
+from .base import Compressor, Section, check_choice, check_integer, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,10 @@ class Quantize(Compressor):
         buckets = -(-numel // self._bucket(numel))
         zeros = [] if self.bits == 1 else [Section(buckets)]
         return [Section(4 * buckets, 4, floats=True), *zeros, code_section(numel, self.bits)]
+
+    def check(self, payload, numel):
+        buckets = -(-numel // self._bucket(numel)) if numel else 0
+        check_scales("steps hold", packing.bytes_to_float(payload[: 4 * buckets]), nan=True)
 
     def _bucket(self, numel):
         return self.bucket or -(-numel // 8) * 8

@@ -9,10 +9,12 @@
     )
 
 `compression` may be a compressor, its spec, a `gcompress.Policy`, or one of Horovod's own.
-No file of Horovod is changed: its optimizer class gets methods that start a named
-all-gather of packed bytes as soon as a gradient is ready and give `synchronize` a function
-to wait with, which Horovod supports. Tensors below the policy's size take Horovod's
-all-reduce. Waiting for gradients sleeps instead of spinning, in all its optimizers.
+No file of Horovod is changed: its optimizer class gets methods that start named exchanges
+of packed bytes (see gcompress/exchange.py) as soon as a gradient, or the last one of a
+bucket, is ready and give `synchronize` a function to wait with, which Horovod supports.
+Tensors below the policy's size take Horovod's all-reduce. Waiting for gradients sleeps
+instead of spinning, in all its optimizers. `hvd.elastic.TorchState` hands residuals on when
+ranks come or go (see elastic.py).
 
 `exchange(optimizer)` gives this rank's `GradientExchange`: `.report` counts bytes,
 `.state_dict()` holds the error feedback of this rank. Save it per rank; Horovod's

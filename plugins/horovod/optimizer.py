@@ -162,6 +162,7 @@ def allreduce_grad_async(self, p):
     if p.grad is None:  # another rank may have computed it
         p.grad = torch.zeros_like(p)
     gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+    exchange.agreed = self._gcompress_agreed is mpi_ops._handle_map
     return exchange.start(name, gradient, average=self.op == hvd.Average), finished
 
 

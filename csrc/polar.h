@@ -1,0 +1,776 @@
+// Polar: the successive-cancellation encoder and the decoder of a polar source code, 64
+// blocks side by side (gcompress/compressors/polar.py, docs/polar.md).
+//
+// A tile is N rows of 64 lanes, one block a lane: entry (row, lane) is byte 64 row + lane, so
+// nothing is transposed. A row of 64 values is one `Bytes`, its 64 bits one `Signs`.
+#ifndef GCOMPRESS_POLAR_H
+#define GCOMPRESS_POLAR_H
+
+#include "gcompress.h"
+#include "simd.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace {
+
+const int LANES = 64;
+const int MAX_BLOCK = 16384;
+const int MAX_LEVELS = 8;  // with so many, labels are the samples themselves
+const uint8_t PADDING_ROW = 255;
+const int8_t ERASED = -128;  // a sample that does not matter: padding, or sent apart
+
+// 64 signed bytes (sums saturate at -128 and 127, magnitudes at 127), and 64 bits in the form that is cheapest to select by.
+#if defined(__AVX512BW__)
+typedef __m512i Bytes;
+typedef uint64_t Signs;
+inline Bytes load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+inline void store_bytes(int8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
+inline Bytes zero_bytes() { return _mm512_setzero_si512(); }
+inline Bytes add_saturated(Bytes a, Bytes b) { return _mm512_adds_epi8(a, b); }
+inline Bytes check_node(Bytes a, Bytes b) {
+    return _mm512_max_epi8(_mm512_min_epi8(a, b), _mm512_subs_epi8(zero_bytes(), _mm512_max_epi8(a, b)));
+}
+inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
+    return _mm512_mask_subs_epi8(_mm512_adds_epi8(b, a), c, b, a);
+}
+inline Bytes magnitude(Bytes a) { return _mm512_abs_epi8(_mm512_max_epi8(a, _mm512_set1_epi8(-127))); }
+inline Bytes least(Bytes a, Bytes b) { return _mm512_min_epu8(a, b); }
+inline Signs negative(Bytes a) { return _mm512_movepi8_mask(a); }
+inline Signs equal(Bytes a, Bytes b) { return _mm512_cmpeq_epi8_mask(a, b); }
+inline Signs no_signs() { return 0; }
+inline Signs exclusive_or(Signs a, Signs b) { return a ^ b; }
+inline Signs both(Signs a, Signs b) { return a & b; }
+inline Signs without(Signs a, Signs b) { return a & ~b; }
+inline uint64_t word_of(Signs a) { return a; }
+inline Bytes with_bit(Bytes labels, Signs a, int level) {
+    return _mm512_or_si512(labels, _mm512_maskz_set1_epi8(a, (char)(1 << level)));
+}
+#elif defined(__AVX2__)
+struct Bytes {
+    __m256i low, high;
+};
+typedef Bytes Signs;  // 0 or -1
+#define GC_PAIR(expression_low, expression_high) \
+    Bytes result = {expression_low, expression_high}; \
+    return result
+inline Bytes load_bytes(const int8_t* p) {
+    GC_PAIR(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32)));
+}
+inline void store_bytes(int8_t* p, Bytes a) {
+    _mm256_storeu_si256((__m256i*)p, a.low);
+    _mm256_storeu_si256((__m256i*)(p + 32), a.high);
+}
+inline Bytes zero_bytes() { GC_PAIR(_mm256_setzero_si256(), _mm256_setzero_si256()); }
+inline Bytes add_saturated(Bytes a, Bytes b) {
+    GC_PAIR(_mm256_adds_epi8(a.low, b.low), _mm256_adds_epi8(a.high, b.high));
+}
+inline __m256i check_node_half(__m256i a, __m256i b) {
+    return _mm256_max_epi8(_mm256_min_epi8(a, b), _mm256_subs_epi8(_mm256_setzero_si256(), _mm256_max_epi8(a, b)));
+}
+inline Bytes check_node(Bytes a, Bytes b) { GC_PAIR(check_node_half(a.low, b.low), check_node_half(a.high, b.high)); }
+inline __m256i variable_node_half(__m256i a, __m256i b, __m256i c) {
+    return _mm256_blendv_epi8(_mm256_adds_epi8(b, a), _mm256_subs_epi8(b, a), c);
+}
+inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
+    GC_PAIR(variable_node_half(a.low, b.low, c.low), variable_node_half(a.high, b.high, c.high));
+}
+inline __m256i magnitude_half(__m256i a) { return _mm256_abs_epi8(_mm256_max_epi8(a, _mm256_set1_epi8(-127))); }
+inline Bytes magnitude(Bytes a) { GC_PAIR(magnitude_half(a.low), magnitude_half(a.high)); }
+inline Bytes least(Bytes a, Bytes b) { GC_PAIR(_mm256_min_epu8(a.low, b.low), _mm256_min_epu8(a.high, b.high)); }
+inline Signs equal(Bytes a, Bytes b) {
+    GC_PAIR(_mm256_cmpeq_epi8(a.low, b.low), _mm256_cmpeq_epi8(a.high, b.high));
+}
+inline Signs negative(Bytes a) {
+    GC_PAIR(_mm256_cmpgt_epi8(_mm256_setzero_si256(), a.low), _mm256_cmpgt_epi8(_mm256_setzero_si256(), a.high));
+}
+inline Signs no_signs() { return zero_bytes(); }
+inline Signs exclusive_or(Signs a, Signs b) { GC_PAIR(a.low ^ b.low, a.high ^ b.high); }
+inline Signs both(Signs a, Signs b) { GC_PAIR(a.low & b.low, a.high & b.high); }
+inline Signs without(Signs a, Signs b) { GC_PAIR(a.low & ~b.low, a.high & ~b.high); }
+inline uint64_t word_of(Signs a) {
+    return (uint32_t)_mm256_movemask_epi8(a.low) | (uint64_t)(uint32_t)_mm256_movemask_epi8(a.high) << 32;
+}
+inline Bytes with_bit(Bytes labels, Signs a, int level) {
+    const __m256i bit = _mm256_set1_epi8((char)(1 << level));
+    GC_PAIR(labels.low | (a.low & bit), labels.high | (a.high & bit));
+}
+#undef GC_PAIR
+#else
+// Four vectors of 16 bytes in the compiler's own notation: SSE2, NEON or whatever there is.
+typedef int8_t Part __attribute__((vector_size(16)));
+struct Bytes {
+    Part part[4];
+};
+typedef Bytes Signs;  // 0 or -1
+#if defined(__SSE2__)
+inline Part add_saturated_part(Part a, Part b) { return (Part)_mm_adds_epi8((__m128i)a, (__m128i)b); }
+inline Part subtract_saturated_part(Part a, Part b) { return (Part)_mm_subs_epi8((__m128i)a, (__m128i)b); }
+#else
+typedef uint8_t UnsignedPart __attribute__((vector_size(16)));
+inline Part saturate(Part sum, Part overflow, Part a) {
+    return (sum & ~(overflow >> 7)) | (((a >> 7) ^ 127) & (overflow >> 7));
+}
+inline Part add_saturated_part(Part a, Part b) {
+    const Part sum = (Part)((UnsignedPart)a + (UnsignedPart)b);
+    return saturate(sum, (a ^ sum) & (b ^ sum), a);
+}
+inline Part subtract_saturated_part(Part a, Part b) {
+    const Part difference = (Part)((UnsignedPart)a - (UnsignedPart)b);
+    return saturate(difference, (a ^ b) & (a ^ difference), a);
+}
+#endif
+#define GC_PARTS(expression)                       \
+    Bytes result;                                  \
+    for (int k = 0; k < 4; ++k) result.part[k] = (expression); \
+    return result
+inline Part select(Part where, Part a, Part b) { return (where & a) | (~where & b); }
+inline Part larger(Part a, Part b) { return select(a > b, a, b); }
+inline Part smaller(Part a, Part b) { return select(a > b, b, a); }
+inline Bytes load_bytes(const int8_t* p) { return load<Bytes>(p); }
+inline void store_bytes(int8_t* p, Bytes a) { store(p, a); }
+inline Bytes zero_bytes() { GC_PARTS(Part{}); }
+inline Bytes add_saturated(Bytes a, Bytes b) { GC_PARTS(add_saturated_part(a.part[k], b.part[k])); }
+inline Bytes check_node(Bytes a, Bytes b) {
+    GC_PARTS(larger(smaller(a.part[k], b.part[k]), subtract_saturated_part(Part{}, larger(a.part[k], b.part[k]))));
+}
+inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
+    GC_PARTS(select(c.part[k], subtract_saturated_part(b.part[k], a.part[k]),
+                    add_saturated_part(b.part[k], a.part[k])));
+}
+inline Bytes magnitude(Bytes a) { GC_PARTS(select(a.part[k] < 0, subtract_saturated_part(Part{}, a.part[k]), a.part[k])); }
+inline Bytes least(Bytes a, Bytes b) { GC_PARTS(smaller(a.part[k], b.part[k])); }
+inline Signs equal(Bytes a, Bytes b) { GC_PARTS(a.part[k] == b.part[k]); }
+inline Signs negative(Bytes a) { GC_PARTS(a.part[k] < 0); }
+inline Signs no_signs() { return zero_bytes(); }
+inline Signs exclusive_or(Signs a, Signs b) { GC_PARTS(a.part[k] ^ b.part[k]); }
+inline Signs both(Signs a, Signs b) { GC_PARTS(a.part[k] & b.part[k]); }
+inline Signs without(Signs a, Signs b) { GC_PARTS(a.part[k] & ~b.part[k]); }
+inline uint64_t word_of(Signs a) {
+    uint64_t word = 0;
+    for (int group = 0; group < 8; ++group) {  // eight low bits meet in the top byte of a product
+        const uint64_t ones = load<uint64_t>((const char*)&a + 8 * group) & 0x0101010101010101ull;
+        word |= ((ones * 0x0102040810204080ull) >> 56) << (8 * group);
+    }
+    return word;
+}
+inline Bytes with_bit(Bytes labels, Signs a, int level) {
+    GC_PARTS(labels.part[k] | (a.part[k] & (int8_t)(1 << level)));
+}
+#undef GC_PARTS
+#endif
+
+// a, or -a where c.
+inline Bytes negate_where(Bytes a, Signs c) { return variable_node(a, zero_bytes(), c); }
+
+// What a subtree of the code is; everything but GENERAL has a short cut.
+enum { GENERAL = 0, ALL_FROZEN = 1, ALL_FREE = 2, REPETITION = 3, SINGLE_PARITY = 4 };
+const int MAX_REPETITION = 128;  // 128 * 128 fits 16 bits
+const int MAX_PARITY = 64;
+
+// Types of the 2 N - 1 subtrees, the root at 1 and the children of t at 2 t and 2 t + 1:
+// position i carries information if rank[i] < free.
+inline void subtree_types(const uint16_t* rank, int rows, int free, uint8_t* types, uint16_t* counts) {
+    for (int i = 0; i < rows; ++i) counts[rows + i] = rank[i] < free;
+    for (int i = 0; i < rows; ++i) types[rows + i] = counts[rows + i] ? ALL_FREE : ALL_FROZEN;
+    for (int size = 2, level = rows / 2; level > 0; level /= 2, size *= 2) {
+        for (int node = level; node < 2 * level; ++node) {
+            const int count = counts[2 * node] + counts[2 * node + 1];
+            const int left = counts[2 * node];
+            counts[node] = (uint16_t)count;
+            uint8_t type = GENERAL;
+            if (count == 0)
+                type = ALL_FROZEN;
+            else if (count == size)
+                type = ALL_FREE;
+            else if (count == 1 && size <= MAX_REPETITION && (types[2 * node + 1] == REPETITION || size == 2) &&
+                     left == 0)
+                type = REPETITION;
+            else if (count == size - 1 && size >= 4 && size <= MAX_PARITY && rank[node * size - rows] >= free)
+                type = SINGLE_PARITY;
+            types[node] = type;
+        }
+    }
+}
+
+// The sign of the sum of n <= 128 rows, summed in 16 bits.
+inline Signs sum_signs(const Bytes* l, int n) {
+#if defined(__AVX512BW__)
+    __m512i low = _mm512_setzero_si512(), high = low;
+    for (int i = 0; i < n; ++i) {
+        low = _mm512_add_epi16(low, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(l[i])));
+        high = _mm512_add_epi16(high, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(l[i], 1)));
+    }
+    return (uint64_t)_mm512_movepi16_mask(low) | (uint64_t)_mm512_movepi16_mask(high) << 32;
+#else
+    int16_t sums[LANES] = {0};
+    int8_t signs[LANES];
+    for (int i = 0; i < n; ++i) {
+        const int8_t* row = (const int8_t*)(l + i);
+        for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + row[j]);  // vectorised
+    }
+    for (int j = 0; j < LANES; ++j) signs[j] = (int8_t)(sums[j] >> 15);
+    return load_bytes(signs);
+#endif
+}
+
+// Wagner's rule: hard decisions, and where their parity is odd the first least reliable one flips.
+inline void single_parity(const Bytes* l, int n, Signs* code) {
+    Signs odd = no_signs();
+    Bytes weakest = magnitude(l[0]);
+    for (int i = 0; i < n; ++i) {
+        code[i] = negative(l[i]);
+        odd = exclusive_or(odd, code[i]);
+        weakest = least(weakest, magnitude(l[i]));
+    }
+    for (int i = 0; i < n; ++i) {
+        const Signs flip = both(odd, equal(magnitude(l[i]), weakest));
+        code[i] = exclusive_or(code[i], flip);
+        odd = without(odd, flip);
+    }
+}
+
+// Successive cancellation with min-sum in saturated bytes: the codeword nearest to n rows of
+// log-likelihoods, as this node of the code sees them. `scratch` has room for n rows.
+template <int n>
+struct Node {
+    static void encode(const uint8_t* types, int node, const Bytes* l, Signs* code, Bytes* scratch) {
+        const int half = n / 2;
+        switch (types[node]) {
+            case ALL_FROZEN:
+                for (int i = 0; i < n; ++i) code[i] = no_signs();
+                return;
+            case ALL_FREE:
+                for (int i = 0; i < n; ++i) code[i] = negative(l[i]);
+                return;
+            case REPETITION: {
+                const Signs sign = sum_signs(l, n);
+                for (int i = 0; i < n; ++i) code[i] = sign;
+                return;
+            }
+            case SINGLE_PARITY:
+                single_parity(l, n, code);
+                return;
+            default:
+                break;
+        }
+        if (types[2 * node] == ALL_FROZEN) {
+            for (int i = 0; i < half; ++i) scratch[i] = add_saturated(l[i + half], l[i]);
+            Node<half>::encode(types, 2 * node + 1, scratch, code + half, scratch + half);
+            for (int i = 0; i < half; ++i) code[i] = code[i + half];
+            return;
+        }
+        for (int i = 0; i < half; ++i) scratch[i] = check_node(l[i], l[i + half]);
+        Node<half>::encode(types, 2 * node, scratch, code, scratch + half);
+        if (types[2 * node + 1] == ALL_FREE) {
+            for (int i = 0; i < half; ++i) {
+                const Signs right = negative(variable_node(l[i], l[i + half], code[i]));
+                code[i + half] = right;
+                code[i] = exclusive_or(code[i], right);
+            }
+            return;
+        }
+        for (int i = 0; i < half; ++i) scratch[i] = variable_node(l[i], l[i + half], code[i]);
+        Node<half>::encode(types, 2 * node + 1, scratch, code + half, scratch + half);
+        for (int i = 0; i < half; ++i) code[i] = exclusive_or(code[i], code[i + half]);
+    }
+};
+template <>
+struct Node<1> {
+    static void encode(const uint8_t* types, int node, const Bytes* l, Signs* code, Bytes*) {
+        code[0] = types[node] == ALL_FROZEN ? no_signs() : negative(l[0]);
+    }
+};
+
+inline void encode_block(int rows, const uint8_t* types, const Bytes* l, Signs* code, Bytes* scratch) {
+    switch (rows) {
+        case 16: return Node<16>::encode(types, 1, l, code, scratch);
+        case 32: return Node<32>::encode(types, 1, l, code, scratch);
+        case 64: return Node<64>::encode(types, 1, l, code, scratch);
+        case 128: return Node<128>::encode(types, 1, l, code, scratch);
+        case 256: return Node<256>::encode(types, 1, l, code, scratch);
+        case 512: return Node<512>::encode(types, 1, l, code, scratch);
+        case 1024: return Node<1024>::encode(types, 1, l, code, scratch);
+        case 2048: return Node<2048>::encode(types, 1, l, code, scratch);
+        case 4096: return Node<4096>::encode(types, 1, l, code, scratch);
+        case 8192: return Node<8192>::encode(types, 1, l, code, scratch);
+        default: return Node<16384>::encode(types, 1, l, code, scratch);
+    }
+}
+
+// The polar transform of N words, in place; it is its own inverse.
+inline void transform(uint64_t* words, int rows) {
+    for (int half = 1; half < rows; half *= 2)
+        for (int i = 0; i < rows; i += 2 * half)
+            for (int j = i; j < i + half; ++j) words[j] ^= words[j + half];  // vectorised
+}
+
+// A row of `lanes` bytes, the rest 0; and its first `lanes` bytes to memory.
+inline Bytes load_lanes(const int8_t* p, int lanes) {
+    if (lanes == LANES) return load_bytes(p);
+    int8_t row[LANES] = {0};
+    memcpy(row, p, (size_t)lanes);
+    return load_bytes(row);
+}
+inline void store_lanes(int8_t* p, Bytes a, int lanes) {
+    if (lanes == LANES) return store_bytes(p, a);
+    int8_t row[LANES];
+    store_bytes(row, a);
+    memcpy(p, row, (size_t)lanes);
+}
+
+// Log-likelihoods of a level from its table of [2^level prefixes][256 sample values].
+#if defined(__AVX512BW__)
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) inline __m512i look_up_sample(const int8_t* table, __m512i x) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), x, _mm512_loadu_si512(table + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), x, _mm512_loadu_si512(table + 192));
+    return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high);
+}
+template <int level>
+struct Prefix {
+    __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static inline __m512i look_up(const int8_t* table,
+                                                                                        __m512i x,
+                                                                                        const Signs* prefix) {
+        const __m512i zero = Prefix<level - 1>::look_up(table, x, prefix);
+        const __m512i one = Prefix<level - 1>::look_up(table + (256 << (level - 1)), x, prefix);
+        return _mm512_mask_mov_epi8(zero, prefix[level - 1], one);
+    }
+};
+template <>
+struct Prefix<0> {
+    __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static inline __m512i look_up(const int8_t* table,
+                                                                                        __m512i x, const Signs*) {
+        return look_up_sample(table, x);
+    }
+};
+template <int level>
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void level_inputs_vbmi(const int8_t* samples, int rows, int lanes,
+                                                                            const uint8_t* slots,
+                                                                            const int8_t* const* tables,
+                                                                            const uint16_t* positions,
+                                                                            const int8_t* labels, Bytes* l) {
+    for (int i = 0; i < rows; ++i) {
+        if (slots[i] == PADDING_ROW) {
+            l[positions[i]] = zero_bytes();
+            continue;
+        }
+        const __m512i label = load_lanes(labels + lanes * i, lanes);
+        Signs prefix[MAX_LEVELS];
+        for (int k = 0; k < level; ++k) prefix[k] = _mm512_test_epi8_mask(label, _mm512_set1_epi8((char)(1 << k)));
+        const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
+        l[positions[i]] = Prefix<level>::look_up(table, load_lanes(samples + lanes * i, lanes), prefix);
+    }
+}
+#endif
+
+inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, const uint8_t* slots,
+                         const int8_t* const* tables, const uint16_t* positions, const int8_t* labels, Bytes* l) {
+    const bool plain = tables[slots[0]] == 0;
+#if defined(__AVX512BW__)
+    if (!plain && __builtin_cpu_supports("avx512vbmi")) {
+        switch (level) {
+            case 0: return level_inputs_vbmi<0>(samples, rows, lanes, slots, tables, positions, labels, l);
+            case 1: return level_inputs_vbmi<1>(samples, rows, lanes, slots, tables, positions, labels, l);
+            case 2: return level_inputs_vbmi<2>(samples, rows, lanes, slots, tables, positions, labels, l);
+            case 3: return level_inputs_vbmi<3>(samples, rows, lanes, slots, tables, positions, labels, l);
+            case 4: return level_inputs_vbmi<4>(samples, rows, lanes, slots, tables, positions, labels, l);
+            default: break;  // by then as many tables as entries in a row
+        }
+    }
+#endif
+    for (int i = 0; i < rows; ++i) {
+        int8_t inputs[LANES] = {0};
+        if (slots[i] != PADDING_ROW && plain) {
+            for (int j = 0; j < lanes; ++j) inputs[j] = (int8_t)(1 - 2 * (samples[lanes * i + j] >> level & 1));
+        } else if (slots[i] != PADDING_ROW) {
+            const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
+            for (int j = 0; j < lanes; ++j)
+                inputs[j] = table[256 * (int)labels[lanes * i + j] + (uint8_t)samples[lanes * i + j]];
+        }
+        l[positions[i]] = load_bytes(inputs);
+    }
+}
+
+// One tile's part of the plan that Python makes (gcompress/polar/plan.py).
+struct PolarTile {
+    int64_t rows, lanes;       // block length N, blocks side by side: 8, 16, 32 or 64
+    int64_t levels;            // label bits m
+    int64_t rank, positions;   // addresses of uint16 [N]: a position's rank, where a row goes
+    int64_t free[MAX_LEVELS];  // information bits a block of every level
+};
+
+// The design of a class: addresses of its tables [1 + 2 + … + 2^(m-1)][256] and of its 2^m points.
+struct PolarDesign {
+    int64_t tables, points;
+};
+
+// What encoding a tile needs besides; `align` bytes are lost to alignment.
+struct PolarWorkspace {
+    Bytes *inputs, *scratch;
+    Signs* code;
+    int8_t* labels;
+    uint64_t* words;
+    uint8_t* types;
+    uint16_t* counts;
+};
+
+inline PolarWorkspace polar_workspace(uint8_t* memory) {
+    memory = (uint8_t*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    PolarWorkspace work;
+    work.inputs = (Bytes*)memory;
+    work.scratch = (Bytes*)(memory + LANES * MAX_BLOCK);
+    work.code = (Signs*)(memory + 2 * LANES * MAX_BLOCK);
+    work.labels = (int8_t*)(memory + 3 * LANES * MAX_BLOCK);
+    work.words = (uint64_t*)(memory + 4 * LANES * MAX_BLOCK);
+    work.types = memory + (4 * LANES + 8) * MAX_BLOCK;
+    work.counts = (uint16_t*)(memory + (4 * LANES + 10) * MAX_BLOCK);
+    return work;  // (4 LANES + 14) MAX_BLOCK + 64 bytes
+}
+
+// Adds <samples, points of their labels> and <points, points> over the samples that matter.
+inline void label_products(const int8_t* samples, const int8_t* labels, int count, const int16_t* points, int levels,
+                           int64_t* products) {
+    int64_t dot = 0, norm = 0;
+#if defined(__AVX512BW__)
+    int16_t padded[128] = {0};
+    memcpy(padded, points, sizeof(int16_t) << (levels < 8 ? levels : 7));
+    const __m512i table[4] = {_mm512_loadu_si512(padded), _mm512_loadu_si512(padded + 32),
+                              _mm512_loadu_si512(padded + 64), _mm512_loadu_si512(padded + 96)};
+    __m512i norms = _mm512_setzero_si512();
+    int j = 0;
+    while (levels < 8 && j + 32 <= count) {
+        __m512i dots = _mm512_setzero_si512();
+        for (int part = 0; part < 256 && j + 32 <= count; ++part, j += 32) {  // so many products fit 32 bits
+            const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(labels + j)));
+            __m512i point = _mm512_permutex2var_epi16(table[0], index, table[1]);
+            if (levels > 6)
+                point = _mm512_mask_mov_epi16(point, _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
+                                              _mm512_permutex2var_epi16(table[2], index, table[3]));
+            const __m512i sample = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(samples + j)));
+            point = _mm512_maskz_mov_epi16(_mm512_cmpneq_epi16_mask(sample, _mm512_set1_epi16(ERASED)), point);
+            dots = _mm512_add_epi32(dots, _mm512_madd_epi16(sample, point));
+            const __m512i squares = _mm512_madd_epi16(point, point);
+            norms = _mm512_add_epi64(norms, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(squares)));
+            norms = _mm512_add_epi64(norms, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(squares, 1)));
+        }
+        dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(dots)));
+        dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(dots, 1)));
+    }
+    norm = _mm512_reduce_add_epi64(norms);
+#else
+    int j = 0;
+    (void)levels;
+#endif
+    for (; j < count; ++j) {
+        const int32_t point = samples[j] == ERASED ? 0 : points[(uint8_t)labels[j]];
+        dot += samples[j] * point;
+        norm += point * point;
+    }
+    products[0] += dot;
+    products[1] += norm;
+}
+
+// The same with one level: the sum of samples, each by the sign of its codeword's bit.
+inline void sign_products(const int8_t* samples, int rows, int lanes, const uint16_t* positions, const Signs* code,
+                          int64_t* products) {
+    for (int start = 0; start < rows; start += MAX_REPETITION) {
+        int16_t sums[LANES] = {0};
+        int8_t signed_row[LANES];
+        for (int i = start; i < start + MAX_REPETITION && i < rows; ++i) {
+            store_bytes(signed_row, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
+            for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + signed_row[j]);  // vectorised
+        }
+        for (int j = 0; j < LANES; ++j) products[0] += sums[j];
+    }
+}
+
+struct PolarTables {
+    const int8_t* levels[PADDING_ROW];  // by slot
+    const int16_t* points[PADDING_ROW];
+};
+
+// Writes a tile's words and returns their end. `slots` gives every row's class, and `products`
+// per class: <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
+inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
+                                  const PolarTables* tables, PolarWorkspace work, uint8_t* words,
+                                  int64_t* products) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
+    const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
+    if (levels > 1) memset(work.labels, 0, (size_t)(lanes * rows));
+    for (int level = 0; level < levels; ++level) {
+        const int free = (int)tile->free[level];
+        if (levels > 1)
+            level_inputs(samples, rows, lanes, level, slots, tables->levels, positions, work.labels, work.inputs);
+        else
+            for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
+        subtree_types(rank, rows, free, work.types, work.counts);
+        encode_block(rows, work.types, work.inputs, work.code, work.scratch);
+        for (int i = 0; levels > 1 && i < rows; ++i) {
+            int8_t* labels = work.labels + lanes * i;
+            store_lanes(labels, with_bit(load_lanes(labels, lanes), work.code[positions[i]], level), lanes);
+        }
+        for (int i = 0; i < rows; ++i) work.words[i] = word_of(work.code[i]);
+        transform(work.words, rows);
+        for (int i = 0; i < rows; ++i) {
+            if (rank[i] < free) {
+                store(words, work.words[i]);  // up to 7 bytes more than there are lanes for
+                words += lanes / 8;
+            }
+        }
+    }
+    for (int i = 0, end; i < rows && slots[i] != PADDING_ROW; i = end) {
+        end = i + 1;
+        while (end < rows && slots[end] == slots[i]) ++end;
+        const int8_t* first = samples + lanes * i;
+        int64_t* mine = products + 2 * slots[i];
+        if (levels > 1)
+            label_products(first, work.labels + lanes * i, lanes * (end - i), tables->points[slots[i]], levels, mine);
+        else
+            sign_products(first, end - i, lanes, positions + i, work.code, mine);
+    }
+    return words;
+}
+
+// Signs from a word, the inverse of word_of.
+inline Signs signs_of(uint64_t word) {
+#if defined(__AVX512BW__)
+    return word;
+#elif defined(__AVX2__)
+    const __m256i bits = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i low = _mm256_shuffle_epi8(_mm256_set1_epi32((int)word), spread);
+    const __m256i high = _mm256_shuffle_epi8(_mm256_set1_epi32((int)(word >> 32)), spread);
+    Signs result = {_mm256_cmpeq_epi8(low & bits, bits), _mm256_cmpeq_epi8(high & bits, bits)};
+    return result;
+#else
+    int8_t bytes[LANES];
+    for (int j = 0; j < LANES; ++j) bytes[j] = (int8_t)-(int)(word >> j & 1);
+    return load_bytes(bytes);
+#endif
+}
+
+// out[j] (+)= a where bit j is 0, -a where it is 1.
+template <bool add>
+inline void write_signs(uint64_t word, float a, float* out) {
+#if defined(__AVX512F__)
+    const __m512 plus = _mm512_set1_ps(a), minus = _mm512_set1_ps(-a);
+    for (int part = 0; part < 4; ++part) {
+        __m512 value = _mm512_mask_mov_ps(plus, (__mmask16)(word >> (16 * part)), minus);
+        if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
+        _mm512_storeu_ps(out + 16 * part, value);
+    }
+#elif defined(__AVX2__)
+    const __m256 plus = _mm256_set1_ps(a), sign = _mm256_set1_ps(-0.0f);
+    const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (int part = 0; part < 8; ++part) {
+        const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(word >> (8 * part))), to_top);
+        __m256 value = _mm256_xor_ps(plus, _mm256_and_ps(sign, _mm256_castsi256_ps(bits)));
+        if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
+        _mm256_storeu_ps(out + 8 * part, value);
+    }
+#else
+    const uint32_t pattern = float_bits(a);
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = (uint32_t)(word >> (32 * half));
+        float* target = out + 32 * half;
+        for (int j = 0; j < 32; ++j) {  // vectorised
+            const float value = bits_float(pattern ^ ((bits >> j) << 31));
+            target[j] = add ? target[j] + value : value;
+        }
+    }
+#endif
+}
+
+template <bool add>
+inline void write_points(const uint8_t* labels, const float* table, int levels, float* out) {
+#if defined(__AVX512F__)
+    if (levels == 5) {
+        const __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
+        for (int part = 0; part < 4; ++part) {
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(labels + 16 * part)));
+            __m512 value = _mm512_permutex2var_ps(low, index, high);
+            if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
+            _mm512_storeu_ps(out + 16 * part, value);
+        }
+        return;
+    }
+#endif
+    look_up_64<add>(labels, table, levels > 4, out);
+}
+
+// Decodes one tile, at most `count` entries of it; returns the end of its words.
+template <bool add>
+const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots,
+                                 const float* values, uint64_t* code, int64_t count, float* out) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
+    const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
+    for (int level = 0; level < levels; ++level) {
+        uint64_t* bits = code + level * rows;
+        const int free = (int)tile->free[level];
+        for (int i = 0; i < rows; ++i) {
+            bits[i] = 0;
+            if (rank[i] < free) {
+                memcpy(bits + i, words, (size_t)(lanes / 8));
+                words += lanes / 8;
+            }
+        }
+        if (free > 0) transform(bits, rows);
+    }
+    float tail[LANES] = {0};
+    for (int i = 0; i < rows && lanes * (int64_t)i < count; ++i) {
+        if (slots[i] == PADDING_ROW) break;
+        const int64_t left = min64(lanes, count - lanes * (int64_t)i);
+        const float* table = values + ((int64_t)slots[i] << MAX_LEVELS);
+        float* target = out + lanes * (int64_t)i;
+        if (left < LANES) {
+            if (add) memcpy(tail, target, (size_t)left * sizeof(float));
+            target = tail;
+        }
+        if (levels == 1) {
+            write_signs<add>(code[positions[i]], table[0], target);
+        } else {
+            Bytes labels = zero_bytes();
+            int8_t bytes[LANES];
+            for (int level = 0; level < levels; ++level)
+                labels = with_bit(labels, signs_of(code[level * rows + positions[i]]), level);
+            store_bytes(bytes, labels);
+            write_points<add>((const uint8_t*)bytes, table, levels, target);
+        }
+        if (left < LANES) memcpy(out + lanes * (int64_t)i, tail, (size_t)left * sizeof(float));
+    }
+    return words;
+}
+
+// Sums of |x| 2^-24 over every row and, if asked, every column of a matrix of n entries in rows
+// of `cols`: a row's in 16 interleaved sums that then fold in halves, a column's from top to bottom.
+inline void polar_sums_of(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
+    const float scale = 1.0f / 16777216.0f;
+    if (column_sums) memset(column_sums, 0, (size_t)cols * sizeof(float));
+    for (int64_t start = 0; start < n; start += cols) {
+        const int64_t count = min64(cols, n - start);
+        const float* row = x + start;
+        float sums[16] = {0};
+        int64_t j = 0;
+        for (; j + 16 <= count; j += 16)
+            for (int k = 0; k < 16; ++k) sums[k] += __builtin_fabsf(row[j + k]) * scale;  // vectorised
+        for (int k = 0; j + k < count; ++k) sums[k] += __builtin_fabsf(row[j + k]) * scale;
+        for (int half = 8; half > 0; half /= 2)
+            for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+        *row_sums++ = sums[0];
+        if (column_sums)
+            for (j = 0; j < count; ++j) column_sums[j] += __builtin_fabsf(row[j]) * scale;  // vectorised
+    }
+}
+
+inline int8_t sample_of(float value) {
+    const float low = value < -127.0f ? -127.0f : value;
+    return (int8_t)round_even(low > 127.0f ? 127.0f : low);
+}
+
+inline void quantize_run(const float* x, int64_t count, float scale, int8_t* samples) {
+    for (int64_t i = 0; i < count; ++i) samples[i] = sample_of(x[i] * scale);  // vectorised
+}
+
+// How a matrix falls apart into classes: the entry in row i and column j has class row_class[i] +
+// (class of j's run), the columns being taken in `order`.
+struct PolarLayout {
+    int64_t n, cols;
+    int64_t row_class;  // address of uint8 per row, 0: skip the row; or null: 1 everywhere
+    int64_t order;      // address of int32 per column; or null: as they lie
+    int64_t runs;       // number of runs of columns
+    int64_t run_end;    // address of int32 per run, in `order`
+    int64_t run_class;  // address of uint8 per run, 0: skip it
+    int64_t slot;       // address of int8 per class: its number among the coded ones, -1: not coded
+    int64_t scale;      // address of float per slot, by which entries become samples
+};
+
+// Calls visit(slot, first column in order, count) for every coded run of a row.
+template <class Visit>
+inline void for_each_run(const PolarLayout* layout, int64_t row, int64_t count, const Visit& visit) {
+    const uint8_t* row_class = (const uint8_t*)layout->row_class;
+    const int32_t* run_end = (const int32_t*)layout->run_end;
+    const uint8_t* run_class = (const uint8_t*)layout->run_class;
+    const int base = row_class ? row_class[row] : 1;
+    if (base == 0) return;
+    int64_t first = 0;
+    for (int64_t run = 0; run < layout->runs && first < count; ++run) {
+        const int64_t end = min64(run_end[run], count);
+        const int slot = run_class[run] ? ((const int8_t*)layout->slot)[base + run_class[run]] : -1;
+        if (slot >= 0) visit(slot, first, end - first);
+        first = end;
+    }
+}
+
+// The same for every row of a matrix, with the run's entries; `row_buffer` has room for a row.
+template <class Visit>
+inline void for_each_matrix_run(const float* x, const PolarLayout* layout, float* row_buffer, const Visit& visit) {
+    const int32_t* order = (const int32_t*)layout->order;
+    for (int64_t row = 0, start = 0; start < layout->n; ++row, start += layout->cols) {
+        const int64_t count = min64(layout->cols, layout->n - start);
+        if (layout->row_class && ((const uint8_t*)layout->row_class)[row] == 0) continue;
+        const float* source = x + start;
+        if (order) {
+            for (int64_t j = 0; j < count; ++j) row_buffer[j] = source[order[j]];
+            source = row_buffer;
+        }
+        for_each_run(layout, row, count,
+                     [&](int slot, int64_t first, int64_t length) { visit(slot, source + first, length); });
+    }
+}
+
+inline float clamped(float value, float limit) {
+    const float low = value < -limit ? -limit : value;
+    return low > limit ? limit : low;
+}
+
+// Per class the sum of squares of its scaled, rounded entries; slots are classes here.
+inline void polar_class_energies(const float* x, const PolarLayout* layout, float* row_buffer, int64_t* totals) {
+    const float* scales = (const float*)layout->scale;
+    for_each_matrix_run(x, layout, row_buffer, [=](int slot, const float* entries, int64_t length) {
+        const float scale = scales[slot];
+        int64_t total = 0;
+        for (int64_t j = 0; j < length; ++j) {  // vectorised
+            const int32_t rounded = round_even(clamped(entries[j] * scale, 32767.0f));
+            total += rounded * rounded;
+        }
+        totals[slot] += total;
+    });
+}
+
+// Samples in the order of the tiles. `cursors` holds each class's first position in `samples`.
+inline void polar_gather_rows(const float* x, const PolarLayout* layout, int64_t* cursors, float* row_buffer,
+                              int8_t* samples) {
+    const float* scales = (const float*)layout->scale;
+    for_each_matrix_run(x, layout, row_buffer, [=](int slot, const float* entries, int64_t length) {
+        const float scale = scales[slot];
+        int8_t* target = samples + cursors[slot];
+        for (int64_t j = 0; j < length; ++j)  // vectorised
+            target[j] = (int8_t)round_even(clamped(entries[j] * scale, 127.0f));
+        cursors[slot] += length;
+    });
+}
+
+// The inverse: values in the order of the tiles back to the matrix; what is not coded is 0.
+template <bool add>
+void polar_scatter_rows(const float* values, const PolarLayout* layout, int64_t* cursors, float* row_buffer,
+                        float* out) {
+    const int32_t* order = (const int32_t*)layout->order;
+    for (int64_t row = 0, start = 0; start < layout->n; ++row, start += layout->cols) {
+        const int64_t count = min64(layout->cols, layout->n - start);
+        float* target = out + start;
+        memset(row_buffer, 0, (size_t)count * sizeof(float));
+        for_each_run(layout, row, count, [=](int slot, int64_t first, int64_t length) {
+            memcpy(row_buffer + first, values + cursors[slot], (size_t)length * sizeof(float));
+            cursors[slot] += length;
+        });
+        if (order)
+            for (int64_t j = 0; j < count; ++j)
+                target[order[j]] = add ? target[order[j]] + row_buffer[j] : row_buffer[j];
+        else
+            for (int64_t j = 0; j < count; ++j) target[j] = add ? target[j] + row_buffer[j] : row_buffer[j];
+    }
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,1 @@
+"""The example programs, installed so that the command line can start them."""

@@ -1,0 +1,115 @@
+"""The same functions as reference.py by the C++ kernels (csrc/polar.h)."""
+
+import ctypes
+import threading
+
+import numpy as np
+import torch
+
+from . import plan
+from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
+
+WORKSPACE = (4 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+_local = threading.local()
+
+
+class _Layout(ctypes.Structure):
+    """PolarLayout of csrc/polar.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("numel", "columns", "row_class", "order", "runs", "run_end", "run_class", "slot", "scale")
+    ]
+
+
+class NativePolar:
+    """A backend for codec.py."""
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def sums(self, values, columns, by_column):
+        row_sums = np.empty(-(-values.numel() // columns), np.float32)
+        column_sums = np.empty(columns, np.float32) if by_column else None
+        self._kernels.polar_sums(values.data_ptr(), values.numel(), columns, _address(row_sums), _address(column_sums))
+        return row_sums, column_sums
+
+    def energies(self, values, layout, scales):
+        totals = np.zeros(plan.CLASSES, np.int64)
+        described, _keep, row = _layout(layout, np.arange(plan.CLASSES, dtype=np.int8), scales)
+        self._kernels.polar_energies(values.data_ptr(), ctypes.addressof(described), _address(row), _address(totals))
+        return totals
+
+    def gather(self, values, spending, scales):
+        starts, size = plan.class_starts(spending)
+        samples = torch.empty(size, dtype=torch.int8)
+        for c, start, end in zip(spending.classes, starts, [*starts[1:], size], strict=True):
+            samples[start + c.count : end] = ERASED if c.levels > 1 else 0
+        described, _keep, row = _layout(spending.layout, plan.slot_of_class(spending), scales)
+        cursors = np.array(starts, np.int64)
+        self._kernels.polar_gather(
+            values.data_ptr(), ctypes.addressof(described), _address(cursors), _address(row), samples.data_ptr()
+        )
+        return samples
+
+    def scatter(self, values, spending, out, add):
+        described, _keep, row = _layout(spending.layout, plan.slot_of_class(spending), None)
+        cursors = np.array(plan.class_starts(spending)[0], np.int64)
+        self._kernels.polar_scatter(
+            values.data_ptr(), ctypes.addressof(described), _address(cursors), _address(row), add, out.data_ptr()
+        )
+
+    def encode(self, samples, spending, list_size):
+        (tiles, _keep), slots = _tiles(spending), plan.row_classes(spending)
+        designs = [design_at(c.design) for c in spending.classes]
+        pointers = np.array([[d.tables.ctypes.data if d.rate else 0, d.points.ctypes.data] for d in designs], np.int64)
+        words = torch.empty(sum(tile.nbytes for tile in spending.tiles) + 8, dtype=torch.uint8)
+        products = np.zeros((len(designs), 2), np.int64)
+        self._kernels.polar_encode(
+            samples.data_ptr(), len(tiles), _address(tiles), _address(slots), _address(pointers), list_size,
+            _workspace(), words.data_ptr(), _address(products),
+        )  # fmt: skip
+        return words[:-8], products
+
+    def decode(self, words, spending, out, add):
+        (tiles, _keep), slots, values = _tiles(spending), plan.row_classes(spending), plan.value_tables(spending)
+        self._kernels.polar_decode(
+            words.data_ptr(), len(tiles), _address(tiles), _address(slots), _address(values), out.numel(), add,
+            _workspace(), out.data_ptr(),
+        )  # fmt: skip
+
+
+def _workspace():
+    """The address of this thread's workspace, kept because fresh memory costs more than what is done in it."""
+    if not hasattr(_local, "workspace"):
+        _local.workspace = torch.empty(WORKSPACE, dtype=torch.uint8)
+    return _local.workspace.data_ptr()
+
+
+def _address(array):
+    return None if array is None else array.ctypes.data
+
+
+def _layout(layout, slots, scales):
+    """(PolarLayout, what it points to, room for a row)."""
+    order = plan.column_order(layout)
+    if order is None:
+        ends, classes = np.array([layout.columns], np.int32), np.array([plan.NO_CODE], np.uint8)
+    else:
+        codes = layout.column_codes[order]
+        ends = np.append(np.flatnonzero(np.diff(codes)) + 1, layout.columns).astype(np.int32)
+        classes, order = codes[ends - 1], order.astype(np.int32)
+    keep = (layout.row_codes, order, ends, classes, slots, scales)
+    addresses = [_address(array) or 0 for array in keep]
+    described = _Layout(layout.numel, layout.columns, *addresses[:2], len(ends), *addresses[2:])
+    coded = layout.row_codes is not None or order is not None
+    return described, keep, np.empty(layout.columns if coded else 0, np.float32)
+
+
+def _tiles(spending):
+    """(int64 [tiles, fields of PolarTile], what it points to)."""
+    fields, keep = np.zeros((len(spending.tiles), 5 + MAX_LEVELS), np.int64), []
+    for row, tile, shares in zip(fields, spending.tiles, plan.level_shares(spending), strict=True):
+        keep += [rank(tile.rows, tile.real), positions(tile.rows)]
+        row[: 5 + tile.levels] = tile.rows, tile.lanes, tile.levels, *map(_address, keep[-2:]), *shares
+    return fields, keep

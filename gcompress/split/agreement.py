@@ -1,0 +1,117 @@
+"""What both sides must have configured alike: compared in the handshake, before any tensor."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+from .. import wire
+from ..compressors import from_spec
+from ..compressors.base import check_choice, check_integer
+from ..errors import ConfigError, PayloadError, RefusedError
+
+LABEL_TYPES = ("uint8", "int16", "int32", "int64", "float32")
+LARGEST_SAMPLE = 1 << 28  # entries of one sample's activation
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """The configuration that client and server share.
+
+    Args:
+        up: spec of the compressor for activations, or "none" for float32 as it is.
+        down: the same for gradients.
+        shape: of one sample's activation, without the batch.
+        labels: type in which the client sends labels to the server, one of LABEL_TYPES, or
+            None: U-shaped, labels never leave the client.
+        label_shape: of one sample's label.
+        max_batch: the largest number of samples in a batch; bounds what a receiver allocates.
+        delta_samples: 0, or how many samples' activations both sides remember, so that only
+            changes are sent (AQ-SGD). Costs 4 bytes per entry and sample on both sides.
+        delta_first: spec for a sample's first activation in that mode.
+    """
+
+    up: str
+    down: str
+    shape: tuple
+    labels: str | None = "int64"
+    label_shape: tuple = ()
+    max_batch: int = 512
+    delta_samples: int = 0
+    delta_first: str = "quantize:bits=8"
+
+    def __post_init__(self):
+        for name in ("up", "down", "delta_first"):
+            object.__setattr__(self, name, canonical_spec(name, getattr(self, name)))
+        for name in ("shape", "label_shape"):
+            object.__setattr__(self, name, _checked_shape(name, getattr(self, name)))
+        if self.labels is not None:
+            check_choice("labels", self.labels, LABEL_TYPES)
+        check_integer("max_batch", self.max_batch, 1, 1 << 20)
+        check_integer("delta_samples", self.delta_samples, 0, 1 << 40)
+        if 0 < self.delta_samples < self.max_batch:
+            raise ConfigError(f"delta_samples: got {self.delta_samples}, expected at least max_batch={self.max_batch}")
+        if self.delta_samples and not getattr(from_spec_or_none(self.up), "signed", True):
+            raise ConfigError(f"up: got {self.up}, but changes of activations have signs: use signed=true")
+
+    @property
+    def u_shaped(self):
+        return self.labels is None
+
+    def to_dict(self):
+        """JSON-able; `from_message` reads it."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "shape": list(self.shape), "label_shape": list(self.label_shape)}
+
+    @classmethod
+    def from_message(cls, message):
+        """The agreement in a peer's handshake; PayloadError if it is none."""
+        kinds = {"shape": [int], "label_shape": [int], "max_batch": int, "delta_samples": int}
+        try:
+            fields = {
+                field.name: wire.take(message, field.name, kinds.get(field.name, str), default=_default(field))
+                for field in dataclasses.fields(cls)
+            }
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        except ConfigError as error:
+            raise PayloadError(f"agreement: {error}") from None
+
+    @property
+    def fingerprint(self):
+        """A short digest: what a checkpoint or a log says of the configuration."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def compare(self, theirs, us, them):
+        """RefusedError that names both values of everything in which the peer's agreement differs."""
+        ours, other = self.to_dict(), theirs.to_dict()
+        different = [name for name in ours if ours[name] != other[name]]
+        if different:
+            what = "; ".join(f"{name}: the {us} has {ours[name]}, the {them} {other[name]}" for name in different)
+            raise RefusedError(f"configurations differ in {what}")
+
+
+def _default(field):
+    return wire.REQUIRED if field.default is dataclasses.MISSING or field.name != "labels" else None
+
+
+def _checked_shape(name, shape):
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    right = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if not right or math.prod(sizes) > LARGEST_SAMPLE:
+        raise ConfigError(f"{name}: got {shape}, expected sizes of 1 or above, at most {LARGEST_SAMPLE} entries")
+    return sizes
+
+
+def from_spec_or_none(spec):
+    """The compressor of a spec; None for "none"."""
+    return None if spec == "none" else from_spec(spec)
+
+
+def canonical_spec(name, spec):
+    """The one spelling of a compressor's spec, "none" included."""
+    if spec is None or spec == "none":
+        return "none"
+    try:
+        return str(from_spec(spec))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None

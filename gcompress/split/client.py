@@ -1,0 +1,415 @@
+"""The client: the model's first layers and the data; its training loop stays as it is."""
+
+import resource
+import secrets
+import sys
+import time
+
+import torch
+from torch import nn
+
+from .. import wire
+from ..errors import ConfigError, LinkError, PayloadError, RefusedError, RolledBack
+from ..wire import Frame, Kind
+from .agreement import LARGEST_SAMPLE, Agreement
+from .checkpoint import Checkpoints, new_run
+from .codec import STATISTICS_BYTES, ActivationCodec, Codec, Stats, seed_of
+from .link import Broken, RoundLost
+
+FINISH_SECONDS = 20.0  # a server that has heard that all is done may be gone before its answer came through
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts to connect
+
+
+class SplitClient(nn.Module):
+    """The first layers of a model whose rest is at a server; a module like any other.
+
+        loss = client(images, labels)   # the server's part of the step is done here
+        loss.backward()                 # the activation's gradient, from the server, goes on
+        optimizer.step()
+
+    U-shaped, with `end` the last layers, labels stay here and the loss is the user's:
+
+        loss = criterion(client(images), labels)
+        loss.backward()                 # the server's part of the step is done here
+
+    Args:
+        model_head: the layers before the cut.
+        link: the way to the server.
+        up, down: specs of the compressors for activations and gradients; "none": float32.
+            The gradient goes straight through them.
+        end: layers after the server's (nn.Identity() for none); U-shaped.
+        shape: of one sample's activation; known after the first forward pass otherwise.
+        labels: type in which labels are sent, see `Agreement` (not with `end`).
+        label_shape, max_batch, delta_samples, delta_first: see `Agreement`.
+
+    Attributes:
+        stats: of the last batch (`Stats`), where the labels are at the server.
+        step: training steps that both halves have done.
+    """
+
+    def __init__(self, model_head, link, up="none", down="none", *, end=None, shape=None, labels="int64", **agreement):
+        super().__init__()
+        self.head, self.end, self.link = model_head, end, link
+        labels = None if end is not None else labels
+        self._terms = {"up": up, "down": down, "labels": labels, **agreement}
+        Agreement(shape=shape or (1,), **self._terms)  # refuse bad terms now
+        self.agreement = None
+        if shape is not None:
+            self._agree(shape)
+        self.stats, self.step = None, 0
+        self._instance = secrets.token_hex(16)
+        self._session, self._sequence = wire.NO_SESSION, 0
+        self._checkpoints, self._kept, self._run, self._untouched = None, {}, new_run(), True
+        self.wait_seconds = 0.0
+
+    def _agree(self, shape):
+        self.agreement = Agreement(shape=tuple(shape), **self._terms)
+        self._activations = ActivationCodec(self.agreement)
+        self._gradients = Codec(self.agreement.down, self.agreement.shape, self.agreement.max_batch)
+        self._outputs = None
+
+    def keep(self, folder, *, resume=True, **objects):
+        """Save this half's state in a folder, and go on from what is there; before the first step.
+
+        Args:
+            folder: for this half alone.
+            resume: go on with the run that was saved last; False begins a new one.
+            objects: what else belongs to the state: optimizer=…, scheduler=…, anything with
+                `state_dict` and `load_state_dict`.
+        """
+        self._checkpoints, self._kept = Checkpoints(folder), objects
+        run = self._checkpoints.latest_run() if resume else None
+        if run:
+            self._run, self._untouched = run, False
+        return self
+
+    def connect(self):
+        """Connect, agree, and bring both halves to the last step that both have saved; returns it.
+
+        Without this the first forward pass connects. With `keep`, call it first: it loads
+        what was saved, and a run's step 0 is saved by both.
+        """
+        if self.agreement is None:
+            raise ConfigError("shape: got none, expected the activation's, so that connect() can come first")
+        while not self.link.open:
+            try:
+                self._reach_server()
+            except RolledBack:
+                pass  # that is what was asked for
+            if self._checkpoints and self._untouched and not self._in_rounds:
+                self._untouched = False
+                try:
+                    self.save()
+                except RolledBack:
+                    continue
+        return self.step
+
+    def forward(self, inputs, labels=None, ids=None):
+        """A training step's forward pass, or in eval() mode an evaluation.
+
+        Args:
+            inputs: a batch.
+            labels: of it; not if U-shaped.
+            ids: integers that name the samples, for delta mode.
+
+        Returns:
+            The mean loss that the server found (`stats` has more); U-shaped, the outputs.
+
+        Raises:
+            RolledBack: the server was lost and came back with an older step; both halves have
+                loaded it, and the loop should go on from there.
+            LinkError, RefusedError: the server is gone for longer than the link's patience, or
+                does not want this client.
+        """
+        activation = self.head(inputs)
+        if self.agreement is None:
+            self._agree(activation.shape[1:])
+        if not self.training:
+            result = self._evaluate(activation, labels)
+            return self.end(result) if self.end is not None else torch.tensor(result.loss)
+        if self.end is not None:
+            return self.end(_CutOutputs.apply(activation, self, ids))
+        if not activation.requires_grad:  # a head without parameters: the server alone learns
+            activation.requires_grad_()
+        return _CutLoss.apply(activation, self, labels, ids)
+
+    def evaluate(self, inputs, labels):
+        """`Stats` of a batch without training on it (labels at the server)."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self._evaluate(self.head(inputs), labels)
+        finally:
+            self.train(training)
+
+    def end_epoch(self):
+        """Step the server's schedule."""
+        self._control("end_epoch")
+
+    def finish(self):
+        """Tell the server that this client needs it no more, and disconnect."""
+        patience, self.link.patience = self.link.patience, min(self.link.patience, FINISH_SECONDS)
+        try:
+            self._control("finish")
+        except RefusedError:
+            raise
+        except LinkError:
+            pass  # gone already: its answer was lost, or it has nothing more to do either
+        finally:
+            self.link.patience = patience
+            self.link.close()
+
+    def save(self):
+        """Save both halves under the current step number; after the optimizer's step."""
+        if self._checkpoints is None:
+            raise ConfigError("save: no folder was given, expected keep(folder) before")
+        self._checkpoints.save(self._run, self.step, self._state())
+        self._control("save")
+        self._checkpoints.prune(self._run)
+
+    def run_rounds(self, train):
+        """Take part in all rounds of a server of many clients.
+
+        Args:
+            train: function of the round's number that trains for a round. The head has the
+                round's weights when it is called. It is called again, for a later round or the
+                same, if the round went on without this client; what it raises is raised here.
+
+        Returns:
+            The numbers of the rounds that counted.
+        """
+        counted = []
+        while True:
+            try:
+                number, finished = self._join()
+                if finished:
+                    return counted
+                train(number)
+                self._hand_in(number)
+                counted.append(number)
+            except RolledBack:
+                continue
+
+    @property
+    def traffic(self):
+        """Bytes of frames so far: {"up", "down": of training, "evaluation", "other"}; resent ones count again."""
+        frames = self.link.frames
+        up, down = frames.total(Kind.FORWARD, Kind.BACKWARD), frames.total(Kind.GRADIENT)
+        evaluation = frames.total(Kind.EVALUATE, Kind.STATISTICS)
+        if self.end is not None:  # the same kind in training and evaluation
+            down += frames.total(Kind.OUTPUT)
+        return {
+            "up": up,
+            "down": down,
+            "evaluation": evaluation,
+            "other": sum(frames.bytes.values()) - up - down - evaluation,
+        }
+
+    @property
+    def compression_seconds(self):
+        """Time spent on encoding and decoding so far."""
+        codecs = [self._activations, self._gradients, *(self._outputs or [])] if self.agreement else []
+        return sum(codec.seconds for codec in codecs)
+
+    @staticmethod
+    def peak_memory():
+        """The largest memory this process has held, in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+    # Steps, called from the autograd functions below.
+
+    def _train_step(self, activation, labels, ids):
+        body, samples = self._activations.encode(activation, labels, ids, self.step, training=True)
+        size = STATISTICS_BYTES + self._gradients.nbytes(samples)
+        answer = self._request(Kind.FORWARD, samples, body, {Kind.GRADIENT: size})
+        sections = wire.read_sections(answer.body, [STATISTICS_BYTES, size - STATISTICS_BYTES])
+        self.stats = Stats.from_bytes(sections[0])
+        gradient = self._gradients.decode(sections[1], samples, activation.device)
+        self.step += 1
+        return torch.tensor(self.stats.loss, device=activation.device), gradient
+
+    def _forward_outputs(self, activation, ids):
+        body, samples = self._activations.encode(activation, None, ids, self.step, training=True)
+        return self._ask_outputs(Kind.FORWARD, body, samples, activation.device)
+
+    def _ask_outputs(self, kind, body, samples, device):
+        self._ensure_connected()
+        codec = self._outputs[0]
+        answer = self._request(kind, samples, body, {Kind.OUTPUT: codec.nbytes(samples)})
+        return codec.decode(answer.body, samples, device)
+
+    def _backward_outputs(self, gradient):
+        samples = len(gradient)
+        body = self._outputs[1].encode(gradient, seed_of("back", self.step))
+        answer = self._request(Kind.BACKWARD, samples, body, {Kind.GRADIENT: self._gradients.nbytes(samples)})
+        result = self._gradients.decode(answer.body, samples, gradient.device)
+        self.step += 1
+        return result
+
+    def _evaluate(self, activation, labels):
+        body, samples = self._activations.encode(activation, labels, None, self.step, training=False)
+        if self.end is not None:
+            return self._ask_outputs(Kind.EVALUATE, body, samples, activation.device)
+        answer = self._request(Kind.EVALUATE, samples, body, {Kind.STATISTICS: STATISTICS_BYTES})
+        self.stats = Stats.from_bytes(answer.body)
+        return self.stats
+
+    def _control(self, what):
+        self._request(Kind.CONTROL, 0, wire.write_message({"do": what}), {Kind.ANSWER: wire.MESSAGE_LIMIT})
+
+    def _join(self):
+        limits = {Kind.ANSWER: wire.MESSAGE_LIMIT, Kind.WEIGHTS: wire.weights_limit(self.head.state_dict())}
+        while True:
+            answer = self._request(Kind.CONTROL, 0, wire.write_message({"do": "join"}), limits)
+            if answer.kind == Kind.WEIGHTS:
+                self.head.load_state_dict(wire.read_weights(answer.body, self.head.state_dict()))
+                self._activations.reset()
+                self.step = 0
+                return answer.step, bool(answer.samples)
+
+    def _hand_in(self, number):
+        body = wire.write_weights(self.head.state_dict())
+        self._request(Kind.HAND_IN, 0, body, {Kind.ANSWER: wire.MESSAGE_LIMIT})
+
+    # The session: every request is answered once, whatever happens to the connection.
+
+    def _request(self, kind, samples, body, limits):
+        """Send a request until it is answered; the server carries it out once."""
+        started = time.perf_counter()
+        self._ensure_connected()
+        while True:
+            # Made anew each time: before the first answer a new session changes nothing but its name.
+            frame = Frame(kind, self._session, self.step, self._sequence + 1, samples, body)
+            try:
+                answer = self.link.exchange(frame, limits)
+                break
+            except RoundLost:
+                raise RolledBack(0) from None
+            except Broken:
+                self._reach_server()
+        if answer.session != self._session or answer.sequence != frame.sequence:
+            self.link.close()
+            raise PayloadError("frame: the answer is not to this request")
+        self._sequence += 1
+        self._untouched = False
+        self.wait_seconds += time.perf_counter() - started
+        return answer
+
+    def _ensure_connected(self):
+        if not self.link.open:
+            self._reach_server()
+
+    def _reach_server(self):
+        """Connect and shake hands, for as long as the link has patience; RolledBack if the session is a new one."""
+        give_up, pause = time.monotonic() + self.link.patience, FIRST_PAUSE
+        while True:
+            try:
+                self.link.connect()
+                welcome = self._shake_hands()
+                break
+            except Broken as error:
+                if time.monotonic() + pause > give_up:
+                    raise self.link.give_up(error) from None
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        if not welcome:
+            raise RolledBack(self.step)
+
+    def _shake_hands(self):
+        """True if this session goes on, or if it is the first and nothing was trained yet."""
+        first = self._session == wire.NO_SESSION
+        hello = {
+            "agreement": self.agreement.to_dict(),
+            "fingerprint": self.agreement.fingerprint,
+            "client": self.link.name,
+            "instance": self._instance,
+            "session": None if first else self._session.hex(),
+            "sequence": self._sequence,
+            "run": self._run,
+            "steps": self._saved_steps(),
+        }
+        frame = Frame(Kind.HELLO, body=wire.write_message(hello))
+        answer = self.link.exchange(frame, {Kind.WELCOME: wire.MESSAGE_LIMIT})
+        message = wire.read_message(answer.body)
+        Agreement.from_message(wire.take(message, "agreement", dict)).compare(self.agreement, "server", "client")
+        self._set_output_shape(message)
+        live, self._in_rounds = wire.take(message, "live", bool), wire.take(message, "rounds", bool)
+        if live and not first and answer.session == self._session:
+            return True
+        self._session, self._sequence = answer.session, 0
+        if self._in_rounds:
+            self.step = 0
+            return first
+        return self._go_back(wire.take(message, "step", int))
+
+    def _set_output_shape(self, message):
+        shape = wire.take(message, "output", [int], default=None)
+        if self.end is None or self._outputs:
+            return
+        if shape is None or torch.Size(shape).numel() > LARGEST_SAMPLE:
+            raise PayloadError(f"message: output has shape {shape}, expected that of the server's outputs")
+        most = self.agreement.max_batch
+        self._outputs = Codec(self.agreement.down, shape, most), Codec(self.agreement.up, shape, most)
+
+    def _saved_steps(self):
+        steps = self._checkpoints.steps(self._run) if self._checkpoints else []
+        return [0] if self._untouched else steps
+
+    def _go_back(self, step):
+        """Load what was saved for a step; True if there was nothing to load and nothing is lost."""
+        if self._untouched and step == 0:
+            return True
+        if not self._checkpoints or step not in self._checkpoints.steps(self._run):
+            raise PayloadError(f"message: the server goes on from step {step}, which this client did not offer")
+        self._load_state(self._checkpoints.load(self._run, step))
+        self._checkpoints.discard_after(self._run, step)
+        self.step = step
+        return False
+
+    def _state(self):
+        state = {"head": self.head.state_dict(), "objects": {n: o.state_dict() for n, o in self._kept.items()}}
+        if self.end is not None:
+            state["end"] = self.end.state_dict()
+        if self._activations.memory:
+            state["memory"] = self._activations.memory.state_dict()
+        return state
+
+    def _load_state(self, state):
+        self.head.load_state_dict(state["head"])
+        if self.end is not None:
+            self.end.load_state_dict(state["end"])
+        self._activations.reset()
+        if self._activations.memory:
+            self._activations.memory.load_state_dict(state["memory"])
+        for name, kept in self._kept.items():
+            kept.load_state_dict(state["objects"][name])
+
+
+class _CutLoss(torch.autograd.Function):
+    """The rest of the model and the loss, which the server computes, as one function of the activation."""
+
+    @staticmethod
+    def forward(ctx, activation, client, labels, ids):
+        loss, gradient = client._train_step(activation, labels, ids)
+        ctx.save_for_backward(gradient.to(activation.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (activation_gradient,) = ctx.saved_tensors
+        return activation_gradient * gradient, None, None, None
+
+
+class _CutOutputs(torch.autograd.Function):
+    """The server's layers of a U-shaped model as a function of the activation."""
+
+    @staticmethod
+    def forward(ctx, activation, client, ids):
+        ctx.client = client
+        return client._forward_outputs(activation, ids)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.client._backward_outputs(gradient), None, None

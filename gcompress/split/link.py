@@ -1,0 +1,179 @@
+"""The client's end of the link: frames over one bidirectional gRPC stream."""
+
+import contextlib
+import queue
+import threading
+
+import grpc
+
+from .. import wire
+from ..errors import ConfigError, LinkError, PayloadError, RefusedError
+from . import security
+from .traffic import FrameCounter, SocketCounter
+
+METHOD = "/gcompress.Split/Stream"
+QUEUED_CHUNKS = 8  # at most so many MiB wait on either side of a slow peer
+REFUSALS = {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+def channel_options():
+    """What both ends tell gRPC: small messages only, dead peers noticed, every attempt to connect a fresh one."""
+    return [
+        ("grpc.max_receive_message_length", wire.CHUNK_BYTES),
+        ("grpc.max_send_message_length", wire.CHUNK_BYTES),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+class Broken(Exception):
+    """The stream is gone, and another may do better."""
+
+
+class RoundLost(Exception):
+    """The server's round goes on without this client."""
+
+
+class Link:
+    """The way to a server.
+
+    Args:
+        address: "host:port".
+        ca: file of the authority that signed the server's certificate: TLS.
+        certificate, key: this client's, for mutual TLS.
+        token: this client's, for a server that knows clients by token.
+        insecure: allow plaintext to another machine.
+        name: of this client, where no certificate or token says it.
+        server_name: in the server's certificate, if it is not the address's host.
+        deadline: seconds that the server may be silent while it owes an answer.
+        patience: seconds in which a lost connection may come back.
+    """
+
+    def __init__(
+        self, address, *, ca=None, certificate=None, key=None, token=None, insecure=False, name="client",
+        server_name=None, deadline=60.0, patience=120.0,
+    ):  # fmt: skip
+        self.address = address
+        host, port = security.split_address(address)
+        self.name = security.check_name(name)
+        self.deadline, self.patience = deadline, patience
+        for argument, value in (("deadline", deadline), ("patience", patience)):
+            if not value > 0:
+                raise ConfigError(f"{argument}: got {value}, expected seconds above 0")
+        if token is not None and (not isinstance(token, str) or not token.isascii() or not token.strip()):
+            raise ConfigError("token: got none of printable ASCII characters")
+        self._credentials = security.client_credentials(address, ca, certificate, key, insecure)
+        self._files = {"ca": ca, "certificate": certificate, "key": key, "server_name": server_name}
+        self._metadata = [("authorization", f"Bearer {token}")] if token is not None else []
+        self._server_name = server_name
+        self._channel = self._call = None
+        self.frames, self.sockets = FrameCounter(), SocketCounter(port, server=False)
+
+    @property
+    def open(self):
+        return self._call is not None
+
+    def connect(self):
+        """Begin a new stream; whether the server accepts it shows with the first exchange."""
+        self.close()
+        options = channel_options()
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(self.address, options)
+        else:
+            if self._server_name:
+                options.append(("grpc.ssl_target_name_override", self._server_name))
+            self._channel = grpc.secure_channel(self.address, self._credentials, options)
+        self._outgoing, self._incoming = queue.Queue(QUEUED_CHUNKS), queue.Queue(QUEUED_CHUNKS)
+        outgoing = self._outgoing
+        self._call = self._channel.stream_stream(METHOD)(iter(outgoing.get, None), metadata=self._metadata)
+        self._reader = wire.FrameReader({})
+        threading.Thread(target=_pump, args=(self._call, self._incoming), daemon=True).start()
+
+    def exchange(self, frame, limits):
+        """Send a request and wait for its answer.
+
+        Args:
+            frame: the request.
+            limits: {Kind: largest body} of the answers that may come.
+
+        Raises:
+            Broken: the connection was lost, or the deadline passed.
+            RefusedError: the server refuses for a reason that trying again does not change.
+            PayloadError: the answer is not one.
+        """
+        self._reader.limits = limits
+        self.frames.add(frame)
+        try:
+            for chunk in wire.chunks(wire.encode(frame)):
+                self._outgoing.put(chunk, timeout=self.deadline)
+            while True:
+                received = self._incoming.get(timeout=self.deadline)
+                if isinstance(received, Exception):
+                    self._raise(received)
+                for answer in self._reader.feed(received):
+                    self.frames.add(answer)
+                    return answer
+        except (queue.Empty, queue.Full):
+            self.close()
+            raise Broken(f"no word from {self.address} for {self.deadline:g} s") from None
+        except PayloadError:
+            self.close()
+            raise
+
+    def _raise(self, error):
+        self.close()
+        if not isinstance(error, grpc.RpcError):
+            raise Broken("the server ended the stream")
+        code, details = error.code(), error.details() or ""
+        if code == grpc.StatusCode.ABORTED:
+            raise RoundLost(details)
+        if code in REFUSALS:
+            raise RefusedError(f"{self.address} refuses this client: {details}")
+        if code == grpc.StatusCode.UNAVAILABLE and (reason := security.why_unreachable(self.address, **self._files)):
+            raise RefusedError(f"{self.address}: {reason}")
+        raise Broken(f"{code.name.lower()}: {details}")
+
+    def close(self):
+        """End the stream; safe at any time."""
+        if self._call is None:
+            return
+        with contextlib.suppress(OSError):
+            self.sockets.read()
+        call, self._call = self._call, None
+        call.cancel()
+        _drain(self._outgoing)
+        self._outgoing.put(None)  # ends gRPC's thread that waits for the next chunk
+        _drain(self._incoming)
+        self._channel.close()
+
+    def give_up(self, why):
+        """The LinkError for a connection that did not come back in time."""
+        return LinkError(f"{self.address}: given up after {self.patience:g} s: {why}")
+
+
+def _pump(call, incoming):
+    """Move chunks into a bounded queue: a full one stops gRPC's reading, and so the server's sending."""
+    try:
+        for chunk in call:
+            incoming.put(chunk)
+        end = EOFError("end of stream")
+    except Exception as error:
+        end = error
+    incoming.put(end)
+
+
+def _drain(waiting):
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()

@@ -1,0 +1,143 @@
+"""The server's half of the model: its weights, optimizer and schedule, and one step of them."""
+
+import contextlib
+import copy
+
+import torch
+from torch.nn import functional
+
+from ..errors import ExchangeError, PayloadError
+from .codec import Stats, seed_of
+
+
+class Tail:
+    """A model's later layers with what trains them.
+
+    Args:
+        model: takes an activation batch, returns outputs.
+        optimizer: function of the parameters, returns an optimizer; None for SGD(lr=0.1, momentum=0.9).
+        scheduler: function of the optimizer, returns a scheduler to be stepped once an epoch; or None.
+        loss: function of outputs and labels, returns their mean loss.
+        seed: of dropout and the like; each step draws from a generator of its own, so that a
+            step that is done again draws the same.
+    """
+
+    def __init__(self, model, optimizer=None, scheduler=None, loss=functional.cross_entropy, seed=0):
+        self.model, self.loss, self.seed = model, loss, seed
+        self._makers = optimizer or _default_optimizer, scheduler
+        # A model without parameters (all layers at the client) has nothing to optimize.
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = self._makers[0](trained) if trained else None
+        self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
+        self._pending = None
+
+    def copy(self):
+        """Another tail with weights of its own that begin as these."""
+        model = copy.deepcopy(self.model)
+        return Tail(model, *self._makers, loss=self.loss, seed=self.seed)
+
+    @property
+    def device(self):
+        return next(self.model.parameters(), torch.empty(0)).device
+
+    def train_step(self, activation, labels, step, encode):
+        """Forward, backward and an optimizer step, or an error and none of it.
+
+        Args:
+            activation: float32 batch.
+            labels: what `loss` takes.
+            step: number of the step.
+            encode: turns the activation's gradient into bytes; raises if it is not finite.
+
+        Returns:
+            (Stats, the gradient's bytes).
+        """
+        outputs, activation = self._forward(activation, step)
+        labels = labels.to(self.device)
+        loss = self._loss(outputs, labels)
+        if not bool(torch.isfinite(loss)):
+            raise ExchangeError(f"step {step}: the loss is {loss.item()}: training has diverged (lower the rate?)")
+        data = self._backward_and_step(loss, None, activation, encode)
+        return _stats(loss.detach(), outputs.detach(), labels), data
+
+    def forward(self, activation, step):
+        """The outputs for a batch, whose backward pass `backward` will do (U-shaped)."""
+        outputs, activation = self._forward(activation, step)
+        self._pending = outputs, activation
+        return outputs.detach()
+
+    def backward(self, gradient, encode):
+        """The step that belongs to the last `forward`, given its outputs' gradient; returns the activation's."""
+        if self._pending is None or self._pending[0].shape != gradient.shape:
+            raise PayloadError("gradient: there is no forward pass of this batch that it belongs to")
+        (outputs, activation), self._pending = self._pending, None
+        return self._backward_and_step(outputs, gradient.to(outputs.dtype), activation, encode)
+
+    @torch.no_grad()
+    def evaluate(self, activation, labels=None):
+        """Stats, or outputs if there are no labels."""
+        self.model.eval()
+        outputs = self.model(activation.to(self.device))
+        if labels is None:
+            return outputs
+        labels = labels.to(self.device)
+        return _stats(self._loss(outputs, labels), outputs, labels)
+
+    def end_epoch(self):
+        """Step the schedule."""
+        if self.scheduler:
+            self.scheduler.step()
+
+    def state_dict(self):
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {"model": self.model.state_dict(), **{name: part.state_dict() for name, part in parts.items() if part}}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        for name in ("optimizer", "scheduler"):
+            if getattr(self, name):
+                getattr(self, name).load_state_dict(state[name])
+        self._pending = None
+
+    def _forward(self, activation, step):
+        self.model.train()
+        self._pending = None
+        activation = activation.to(self.device).requires_grad_()
+        with _seeded(self.seed, step, self.device):
+            return self.model(activation), activation
+
+    def _loss(self, outputs, labels):
+        if not labels.is_floating_point() and outputs.dim() > 1 and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= outputs.shape[1]:
+                raise PayloadError(f"labels: got {low} to {high}, expected classes 0 to {outputs.shape[1] - 1}")
+        return self.loss(outputs, labels)
+
+    def _backward_and_step(self, outputs, gradient, activation, encode):
+        if self.optimizer:
+            self.optimizer.zero_grad()
+        outputs.backward(gradient)
+        data = encode(activation.grad)  # before anything changes: it may refuse
+        if self.optimizer:
+            self.optimizer.step()
+        return data
+
+
+def _default_optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@contextlib.contextmanager
+def _seeded(seed, step, device):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed_of(f"tail {seed}", step))
+        yield
+
+
+def _stats(loss, outputs, labels):
+    top1 = top5 = 0
+    if outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
+        best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        top1, top5 = int(best[:, 0].sum()), int(best.sum())
+    return Stats(float(loss), top1, top5, len(labels))

@@ -1,0 +1,217 @@
+// gcompress's compressors for BytePS: compiled twice against its headers, as a worker's library and, with
+// BYTEPS_BUILDING_SERVER, as a server's. The arithmetic is in the kernels (csrc/gcompress.h), whose table Python
+// hands over; their arguments for every length of a partition come from Python too (kernels.py).
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "byteps/common/compressor/compressor_registry.h"
+#include "gcompress.h"
+
+namespace byteps {  // whose macros name their classes from here
+namespace {
+
+using common::DataType;
+using common::compressor::Compressor;
+using common::compressor::CompressorRegistry;
+using common::compressor::kwargs_t;
+using common::compressor::tensor_t;
+
+const gc_kernels* kernels = nullptr;
+
+// A method: how its kernels are called with the integers that kernels.py lists for it.
+struct Method {
+    const char* name;
+    void (*encode)(const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t* work, int64_t capacity,
+                   uint8_t* payload);
+    int (*decode)(const uint8_t* payload, int64_t n, const int64_t* a, float* out);
+};
+
+const Method METHODS[] = {
+    {"quantize",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->quantize_encode(x, n, a[0], a[1], a[2], seed, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->quantize_decode(payload, n, a[0], a[1], 0, out);
+         return 0;
+     }},
+    {"mask",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t* work, int64_t capacity, uint8_t* payload) {
+         kernels->mask_encode(x, n, a[0], a[1], a[2], a[3], work, capacity, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         return kernels->mask_decode(payload, n, a[0], a[1], a[2], 0, out);
+     }},
+    {"topk",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t* work, int64_t capacity, uint8_t* payload) {
+         kernels->topk_encode(x, n, a[0], a[1], a[2], work, capacity, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         return kernels->topk_decode(payload, n, a[0], a[1], a[2], 0, out);
+     }},
+    {"sign",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->sign_encode(x, n, a[0], a[1], payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->sign_decode(payload, n, a[0], a[1], 0, out);
+         return 0;
+     }},
+    {"cast",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->cast_encode(x, n, a[0], a[1], payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->cast_decode(payload, n, a[0], a[1], 0, out);
+         return 0;
+     }},
+    {"bf16",
+     [](const float* x, int64_t n, const int64_t*, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->bf16_encode(x, n, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t*, float* out) {
+         kernels->bf16_decode(payload, n, 0, out);
+         return 0;
+     }},
+    {"randomk",
+     [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->randomk_encode(x, n, a[0], a[1], seed, payload);
+     },
+     [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
+         kernels->randomk_decode(payload, n, a[0], 0, out);
+         return 0;
+     }},
+};
+
+// What kernels.py says of one length: "entries:payload bytes:workspace words:argument,argument,…".
+struct Plan {
+    int64_t entries = 0, bytes = 0, workspace = 0;
+    int64_t arguments[8] = {0};
+};
+
+Plan find_plan(const std::string& plans, int64_t entries) {
+    std::istringstream lengths(plans);
+    for (std::string text; std::getline(lengths, text, ';');) {
+        std::istringstream fields(text);
+        Plan plan;
+        char separator;
+        fields >> plan.entries >> separator >> plan.bytes >> separator >> plan.workspace;
+        for (int64_t* next = plan.arguments; fields >> separator >> *next;) ++next;
+        if (plan.entries == entries) return plan;
+    }
+    BPS_CHECK(false) << "gcompress: no plan for a partition of " << entries << " entries in " << plans
+                     << ": is BYTEPS_PARTITION_BYTES the same everywhere?";
+    return Plan();
+}
+
+const Method& find_method(const std::string& name) {
+    for (const Method& method : METHODS)
+        if (name == method.name) return method;
+    BPS_CHECK(false) << "gcompress: this library has no method " << name << ": run tools/build_byteps.py again";
+    return METHODS[0];
+}
+
+const std::string& need(const kwargs_t& kwargs, const char* name) {
+    auto found = kwargs.find(name);
+    BPS_CHECK(found != kwargs.end()) << "gcompress: the parameter " << name << " is missing";
+    return found->second;
+}
+
+// One partition's encoder and decoder on one side, with its error feedback: p = x + residual is sent, what is lost
+// stays. A p that is not finite is sent for all to see, and the residual stays what it was.
+class Partition : public Compressor {
+   public:
+    Partition(const kwargs_t& kwargs, size_t size, DataType dtype)
+        : Compressor(size, dtype),
+          method_(find_method(need(kwargs, "gcompress_method"))),
+          plan_(find_plan(need(kwargs, "gcompress_plan"), std::stoll(need(kwargs, "partition_bytes")) / 4)),
+          key_(static_cast<uint32_t>(std::stoull(need(kwargs, "partition_key")))),
+          work_(plan_.workspace) {
+        BPS_CHECK(kernels != nullptr) << "gcompress: the kernels were not handed over";
+        BPS_CHECK_EQ(dtype, common::BYTEPS_FLOAT32) << "gcompress: only float32 tensors are compressed";
+        BPS_CHECK_LE(plan_.bytes, plan_.entries * 4) << "gcompress: a payload must not be larger than its tensor";
+        if (need(kwargs, "gcompress_feedback") == "1") {
+            residual_.assign(plan_.entries, 0.0f);
+            corrected_.resize(plan_.entries);
+        }
+        const char* worker = std::getenv("DMLC_WORKER_ID");
+        side_ = worker ? std::atoi(worker) + 1 : 0;
+    }
+
+    tensor_t Compress(tensor_t grad) override {
+        BPS_CHECK_EQ(static_cast<int64_t>(grad.size), plan_.entries * 4);
+        const float* values = reinterpret_cast<const float*>(grad.data);
+        if (!residual_.empty()) {
+            for (int64_t i = 0; i < plan_.entries; ++i) corrected_[i] = values[i] + residual_[i];
+            values = corrected_.data();
+        }
+        uint8_t* payload = reinterpret_cast<uint8_t*>(_buf.get());
+        method_.encode(values, plan_.entries, plan_.arguments, seed(), work_.data(), plan_.workspace, payload);
+        if (!residual_.empty()) remember(payload);
+        return {_buf.get(), static_cast<size_t>(plan_.bytes)};
+    }
+
+    tensor_t Decompress(tensor_t compressed) override {
+        BPS_CHECK_EQ(static_cast<int64_t>(compressed.size), plan_.bytes);
+#ifdef BYTEPS_BUILDING_SERVER
+        const char* payload = compressed.data;
+        char* out = _buf.get();
+#else
+        std::memcpy(_buf.get(), compressed.data, compressed.size);  // it is decoded where it lies
+        const char* payload = _buf.get();
+        char* out = compressed.data;
+#endif
+        decode(reinterpret_cast<const uint8_t*>(payload), reinterpret_cast<float*>(out));
+        return {out, static_cast<size_t>(plan_.entries * 4)};
+    }
+
+    // For BytePS's own error feedback and momentum around this compressor: error = corrected - decoded.
+    void FastUpdateError(tensor_t error, tensor_t corrected, tensor_t compressed) override {
+        float* out = reinterpret_cast<float*>(error.data);
+        const float* from = reinterpret_cast<const float*>(corrected.data);
+        decode(reinterpret_cast<const uint8_t*>(compressed.data), out);
+        for (int64_t i = 0; i < plan_.entries; ++i) out[i] = from[i] - out[i];
+    }
+
+   private:
+    void decode(const uint8_t* payload, float* out) {
+        int result = method_.decode(payload, plan_.entries, plan_.arguments, out);
+        BPS_CHECK_EQ(result, GC_OK) << "gcompress: a payload's index does not mark what " << method_.name << " keeps";
+    }
+
+    void remember(const uint8_t* payload) {
+        sent_.resize(plan_.entries);
+        decode(payload, sent_.data());
+        bool finite = true;
+        for (int64_t i = 0; i < plan_.entries; ++i) {
+            sent_[i] = corrected_[i] - sent_[i];
+            finite &= std::isfinite(sent_[i]);
+        }
+        if (finite) residual_.swap(sent_);
+    }
+
+    // Another one for every key, step and side.
+    uint32_t seed() { return (key_ * 2654435761u) ^ (++step_ * 40503u) ^ (side_ << 24); }
+
+    const Method& method_;
+    const Plan plan_;
+    const uint32_t key_;
+    uint32_t side_ = 0, step_ = 0;
+    std::vector<uint32_t> work_;
+    std::vector<float> residual_, corrected_, sent_;
+};
+
+CompressorRegistry::Register registered("gcompress_compressor",
+                                        [](const kwargs_t& kwargs, size_t size, DataType dtype) {
+                                            return std::unique_ptr<Compressor>(new Partition(kwargs, size, dtype));
+                                        });
+
+}  // namespace
+}  // namespace byteps
+
+// Take the table of kernels; returns the size that this library was compiled for.
+extern "C" __attribute__((visibility("default"))) int gcompress_byteps_use(const gc_kernels* table) {
+    byteps::kernels = table;
+    return static_cast<int>(sizeof(gc_kernels));
+}

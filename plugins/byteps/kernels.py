@@ -1,0 +1,92 @@
+"""Compressors as BytePS's C++ side knows them: the name of a row, and integers for its kernels.
+
+`METHODS` is the whole mapping; compressor.cc has a row of each name that passes the integers
+on. A compressor whose encoder is more than one call of a kernel (polar, chains, low rank) has
+none and cannot run inside BytePS.
+"""
+
+from gcompress.compressors import BF16, FP8, FP16, MXFP4, OneBit, Sign
+from gcompress.compressors.base import kept_count
+from gcompress.compressors.mask import MaskSparse
+from gcompress.compressors.quantize import Quantize
+from gcompress.compressors.randomk import RandomK
+from gcompress.compressors.topk import FORMS, TopK
+from gcompress.errors import ConfigError
+
+
+def _quantize(compressor, numel):
+    return compressor.bits, compressor._bucket(numel), compressor.unbiased
+
+
+def _mask(compressor, numel):
+    kept = kept_count(numel, compressor.sparsity)
+    return kept, compressor.bits, compressor.signed, compressor.levels == "lloyd"
+
+
+def _topk(compressor, numel):
+    form, width, _ = compressor._layout(numel)
+    return kept_count(numel, compressor.sparsity), FORMS.index(form), width
+
+
+def _randomk(compressor, numel):
+    return kept_count(numel, compressor.sparsity), compressor.unbiased
+
+
+def _sign(compressor, numel):
+    return compressor._bucket(numel), compressor.means
+
+
+def _cast(compressor, numel):
+    return compressor.form, compressor._bucket(numel)
+
+
+def _nothing(compressor, numel):
+    return ()
+
+
+# {class: (row, integers for a number of entries, in the order in which the kernel takes them)}
+METHODS = {
+    Quantize: ("quantize", _quantize),
+    MaskSparse: ("mask", _mask),
+    TopK: ("topk", _topk),
+    RandomK: ("randomk", _randomk),
+    Sign: ("sign", _sign),
+    OneBit: ("sign", _sign),
+    FP16: ("cast", _cast),
+    FP8: ("cast", _cast),
+    MXFP4: ("cast", _cast),
+    BF16: ("bf16", _nothing),
+}
+
+
+def parameters(compressor, lengths, feedback):
+    """What BytePS hands to our C++ compressor for one tensor, as {name: value} without spaces.
+
+    Args:
+        compressor: a Compressor.
+        lengths: the numbers of entries that the tensor's partitions have.
+        feedback: whether both sides remember what they lost.
+    """
+    if type(compressor) not in METHODS or not compressor.fixed_size:
+        known = ", ".join(sorted(cls.name for cls in METHODS))
+        raise ConfigError(f"compression: got {compressor}, expected one of BytePS's C++ methods: {known}")
+    row, integers_of = METHODS[type(compressor)]
+    plans = []
+    for numel in sorted(set(lengths)):
+        if compressor.nbytes(numel) > 4 * numel:
+            raise ConfigError(f"compression: {compressor} makes {numel} entries larger, which BytePS cannot send")
+        integers = ",".join(str(int(value)) for value in integers_of(compressor, numel))
+        plans.append(f"{numel}:{compressor.nbytes(numel)}:{workspace(compressor, numel)}:{integers}")
+    return {
+        "compressor_type": "gcompress",
+        "gcompress_method": row,
+        "gcompress_plan": ";".join(plans),
+        "gcompress_feedback": int(feedback),
+    }
+
+
+def workspace(compressor, numel):
+    """Words of scratch memory that a selection of the largest takes; see csrc/gcompress.h."""
+    if not hasattr(compressor, "sparsity"):
+        return 0
+    return min(numel, 2 * kept_count(numel, compressor.sparsity)) + 16384

@@ -1,0 +1,24 @@
+"""Our C++ compressors in a BytePS worker: `_worker.so` beside this file. For a server's see serve.py."""
+
+import ctypes
+import pathlib
+
+import torch
+
+from gcompress import native
+from gcompress.errors import ConfigError
+
+HERE = pathlib.Path(__file__).parent
+
+
+def load():
+    """Load a worker's compressors into BytePS's library, and give them the kernels."""
+    path, kernels = HERE / "_worker.so", native.kernels(torch.empty(0))
+    if not path.exists():
+        raise ConfigError(f"gcompress.plugins.byteps: {path.name} is not built: run tools/build_byteps.py")
+    if kernels is None:
+        raise ConfigError("gcompress.plugins.byteps: the C++ kernels are needed, got the reference backend")
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    if library.gcompress_byteps_use(ctypes.byref(kernels)) != ctypes.sizeof(kernels):
+        raise ConfigError(f"gcompress.plugins.byteps: {path.name} is of another release: run tools/build_byteps.py")
+    return library

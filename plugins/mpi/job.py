@@ -1,0 +1,230 @@
+"""The ranks of one MPI job: who serves, how they agree on their configuration, and what happens when one dies."""
+
+import atexit
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from gcompress.compressors.base import check_choice, check_integer
+from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError
+
+from .messages import LONGEST_PAUSE, SHORTEST_PAUSE, timeout_seconds
+from .server import serve
+
+# Raised by every change of the payloads or messages: ranks with different releases must not decode each other.
+FORMAT_VERSION = 1
+
+
+def lets_the_rest_live():
+    """Whether the launcher keeps the other ranks when one dies: Open MPI's `mpirun --with-ft ulfm`."""
+    return hasattr(MPI.Comm, "Get_failed") and os.environ.get("OMPI_MCA_mpi_ft_enable") in ("1", "true")
+
+
+class Job:
+    """This rank's part in the job. Every rank makes one, with the same arguments.
+
+    Args:
+        servers: how many ranks serve, the last ones; the others are workers.
+        on_failure: "end" or "continue"; see the package.
+        comm: the communicator to divide (default: all ranks of the job); a copy of it is used.
+
+    Attributes: `is_server`; `rank` and `size`, a worker's number and how many there were at
+    the start; `world`, the communicator of all; `workers`, that of the workers, for a script's
+    own collectives (on a server: that of the servers).
+    """
+
+    def __init__(self, servers=1, on_failure="end", comm=None):
+        self.world, self.servers, self.on_failure = comm or MPI.COMM_WORLD, servers, on_failure
+        sys.excepthook = self._uncaught
+        check_integer("servers", servers, 1)
+        check_choice("on_failure", on_failure, ("end", "continue"))
+        if on_failure == "continue" and not lets_the_rest_live():
+            raise ConfigError(
+                "on_failure: got 'continue', but this launcher ends all ranks when one dies, "
+                "expected `mpirun --with-ft ulfm` of Open MPI 5"
+            )
+        self.world = self.world.Dup()
+        self.size = self.world.size - servers
+        if self.size < 1:
+            raise ConfigError(
+                f"servers: got {servers} of {self.world.size} ranks, expected to leave at least one worker"
+            )
+        self.is_server = self.world.rank >= self.size
+        self.rank = self.world.rank - (self.size if self.is_server else 0)
+        self.workers = self.world.Split(int(self.is_server), self.world.rank)
+        for communicator in (self.world, self.workers):
+            communicator.Set_errhandler(MPI.ERRORS_RETURN)
+        self.leave = None  # what tells the servers that this worker is done, once it is connected
+        self._sending = []  # (request, buffer): a buffer must live until it is sent
+        self._known_dead = set()
+        self._next_look = 0.0
+        atexit.register(self.close)
+
+    def serve(self):
+        """Be a server until all workers have left; returns (bytes received, bytes sent)."""
+        if not self.is_server:
+            raise ConfigError(f"serve: got a call on worker {self.rank}, expected it on server ranks only")
+        return serve(self)
+
+    def server_rank(self, server):
+        """The rank of a server's number."""
+        return self.size + server
+
+    def send(self, payload, rank, tag):
+        """Start sending a uint8 numpy array that nobody writes into any more."""
+        self._sending.append((self.world.Isend([payload, MPI.BYTE], rank, tag), payload))
+        self.progress()
+
+    def progress(self):
+        """Let MPI work, and forget what has been sent."""
+        left = []
+        for request, payload in self._sending:
+            try:
+                if not request.Test():
+                    left.append((request, payload))
+            except MPI.Exception as error:
+                self.check_failure(error)  # to a dead worker: nothing is owed to it
+        self._sending = left
+
+    def flush(self):
+        """Wait until all is sent."""
+        self.wait(lambda: self.progress() or not self._sending, "sending")
+
+    def wait(self, ready, what):
+        """Wait until `ready()`; ExchangeError after the time-out, with what was waited for."""
+        deadline, pause = time.monotonic() + timeout_seconds(), SHORTEST_PAUSE
+        while not ready():
+            self.progress()
+            if time.monotonic() > deadline:
+                raise ExchangeError(f"{what}: no answer within {timeout_seconds():g} s")
+            self.look_for_dead_servers()
+            time.sleep(pause)  # spinning would take the core from those that compute
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def check_failure(self, error):
+        """Re-raise an MPI error unless it only says that a process died."""
+        died = [getattr(MPI, name, None) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")]
+        if error.error_class not in died:
+            raise ExchangeError(f"MPI: {error}") from error
+
+    def newly_dead(self):
+        """The ranks that have died since the last call; none where the launcher ends all anyway."""
+        if not lets_the_rest_live():
+            return []
+        failed = self.world.Get_failed()
+        ranks = failed.Translate_ranks(None, self.world.Get_group()) if failed.size else []
+        if failed.size > len(self._known_dead):
+            self.world.Ack_failed()  # or receiving from any rank stays refused
+        new = sorted(set(ranks) - self._known_dead)
+        self._known_dead.update(new)
+        return new
+
+    def look_for_dead_servers(self):
+        """ExchangeError on a worker that waits while a server has died, at most a hundred times a second."""
+        if self.is_server or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + 0.01
+        self.newly_dead()
+        dead = [rank for rank in self._known_dead if rank >= self.size]
+        if dead or (self._known_dead and self.on_failure == "end"):
+            raise ExchangeError(f"{self.describe(min(dead or self._known_dead))} died: this job ends")
+
+    def describe(self, rank):
+        return f"worker {rank}" if rank < self.size else f"server {rank - self.size} (rank {rank})"
+
+    def agree(self, configuration):
+        """Compare configurations once on all ranks; ConfigMismatchError everywhere if they differ.
+
+        Args:
+            configuration: a worker's, JSON-able; None on a server, which takes the workers'.
+
+        Returns:
+            The workers' common configuration.
+        """
+        job = {"format": FORMAT_VERSION, "servers": self.servers, "on_failure": self.on_failure}
+        texts = self._gather_texts(json.dumps([job, configuration], sort_keys=True))
+        parts = [json.loads(text) for text in texts]
+        _compare("job", [part[0] for part in parts])
+        _compare("configuration", [part[1] for part in parts[: self.size]])
+        return parts[0][1]
+
+    def _gather_texts(self, text):
+        own = np.frombuffer(text.encode(), dtype=np.uint8)
+        lengths = np.zeros(self.world.size, dtype=np.int64)
+        what = "agreeing on the configuration (have all ranks made a Job, and do the last ones serve?)"
+        request = self.world.Iallgather([np.array([own.size]), MPI.INT64_T], [lengths, MPI.INT64_T])
+        self.wait(request.Test, what)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        gathered = np.empty(starts[-1], dtype=np.uint8)
+        self.wait(self.world.Iallgatherv([own, MPI.BYTE], [gathered, lengths, starts[:-1], MPI.BYTE]).Test, what)
+        return [gathered[a:b].tobytes().decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    def broadcast(self, state):
+        """Give all workers worker 0's tensors; `state` is a dict as of `model.state_dict()`, changed in place."""
+        for name, tensor in state.items():
+            value = tensor.detach().cpu().contiguous()
+            buffer = value.view(-1).view(torch.uint8).numpy() if value.numel() else np.empty(0, np.uint8)
+            self.wait(self.workers.Ibcast([buffer, MPI.BYTE]).Test, f"broadcasting {name!r}")
+            tensor.detach().copy_(value)
+
+    def sum(self, values):
+        """The sum over the workers of a list of numbers, in float64; over those alive if some have died."""
+        own = np.array(values, dtype=np.float64)
+        while True:
+            total, good = np.zeros_like(own), 1
+            try:
+                self.wait(self.workers.Iallreduce(own, total).Test, "summing over the workers")
+            except MPI.Exception as error:
+                self.check_failure(error)
+                good = 0
+            if self.on_failure == "end":
+                return total.tolist()
+            # Some may have got their sum while others saw the failure: all repeat it, or none.
+            if not good:
+                self.workers.Revoke()
+            self.workers.Ack_failed()
+            if self.workers.Agree(good):
+                return total.tolist()
+            self.workers = self.workers.Shrink()
+            self.workers.Set_errhandler(MPI.ERRORS_RETURN)
+
+    def close(self):
+        """Leave the job; called at the end of the process, too."""
+        atexit.unregister(self.close)
+        if self.leave is not None:
+            leave, self.leave = self.leave, None
+            leave()
+            self.flush()
+
+    def _uncaught(self, kind, error, trace):
+        """An exception that nobody caught must not leave the other ranks waiting for this one."""
+        name, trace = f"rank {self.world.rank}", "".join(traceback.format_exception(kind, error, trace))
+        sys.stderr.write(f"{name}:\n{trace}")
+        sys.stderr.flush()
+        if self.leave is not None and self.on_failure == "continue" and not isinstance(error, ExchangeError):
+            # Seen by the others at once; a process that exits would wait for them in MPI_Finalize.
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.world.Abort(1)
+
+
+def _compare(what, configurations):
+    """ConfigMismatchError, naming what differs, unless all are the same."""
+    first = configurations[0]
+    differing = [
+        name for name in first or {} if any((other or {}).get(name) != first[name] for other in configurations)
+    ]
+    if not differing and all(other == first for other in configurations):
+        return
+    groups = {}
+    for rank, configuration in enumerate(configurations):
+        shown = {name: configuration[name] for name in differing} if configuration else configuration
+        groups.setdefault(json.dumps(shown), []).append(rank)
+    found = "; ".join(f"ranks {ranks}: {text[:1000]}" for text, ranks in groups.items())
+    raise ConfigMismatchError(f"{what}: expected the same on all ranks, got {found}")

@@ -1,0 +1,120 @@
+"""A server rank: receives, lets `gcompress.server.ParameterServer` compute, and sends what is ready."""
+
+import logging
+import time
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from gcompress.errors import ExchangeError
+from gcompress.policy import as_policy
+from gcompress.server import Codec, ParameterServer, partition
+
+from .messages import LONGEST_PAUSE, SHORTEST_PAUSE, given_up_tag, leave_tag, pull_tag, timeout_seconds
+
+log = logging.getLogger("gcompress.plugins.mpi")
+
+
+def serve(job):
+    """Serve until all workers have left; returns (bytes received, bytes sent)."""
+    server = _Server(job)
+    pause = SHORTEST_PAUSE
+    while server.state.workers:
+        if server.receive():
+            pause = SHORTEST_PAUSE
+            continue
+        job.progress()
+        server.look_for_dead_workers()
+        server.look_for_late_workers()
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    job.flush()
+    if server.given_up:
+        # MPI would wait for them when the job ends; the others have left, so nothing is lost.
+        log.error("ending the job with an error: %s never came back", ", ".join(f"worker {w}" for w in server.given_up))
+        job.world.Abort(1)
+    return server.received, server.sent
+
+
+class _Server:
+    def __init__(self, job):
+        self.job = job
+        agreed = job.agree(None)
+        policy = as_policy(agreed["compression"]) if agreed["compression"] else None
+        self.partitions = partition(dict(agreed["sizes"]), policy, job.servers, agreed["partition_numel"])
+        codec = Codec(self.partitions, policy, "server")
+        self.state = ParameterServer(
+            codec, job.rank, range(job.size), staleness=agreed["staleness"], momentum=agreed["momentum"]
+        )
+        self.received = self.sent = 0
+        self.given_up = set()
+        self._last_message = self._next_look = time.monotonic()
+
+    def receive(self):
+        """Take one message, if there is one; returns whether there was."""
+        status = MPI.Status()
+        try:
+            message = self.job.world.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)
+            if message is None:
+                return False
+            payload = torch.empty(status.Get_count(MPI.BYTE), dtype=torch.uint8)
+            message.Recv([payload.numpy(), MPI.BYTE])
+        except MPI.Exception as error:
+            self.job.check_failure(error)
+            self.look_for_dead_workers(at_once=True)
+            return False
+        self.received += payload.numel()
+        self._last_message = time.monotonic()
+        self._handle(status.Get_source(), status.Get_tag(), payload)
+        return True
+
+    def _handle(self, worker, tag, payload):
+        if tag == given_up_tag(self.partitions):
+            self._give_up(int(payload.numpy().view(np.int32)[0]))
+        elif worker in self.given_up:
+            if tag % 2:
+                self._send([(worker, tag // 2, torch.empty(0, dtype=torch.uint8))])
+        elif tag == leave_tag(self.partitions):
+            self._send(self.state.remove(worker))
+        elif tag % 2:
+            self._send(self.state.pull(worker, tag // 2))
+        else:
+            self._send(self.state.push(worker, tag // 2, payload))
+
+    def _send(self, answers):
+        for worker, key, payload in answers:
+            self.sent += payload.numel()
+            self.job.send(payload.numpy(), worker, pull_tag(key))
+
+    def look_for_dead_workers(self, at_once=False):
+        if not at_once and time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + 0.01
+        for rank in self.job.newly_dead():
+            if rank >= self.job.size or self.job.on_failure == "end":
+                raise ExchangeError(f"{self.job.describe(rank)} died: this job ends")
+            if rank in self.state.workers:
+                log.error("worker %d died: going on with %d workers", rank, len(self.state.workers) - 1)
+                self._send(self.state.remove(rank))
+
+    def look_for_late_workers(self):
+        """Workers that others have waited for since the time-out began."""
+        if time.monotonic() - self._last_message < timeout_seconds() * 0.8:
+            return  # before the waiting workers give up themselves
+        self._last_message = time.monotonic()
+        late = self.state.missing()
+        told = ", ".join(f"worker {worker} (gradient {name!r})" for worker, name in sorted(late.items()))
+        if late and self.job.on_failure == "end":
+            raise ExchangeError(f"nothing came within {timeout_seconds() * 0.8:g} s from {told}: this job ends")
+        for worker in late:
+            log.error("nothing came within %g s from %s: going on without", timeout_seconds() * 0.8, told)
+            self._give_up(worker)
+            for other in set(range(self.job.servers)) - {self.job.rank}:
+                notice = np.array([worker], dtype=np.int32).view(np.uint8)
+                self.job.send(notice, self.job.server_rank(other), given_up_tag(self.partitions))
+
+    def _give_up(self, worker):
+        self.given_up.add(worker)
+        if worker in self.state.workers:
+            self._send(self.state.remove(worker))

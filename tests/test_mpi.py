@@ -1,0 +1,125 @@
+"""Real MPI ranks push to and pull from real servers; see mpi_ranks.py for what each rank does."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
+pytestmark = pytest.mark.mpi
+
+HERE = pathlib.Path(__file__).parent
+MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+# Read, not imported: importing mpi4py in this process would start MPI here.
+SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
+if MPIRUN is None:
+    pytest.skip("there is no mpirun: python tools/install_mpi.py", allow_module_level=True)
+
+
+def launch(ranks, *arguments, options=(), timeout=150, **environment):
+    """Run a Python command line on `ranks` ranks; returns (exit code, output). No process outlives it."""
+    process = subprocess.Popen(
+        [MPIRUN, *options, "-np", str(ranks), sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60", **environment},
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # mpirun then ends its ranks, which have sessions of their own
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """All scenarios that end well, in one launch of three workers and two servers."""
+    out = tmp_path_factory.mktemp("mpi") / "outcomes.json"
+    _, output = launch(5, HERE / "mpi_ranks.py", out)
+    if not out.exists():
+        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(outcomes, name):
+    assert outcomes[name] == "ok", outcomes[name]
+
+
+def run(tmp_path, name, *options, **environment):
+    """Run one scenario alone; returns (exit code, {rank: what it returned or [error type, message]}, output)."""
+    out = tmp_path / "outcome"
+    code, output = launch(5, HERE / "mpi_ranks.py", out, name, options=options, **environment)
+    files = {rank: out.with_name(f"outcome.{rank}") for rank in range(5)}
+    return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output
+
+
+def test_a_different_configuration_on_one_worker_is_refused_everywhere_with_both_named(tmp_path):
+    code, told, _ = run(tmp_path, "different_compressor")
+    assert code != 0 and len(told) == 5
+    for kind, message in told.values():
+        assert kind == "ConfigMismatchError"
+        assert '"topk"' in message and '"quantize"' in message and "ranks [1, 2]" in message
+        assert "staleness" not in message  # it does not differ
+
+
+def test_a_killed_worker_ends_the_job_and_is_reported(tmp_path):
+    code, told, output = run(tmp_path, "killed_worker")
+    assert code != 0 and not any(outcome == "finished" for outcome in told.values())
+    assert re.search(r"rank 1\b.*(\n.*)?signal 9", output), output[-2000:]
+
+
+def needs_ulfm():
+    probe = "import os; raise SystemExit(0 if os.environ.get('OMPI_MCA_mpi_ft_enable') else 1)"
+    command = [MPIRUN, "--with-ft", "ulfm", "-np", "1", sys.executable, "-c", probe]
+    if subprocess.run(command, capture_output=True, timeout=60).returncode:
+        pytest.skip("this mpirun has no `--with-ft ulfm` (Open MPI 5): a death ends all its ranks")
+    return ("--with-ft", "ulfm")
+
+
+@pytest.mark.parametrize("name", ["killed_worker_continue", "killed_worker_stale", "failing_worker"])
+def test_the_rest_go_on_when_a_worker_dies(tmp_path, name):
+    code, told, output = run(tmp_path, name, *needs_ulfm())
+    assert told.get(0) == told.get(2) == "finished", (told, output[-4000:])
+    assert code == 0 and "worker 1 died: going on with 2 workers" in output
+    assert name != "failing_worker" or told[1] == ["ValueError", "this worker has had enough"]
+
+
+def test_a_dead_server_ends_all_with_its_name(tmp_path):
+    code, told, _ = run(tmp_path, "killed_server", *needs_ulfm())
+    assert code != 0 and told and all("server 1 (rank 4) died" in message for _, message in told.values()), told
+
+
+@pytest.mark.parametrize("name", ["hanging_worker", "hanging_worker_continue"])
+def test_a_worker_that_hangs_is_reported_by_name(tmp_path, name):
+    options = needs_ulfm() if "continue" in name else ()
+    code, told, output = run(tmp_path, name, *options, GCOMPRESS_TIMEOUT="12")
+    assert re.search(r"nothing came within \S+ s from worker 1 \(gradient 'w'\)", output), output[-4000:]
+    assert code != 0
+    if "continue" in name:
+        assert told[0] == told[2] == "finished" and "worker 1 never came back" in output
+    else:
+        assert "finished" not in told.values()
+
+
+def test_a_worker_that_has_fewer_steps_leaves(tmp_path):
+    code, told, output = run(tmp_path, "uneven_steps")
+    assert code == 0 and set(told.values()) == {"finished"}, (told, output[-2000:])
+
+
+@pytest.mark.parametrize("name", ["continue_without_support", "too_many_servers"])
+def test_what_cannot_be_is_refused(tmp_path, name):
+    code, told, _ = run(tmp_path, name)
+    text = "--with-ft ulfm" if name == "continue_without_support" else "at least one worker"
+    assert code != 0 and any(kind == "ConfigError" and text in message for kind, message in told.values()), told

