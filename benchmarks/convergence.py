@@ -49,7 +49,7 @@ POLICIES = [
     "fp8",
     "mxfp4",
     "sign:bucket=256; momentum=0.9",
-    "onebit:bucket=256; momentum=0.9",
+    "onebit:bucket=64; momentum=0.9",
 ]
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 
