@@ -37,7 +37,7 @@ POLICIES = [
     "topk:sparsity=0.999; momentum=0.9; warmup_steps=160",
     "topk:sparsity=0.999; momentum=0.9; warmup_steps=160; min_numel=1024, max_numel=10000 -> topk:sparsity=0.99",
     "threshold:threshold=0.01",
-    "randomk:sparsity=0.75; warmup_steps=160",
+    "randomk:sparsity=0.5",
     "chain:(topk:sparsity=0.99),(quantize:bits=4); momentum=0.9",
     "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
     "entropy:(quantize:bits=2)",
