@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -35,6 +36,7 @@ def missing():
 def namespace(rate=None):
     """A namespace with a loopback of the given rate (tc's notation); yields the command prefix that enters it."""
     name = f"gcompress-{os.getpid()}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time-out must not leave the namespace behind
     subprocess.run(["ip", "netns", "add", name], check=True)
     enter = ["ip", "netns", "exec", name]
     try:
