@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,17 +62,20 @@ def measure(command, options, folder):
     """Run one engine; returns the last epoch's record."""
     log = folder / "log.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
+    process = subprocess.Popen(
         [*command, *options, "--log-file", str(log)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        timeout=TIMEOUT_SECONDS,
         env=environment,
     )
-    if result.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {result.returncode}\n{result.stdout[-4000:]}")
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.terminate()  # every launcher then ends its ranks
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{output[-4000:]}")
     records = [json.loads(line) for line in log.read_text().splitlines()]
     return [record for record in records if not record.get("final")][-1]
 
@@ -92,9 +96,12 @@ def main():
     parser.add_argument("--workers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--servers", type=int, default=2, help="of MPI and BytePS (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--limit-train", type=int, metavar="N", help="use the first N training images only")
     parser.add_argument("--engines", nargs="+", help="leave out the others")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = ["--compressor", arguments.compressor, "--epochs", str(arguments.epochs), "--seed", str(arguments.seed)]
+    options += ["--limit-train", str(arguments.limit_train)] if arguments.limit_train else []
     print(f"{arguments.compressor}, {arguments.workers} workers, {arguments.epochs} epochs, seed {arguments.seed}\n")
     print("| engine      | test accuracy | bytes handed over | against fp32 | bytes on the wire | training   |")
     print("|---|---|---|---|---|---|", flush=True)
