@@ -7,8 +7,9 @@
 Speeds are GB/s of float32 input, each the best of --repeat runs through the public API,
 payload allocation included (from 32 MB up the C library takes fresh pages from the kernel
 each time, which costs more than a cast: hence the default --numel); "both/copy" is the time
-of a copy, measured in turns with them, over that of encoding plus decoding. torch.topk stands for selection alone (values of |x|,
-unsorted), the torch reference for the readable definition of the same bytes.
+of a copy, measured in turns with them, over that of encoding plus decoding. torch.topk stands
+for selection alone (values of |x|, unsorted), the torch reference for the readable definition
+of the same bytes.
 """
 
 import argparse
@@ -19,6 +20,17 @@ import torch
 from gcompress import TopK, from_spec, native
 
 SPECS = [
+    "sign",
+    "onebit",
+    "bf16",
+    "fp16",
+    "fp8",
+    "mxfp4",
+    "eden:bits=0.5",
+    "eden:bits=1",
+    "eden:bits=2",
+    "eden:bits=4",
+    "eden:bits=8",
     "quantize:bits=8",
     "quantize:bits=4",
     "quantize:bits=4,rounding=stochastic",

@@ -44,6 +44,12 @@ typedef struct {
     void (*cast_decode)(const uint8_t* payload, int64_t n, int form, int64_t bucket, int add, float* out);
     void (*bf16_encode)(const float* x, int64_t n, uint8_t* payload);
     void (*bf16_decode)(const uint8_t* payload, int64_t n, int add, float* out);
+    // `sent`, `sent_tail`: entries coded of a whole block and of the last, shorter one; `levels`: the
+    // 2^(bits - 1) positive levels.
+    void (*eden_encode)(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                        int unbiased, uint32_t seed, const float* levels, uint8_t* payload);
+    void (*eden_decode)(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                        const float* levels, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -3,6 +3,7 @@
 // fixed order, or integer: -ffp-contract=off keeps it so.
 #include "gcompress.h"
 #include "cast.h"
+#include "eden.h"
 #include "mask.h"
 #include "quantize.h"
 #include "sign.h"
@@ -65,6 +66,19 @@ int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int widt
                : topk_decode_form<false>(payload, n, k, form, width, out);
 }
 
+void eden_encode(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail, int unbiased,
+                 uint32_t seed, const float* levels, uint8_t* payload) {
+    GC_FOR_BITS(bits, (eden_encode_bits<B>(x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+}
+
+void eden_decode(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                 const float* levels, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (eden_decode_bits<B, true>(payload, n, block, sent, sent_tail, levels, out)))
+    else
+        GC_FOR_BITS(bits, (eden_decode_bits<B, false>(payload, n, block, sent, sent_tail, levels, out)))
+}
+
 }  // namespace
 
 #define GC_JOIN_(a, b) a##b
@@ -75,5 +89,6 @@ extern const gc_kernels GC_JOIN(gc_kernels_, GC_ISA);
 const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decode, mask_encode,
                                                   mask_decode,     topk_encode,     topk_decode,
                                                   sign_encode,     sign_decode,     cast_encode,
-                                                  cast_decode,     bf16_encode,     bf16_decode};
+                                                  cast_decode,     bf16_encode,     bf16_decode,
+                                                  eden_encode,     eden_decode};
 }

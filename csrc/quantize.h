@@ -2,19 +2,11 @@
 #ifndef GCOMPRESS_QUANTIZE_H
 #define GCOMPRESS_QUANTIZE_H
 
+#include "random.h"
 #include "select.h"
 #include "simd.h"
 
 namespace {
-
-// A reproducible uniform number in [0, 1) for entry i (a 32-bit integer hash).
-inline float uniform(uint32_t i, uint32_t seed) {
-    uint32_t h = i * 0x9E3779B9u + seed;
-    h = (h ^ h >> 16) * 0x7feb352du;
-    h = (h ^ h >> 15) * 0x846ca68bu;
-    h ^= h >> 16;
-    return (float)(int32_t)(h >> 8) * 5.9604644775390625e-8f;  // 2^-24
-}
 
 inline float floor_small(float value) {  // |value| < 2^22
     const float nearest = (float)round_even(value);

@@ -39,6 +39,8 @@ class Kernels(ctypes.Structure):
             ("cast_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
             ("bf16_encode", None, (_POINTER, _SIZE, _POINTER)),
             ("bf16_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
+            ("eden_encode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("eden_decode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _POINTER, _INT, _POINTER)),
         )
     ]
 

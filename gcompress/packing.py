@@ -53,6 +53,19 @@ def bytes_to_float(payload):
     return payload.clone().view(torch.float32)
 
 
+def random_words(index, seed):
+    """A 32-bit integer, as int64, for every index of an int64 tensor: an integer hash."""
+    word = (index * 0x9E3779B9 + seed) & 0xFFFFFFFF
+    word = ((word ^ word >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ word >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return word ^ word >> 16
+
+
+def uniform(count, seed, device):
+    """A reproducible uniform float32 in [0, 1) for each of the indices below count."""
+    return (random_words(torch.arange(count, device=device), seed) >> 8).to(torch.float32) * 2.0**-24
+
+
 def rows_of(values, width):
     """A 1-D tensor cut into rows of `width`, the last one filled with zeros: shape [rows, width]."""
     return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width)

@@ -45,6 +45,14 @@ SPECS = [
     "fp8:bucket=64",
     "mxfp4",
     "mxfp4:bucket=16",
+    "eden:bits=1",
+    "eden:bits=1,scale=unbiased",
+    "eden:bits=2,block=1024",
+    "eden:bits=4",
+    "eden:bits=5,block=16384",
+    "eden:bits=8,block=64",
+    "eden:bits=0.5",
+    "eden:bits=0.1,scale=unbiased,block=256",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

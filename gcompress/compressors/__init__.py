@@ -5,12 +5,13 @@ import dataclasses
 from ..errors import ConfigError
 from .base import Compressor, Context
 from .casts import BF16, FP8, FP16, MXFP4
+from .eden import Eden
 from .mask import MaskSparse
 from .quantize import Quantize
 from .sign import OneBit, Sign
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (BF16, FP8, FP16, MaskSparse, MXFP4, OneBit, Quantize, Sign, TopK)}
+REGISTRY = {cls.name: cls for cls in (BF16, Eden, FP8, FP16, MaskSparse, MXFP4, OneBit, Quantize, Sign, TopK)}
 
 
 def from_dict(configuration):
