@@ -50,6 +50,14 @@ typedef struct {
                         int unbiased, uint32_t seed, const float* levels, uint8_t* payload);
     void (*eden_decode)(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
                         const float* levels, int add, float* out);
+    void (*qsgd_encode)(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
+                        uint8_t* payload);
+    void (*qsgd_decode)(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out);
+    void (*ternary_encode)(const float* x, int64_t n, int64_t bucket, int stochastic, double clip, uint32_t seed,
+                           uint8_t* payload);
+    void (*ternary_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out);
+    void (*natural_encode)(const float* x, int64_t n, uint32_t seed, uint8_t* payload);
+    void (*natural_decode)(const uint8_t* payload, int64_t n, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -5,8 +5,11 @@
 #include "cast.h"
 #include "eden.h"
 #include "mask.h"
+#include "natural.h"
+#include "qsgd.h"
 #include "quantize.h"
 #include "sign.h"
+#include "ternary.h"
 #include "topk.h"
 
 namespace {
@@ -79,6 +82,18 @@ void eden_decode(const uint8_t* payload, int64_t n, int bits, int64_t block, int
         GC_FOR_BITS(bits, (eden_decode_bits<B, false>(payload, n, block, sent, sent_tail, levels, out)))
 }
 
+void qsgd_encode(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
+                 uint8_t* payload) {
+    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(x, n, bucket, largest_norm != 0, seed, payload)))
+}
+
+void qsgd_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, true>(payload, n, bucket, out)))
+    else
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, false>(payload, n, bucket, out)))
+}
+
 }  // namespace
 
 #define GC_JOIN_(a, b) a##b
@@ -90,5 +105,7 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   mask_decode,     topk_encode,     topk_decode,
                                                   sign_encode,     sign_decode,     cast_encode,
                                                   cast_decode,     bf16_encode,     bf16_decode,
-                                                  eden_encode,     eden_decode};
+                                                  eden_encode,     eden_decode,     qsgd_encode,
+                                                  qsgd_decode,     ternary_encode,  ternary_decode,
+                                                  natural_encode,  natural_decode};
 }

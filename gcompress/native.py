@@ -41,6 +41,12 @@ class Kernels(ctypes.Structure):
             ("bf16_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
             ("eden_encode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
             ("eden_decode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _POINTER, _INT, _POINTER)),
+            ("qsgd_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, ctypes.c_uint32, _POINTER)),
+            ("qsgd_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
+            ("ternary_encode", None, (_POINTER, *[_SIZE] * 2, _INT, ctypes.c_double, ctypes.c_uint32, _POINTER)),
+            ("ternary_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
+            ("natural_encode", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER)),
+            ("natural_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
         )
     ]
 

@@ -190,6 +190,8 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("eden:bits=1.5", "bits: got 1.5"),
         ("eden:block=100", "block: got 100"),
         ("eden:scale=most", "scale: got 'most'"),
+        ("qsgd:bits=1", "bits: got 1"),
+        ("ternary:clip=-1", "clip: got -1"),
         ("mask:bits=true", "bits: got True"),
         ("mask:levels=max", "levels: got 'max'"),
         ("mask:signed=3", "signed: got 3"),

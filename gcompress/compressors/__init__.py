@@ -7,11 +7,15 @@ from .base import Compressor, Context
 from .casts import BF16, FP8, FP16, MXFP4
 from .eden import Eden
 from .mask import MaskSparse
+from .natural import Natural
+from .qsgd import QSGD
 from .quantize import Quantize
 from .sign import OneBit, Sign
+from .ternary import Ternary
 from .topk import TopK
 
-REGISTRY = {cls.name: cls for cls in (BF16, Eden, FP8, FP16, MaskSparse, MXFP4, OneBit, Quantize, Sign, TopK)}
+CLASSES = (BF16, FP8, FP16, MXFP4, QSGD, Eden, MaskSparse, Natural, OneBit, Quantize, Sign, Ternary, TopK)
+REGISTRY = {cls.name: cls for cls in CLASSES}
 
 
 def from_dict(configuration):
