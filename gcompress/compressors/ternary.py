@@ -52,7 +52,7 @@ class Ternary(Compressor):
 
     @property
     def unbiased(self):
-        """True of stochastic rounding, but for what `clip` cuts off: its error is no contraction, not to be fed back."""
+        """True of stochastic rounding, but for what `clip` cuts off; its error is too large to be fed back."""
         return self.rounding == "stochastic"
 
     def nbytes(self, numel):
