@@ -20,6 +20,21 @@ import torch
 from gcompress import TopK, from_spec, native
 
 SPECS = [
+    "sign",
+    "onebit",
+    "bf16",
+    "fp16",
+    "fp8",
+    "mxfp4",
+    "eden:bits=0.5",
+    "eden:bits=1",
+    "eden:bits=2",
+    "eden:bits=4",
+    "eden:bits=8",
+    "qsgd:bits=4",
+    "ternary",
+    "ternary:rounding=nearest,bucket=1024",
+    "natural",
     "quantize:bits=8",
     "quantize:bits=4",
     "quantize:bits=4,rounding=stochastic",

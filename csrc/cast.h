@@ -44,21 +44,23 @@ inline int32_t finite_code(uint32_t key) {
 }
 
 template <int form>
-inline int32_t any_code(uint32_t key) {
-    if (key < INFINITY_KEY) return finite_code<form>(key);
+inline int32_t any_code(uint32_t key, int32_t top) {
+    if (key < INFINITY_KEY) return finite_code<form>(key) < top ? finite_code<form>(key) : top;
     if (form == GC_MXFP4) return Cast<form>::TOP;
     return form == GC_FP8 ? 0x7f : key == INFINITY_KEY ? 0x7c00 : 0x7e00;
 }
 
-// 64 scaled entries to codes.
+// 64 scaled entries to codes. `ordinary`: all are finite and `tops` is TOP.
 template <int form>
-inline void encode_64(const float* x, const float* factors, bool finite, typename Cast<form>::Code* codes) {
+inline void encode_64(const float* x, const float* factors, bool ordinary, const int32_t* tops,
+                      typename Cast<form>::Code* codes) {
     typedef Cast<form> C;
     const int to_sign = 32 - C::WIDTH;
-    if (!finite) {
+    if (!ordinary) {
         for (int j = 0; j < 64; ++j) {
             const uint32_t pattern = float_bits(x[j] * factors[j]);
-            codes[j] = (typename C::Code)(any_code<form>(pattern & 0x7fffffffu) | (pattern >> 31 << (C::WIDTH - 1)));
+            const int32_t code = any_code<form>(pattern & 0x7fffffffu, tops[j]);
+            codes[j] = (typename C::Code)((uint32_t)code | (pattern >> 31 << (C::WIDTH - 1)));
         }
         return;
     }
@@ -100,8 +102,9 @@ inline float from_code(uint32_t code) {
 
 struct CastScale {
     float factor;  // brings the largest finite magnitude to 2^target
-    bool finite;
-    uint8_t byte;  // E8M0
+    bool ordinary;  // all entries are finite and `top` is the format's
+    int32_t top;    // the largest code that does not decode to infinity
+    uint8_t byte;   // E8M0
 };
 
 template <int form>
@@ -123,9 +126,12 @@ inline CastScale scale_of(const float* x, int64_t count) {
     const int32_t exponent = (largest + C::CARRY) >> 23;
     const int32_t byte = (exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT) - C::TARGET;
     CastScale scale;
-    scale.finite = top < (int32_t)INFINITY_KEY;
+    const bool finite = top < (int32_t)INFINITY_KEY;
+    const int32_t below_infinity = ((255 - byte + C::BIAS) << C::MANTISSA) - 1;
+    scale.top = below_infinity < C::TOP ? below_infinity : (int32_t)C::TOP;
+    scale.ordinary = finite && scale.top == C::TOP;
     scale.factor = bits_float((uint32_t)(254 - byte) << 23);
-    scale.byte = (uint8_t)(form == GC_MXFP4 && !scale.finite ? 255 : byte);
+    scale.byte = (uint8_t)(form == GC_MXFP4 && !finite ? 255 : byte);
     return scale;
 }
 
@@ -134,17 +140,20 @@ void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payloa
     typedef Cast<form> C;
     uint8_t* packed = payload + (n + bucket - 1) / bucket;
     float tail[64] = {0}, factors[64] = {0};
-    bool finite = true;
+    int32_t tops[64] = {0};
+    bool ordinary = true;
     typename C::Code codes[64];
     for (int64_t i = 0; i < n; i += 64) {
         const int64_t size = min64(64, n - i);
-        if (bucket < 64) finite = true;
         if (bucket < 64 || i % bucket == 0) {
             for (int64_t j = 0; j < size; j += bucket) {  // more than one bucket only if they are small
                 const CastScale scale = scale_of<form>(x + i + j, min64(bucket, n - i - j));
                 *payload++ = scale.byte;
-                finite = scale.finite && (finite || j == 0);
-                for (int64_t f = j; f < min64(64, j + bucket); ++f) factors[f] = scale.factor;
+                ordinary = scale.ordinary && (ordinary || j == 0);
+                for (int64_t f = j; f < min64(64, j + bucket); ++f) {
+                    factors[f] = scale.factor;
+                    tops[f] = scale.top;
+                }
             }
         }
         const float* source = x + i;
@@ -152,7 +161,7 @@ void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payloa
             memcpy(tail, source, (size_t)size * sizeof(float));
             source = tail;
         }
-        encode_64<form>(source, factors, finite, codes);
+        encode_64<form>(source, factors, ordinary, tops, codes);
         uint8_t* target = packed + i * C::WIDTH / 8;
         if (form != GC_MXFP4)
             memcpy(target, codes, (size_t)size * sizeof *codes);

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define GC_ABI_VERSION 1
+#define GC_ABI_VERSION 2
 #define GC_EXPORT __attribute__((visibility("default")))
 
 enum {
@@ -75,6 +75,20 @@ typedef struct {
                            int64_t n, int add, float* out);
     void (*hybrid_split)(const float* x, int64_t n, float* outliers);
     void (*hybrid_merge)(const float* outliers, int64_t n, float* rest);
+    // `sent`, `sent_tail`: entries coded of a whole block and of the last, shorter one; `levels`: the
+    // 2^(bits - 1) positive levels.
+    void (*eden_encode)(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                        int unbiased, uint32_t seed, const float* levels, uint8_t* payload);
+    void (*eden_decode)(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                        const float* levels, int add, float* out);
+    void (*qsgd_encode)(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
+                        uint8_t* payload);
+    void (*qsgd_decode)(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out);
+    void (*ternary_encode)(const float* x, int64_t n, int64_t bucket, int stochastic, double clip, uint32_t seed,
+                           uint8_t* payload);
+    void (*ternary_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out);
+    void (*natural_encode)(const float* x, int64_t n, uint32_t seed, uint8_t* payload);
+    void (*natural_decode)(const uint8_t* payload, int64_t n, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

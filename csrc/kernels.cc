@@ -4,12 +4,16 @@
 #include "entropy.h"
 #include "gcompress.h"
 #include "cast.h"
+#include "eden.h"
 #include "mask.h"
+#include "natural.h"
 #include "polar.h"
+#include "qsgd.h"
 #include "quantize.h"
-#include "sign.h"
 #include "randomk.h"
 #include "shared.h"
+#include "sign.h"
+#include "ternary.h"
 #include "topk.h"
 
 namespace {
@@ -120,6 +124,31 @@ void polar_scatter(const float* values, const void* layout, int64_t* cursors, fl
         polar_scatter_rows<false>(values, (const PolarLayout*)layout, cursors, row_buffer, out);
 }
 
+void eden_encode(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail, int unbiased,
+                 uint32_t seed, const float* levels, uint8_t* payload) {
+    GC_FOR_BITS(bits, (eden_encode_bits<B>(x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+}
+
+void eden_decode(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                 const float* levels, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (eden_decode_bits<B, true>(payload, n, block, sent, sent_tail, levels, out)))
+    else
+        GC_FOR_BITS(bits, (eden_decode_bits<B, false>(payload, n, block, sent, sent_tail, levels, out)))
+}
+
+void qsgd_encode(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
+                 uint8_t* payload) {
+    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(x, n, bucket, largest_norm != 0, seed, payload)))
+}
+
+void qsgd_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, true>(payload, n, bucket, out)))
+    else
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, false>(payload, n, bucket, out)))
+}
+
 }  // namespace
 
 #define GC_JOIN_(a, b) a##b
@@ -137,5 +166,8 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   largest_key,     count_keys,      keys_encode,
                                                   entropy_encode,  entropy_decode,
                                                   shared_scales,   shared_encode,   shared_decode,
-                                                  lowrank_decode,  hybrid_split,    hybrid_merge};
+                                                  lowrank_decode,  hybrid_split,    hybrid_merge,
+                                                  eden_encode,     eden_decode,     qsgd_encode,
+                                                  qsgd_decode,     ternary_encode,  ternary_decode,
+                                                  natural_encode,  natural_decode};
 }

@@ -2,15 +2,11 @@
 #ifndef GCOMPRESS_QUANTIZE_H
 #define GCOMPRESS_QUANTIZE_H
 
+#include "random.h"
 #include "select.h"
 #include "simd.h"
 
 namespace {
-
-// A reproducible uniform number in [0, 1) for entry i.
-inline float uniform(uint32_t i, uint32_t seed) {
-    return (float)(int32_t)(hashed(i, seed) >> 8) * 5.9604644775390625e-8f;  // 2^-24
-}
 
 inline float floor_small(float value) {  // |value| < 2^22
     const float nearest = (float)round_even(value);

@@ -11,22 +11,29 @@ const int64_t SUM_BLOCK = 4096;
 const int SUM_LANES = 16;
 
 // gcc's and clang's vector types: they stay in registers, as arrays of sums do not always.
-typedef float FourFloats __attribute__((vector_size(16)));
 typedef double FourDoubles __attribute__((vector_size(32)));
+
+inline void load_doubles(const float* four, FourDoubles* doubles) {
+#if defined(__AVX2__)  // gcc 12 makes two halves of a conversion
+    *doubles = (FourDoubles)_mm256_cvtps_pd(_mm_loadu_ps(four));
+#else
+    for (int j = 0; j < 4; ++j) (*doubles)[j] = (double)four[j];
+#endif
+}
 
 struct LaneSum {
     FourDoubles a, b, c, d;  // lanes 0 to 3, 4 to 7, 8 to 11, 12 to 15
     LaneSum() : a(), b(), c(), d() {}
     static void add_four(const float* terms, FourDoubles* sum) {
-        FourFloats four;
-        memcpy(&four, terms, sizeof four);
-        *sum += __builtin_convertvector(four, FourDoubles);
+        FourDoubles four;
+        load_doubles(terms, &four);
+        *sum += four;
     }
     static void add_four_products(const float* left, const float* right, FourDoubles* sum) {
-        FourFloats one, other;
-        memcpy(&one, left, sizeof one);
-        memcpy(&other, right, sizeof other);
-        *sum += __builtin_convertvector(one, FourDoubles) * __builtin_convertvector(other, FourDoubles);
+        FourDoubles one, other;
+        load_doubles(left, &one);
+        load_doubles(right, &other);
+        *sum += one * other;
     }
     // Add 16 terms, one to each lane.
     void add(const float* terms) {

@@ -14,7 +14,7 @@ import pathlib
 
 from .errors import ConfigError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISAS = ("portable", "avx2", "avx512")
 BACKENDS = ("native", "reference", *ISAS)
 
@@ -58,6 +58,14 @@ class Kernels(ctypes.Structure):
             ("lowrank_decode", None, (_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER)),
             ("hybrid_split", None, (_POINTER, _SIZE, _POINTER)),
             ("hybrid_merge", None, (_POINTER, _SIZE, _POINTER)),
+            ("eden_encode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _INT, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("eden_decode", None, (_POINTER, _SIZE, _INT, *[_SIZE] * 3, _POINTER, _INT, _POINTER)),
+            ("qsgd_encode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, ctypes.c_uint32, _POINTER)),
+            ("qsgd_decode", None, (_POINTER, _SIZE, _INT, _SIZE, _INT, _POINTER)),
+            ("ternary_encode", None, (_POINTER, *[_SIZE] * 2, _INT, ctypes.c_double, ctypes.c_uint32, _POINTER)),
+            ("ternary_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
+            ("natural_encode", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER)),
+            ("natural_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
         )
     ]
 

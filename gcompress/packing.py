@@ -62,6 +62,11 @@ def bytes_to_float(payload):
     return payload.clone().view(torch.float32)
 
 
+def uniform(count, seed, device):
+    """A reproducible uniform float32 in [0, 1) for each of the indices below count."""
+    return (hashed(torch.arange(count, device=device), seed) >> 8).to(torch.float32) * 2.0**-24
+
+
 def rows_of(values, width):
     """A 1-D tensor cut into rows of `width`, the last one filled with zeros: shape [rows, width]."""
     return torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width)

@@ -75,6 +75,21 @@ SPECS = [
     "polar:rate=1.0,scales=chunk",
     "polar:rate=2.5,allocation=flat",
     "polar:rate=4,block=256",
+    "eden:bits=1",
+    "eden:bits=1,scale=unbiased",
+    "eden:bits=2,block=1024",
+    "eden:bits=4",
+    "eden:bits=5,block=16384",
+    "eden:bits=8,block=64",
+    "eden:bits=0.5",
+    "eden:bits=0.1,scale=unbiased,block=256",
+    "qsgd:bits=4",
+    "qsgd:bits=2,bucket=0",
+    "qsgd:bits=8,bucket=64,norm=max",
+    "ternary",
+    "ternary:clip=0.0,bucket=64",
+    "ternary:rounding=nearest,bucket=1024",
+    "natural",
 ]
 COMPRESSORS = [from_spec(spec) for spec in SPECS]
 MISSING = set(REGISTRY) - {compressor.name for compressor in COMPRESSORS}

@@ -121,6 +121,16 @@ def record(network, total_steps, seed=1):
     return arrays
 
 
+def write(path, networks=tuple(TRAININGS), steps=None, seed=1):
+    """Train the networks, each for `steps` or its own default, and write their gradients to a file."""
+    arrays = {}
+    for network in networks:
+        arrays.update(record(network, steps or STEPS[network], seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    print(f"{path}: {len(arrays)} gradients, {sum(array.nbytes for array in arrays.values()) / 1e6:.1f} MB", flush=True)
+
+
 def load(path=DEFAULT_PATH):
     """{network: {phase: {layer: float32 tensor of the layer's shape}}} of a file that `main` wrote."""
     gradients = {}
@@ -140,12 +150,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 6:
         parser.error(f"--steps: got {arguments.steps}, expected at least 6, or the phases coincide")
-    arrays = {}
-    for network in arguments.networks:
-        arrays.update(record(network, arguments.steps or STEPS[network], arguments.seed))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(arguments.out, **arrays)
-    print(f"{arguments.out}: {len(arrays)} gradients, {sum(array.nbytes for array in arrays.values()) / 1e6:.1f} MB")
+    write(arguments.out, arguments.networks, arguments.steps, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,18 @@ from ..errors import ConfigError
 from .base import Compressor, Context
 from .casts import BF16, FP8, FP16, MXFP4
 from .combine import Chain, Hybrid
+from .eden import Eden
 from .entropy import Entropy
 from .lowrank import LowRank
 from .mask import MaskSparse
+from .natural import Natural
 from .polar import Polar
+from .qsgd import QSGD
 from .quantize import Quantize
 from .randomk import RandomK
 from .shared import SharedScale
 from .sign import OneBit, Sign
+from .ternary import Ternary
 from .threshold import Threshold
 from .topk import TopK
 
@@ -22,6 +26,7 @@ REGISTRY = {
     for cls in (
         BF16,
         Chain,
+        Eden,
         Entropy,
         FP8,
         FP16,
@@ -29,12 +34,15 @@ REGISTRY = {
         LowRank,
         MaskSparse,
         MXFP4,
+        Natural,
         OneBit,
         Polar,
+        QSGD,
         Quantize,
         RandomK,
         SharedScale,
         Sign,
+        Ternary,
         Threshold,
         TopK,
     )

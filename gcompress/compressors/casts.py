@@ -59,20 +59,23 @@ class _Cast(Compressor):
         exponent = (torch.where(finite, keys, 0).amax(1, keepdim=True) + self.carry) >> 23
         scale = exponent.clamp(min=SMALLEST_EXPONENT) - self.target
         factor = ((254 - scale) << 23).view(torch.float32)
-        codes = self._to_codes(rows * factor).view(-1)[: values.numel()]
+        # No more than the largest code that does not decode to infinity.
+        top = (((255 - scale + self.bias) << self.mantissa) - 1).clamp(max=self.largest)
+        codes = self._to_codes(rows * factor, top).view(-1)[: values.numel()]
         if self.form == MXFP4.form:  # which has no code for what is not finite
             scale = torch.where(finite.all(1, keepdim=True), scale, 255)
         packed = packing.pack_bits(codes, 4) if self.width == 4 else _integer_bytes(codes, self.width)
         return torch.cat([scale.view(-1).to(torch.uint8), packed])
 
-    def _to_codes(self, scaled):
+    def _to_codes(self, scaled, top):
         """int64 codes of float32 magnitudes and signs; what is not finite by the format's own codes, if any."""
         keys = packing.magnitude_keys(scaled).to(torch.int64)
         shift = 23 - self.mantissa
         rounded = (keys + (1 << (shift - 1)) - 1 + ((keys >> shift) & 1)) >> shift
         normal = rounded - ((127 - self.bias) << self.mantissa)
         small = torch.round(scaled.abs() * 2.0 ** (self.bias - 1 + self.mantissa)).to(torch.int64)
-        codes = torch.where(keys < (128 - self.bias) << 23, small, normal).clamp(max=self.largest)
+        codes = torch.where(keys < (128 - self.bias) << 23, small, normal)
+        codes = torch.minimum(codes, torch.where(keys < packing.INFINITY_KEY, top, self.largest))
         if self.form == FP16.form:
             codes = torch.where(keys == packing.INFINITY_KEY, 0x7C00, codes)
             codes = torch.where(keys > packing.INFINITY_KEY, 0x7E00, codes)

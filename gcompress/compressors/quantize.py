@@ -91,7 +91,11 @@ class Quantize(Compressor):
         step, zero, finite = self._grid(rows, numel)
         inverse = torch.where(step >= packing.SMALLEST_NORMAL, 1.0 / step, 0.0)
         scaled = torch.where(finite, rows, 0.0) * inverse
-        dither = uniform(rows, seed) if self.unbiased else torch.full_like(rows, 0.5)
+        dither = (
+            packing.uniform(rows.numel(), seed, rows.device).view_as(rows)
+            if self.unbiased
+            else torch.full_like(rows, 0.5)
+        )
         if self.bits == 1:
             codes = torch.floor((scaled + 0.5) + dither)
         else:
@@ -149,9 +153,3 @@ def _mean_magnitude(rows, largest, numel):
     counts[-1] = numel - rows.shape[1] * (len(rows) - 1)
     mean = sums.double() / counts.double() * (largest.double() / 65535.0)
     return torch.where(usable, mean.to(torch.float32), 0.0)
-
-
-def uniform(rows, seed):
-    """A reproducible uniform float32 in [0, 1) for every entry (a 32-bit integer hash of its index)."""
-    word = packing.hashed(torch.arange(rows.numel(), device=rows.device), seed)
-    return ((word >> 8).to(torch.float32) * 2.0**-24).view_as(rows)

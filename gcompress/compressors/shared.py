@@ -20,7 +20,6 @@ import torch
 from .. import native, packing
 from ..errors import ConfigError
 from .base import Compressor, Section, check_choice, check_integer
-from .quantize import uniform
 
 BLOCK_WORDS = 64
 MAX_WIDTH = 24
@@ -127,7 +126,7 @@ class SharedScale(Compressor):
         inverse = torch.where(step >= packing.SMALLEST_NORMAL, 1.0 / step, 0.0)
         scaled = torch.where(step.isnan(), 0.0, values * inverse)
         if self.unbiased:
-            scaled = torch.floor(scaled + uniform(values, seed))
+            scaled = torch.floor(scaled + packing.uniform(values.numel(), seed, values.device).view_as(values))
         codes = torch.round(scaled.clamp(-self._limit, self._limit)).to(torch.int64)
         return pack_fields(codes, width)
 

@@ -1,0 +1,106 @@
+// QSGD: random rounding to multiples of norm / s (gcompress/compressors/qsgd.py).
+#ifndef GCOMPRESS_QSGD_H
+#define GCOMPRESS_QSGD_H
+
+#include "gcompress.h"
+#include "quantize.h"
+#include "random.h"
+#include "sums.h"
+
+namespace {
+
+struct Magnitudes {
+    double squares;   // ordered sum; not finite if an entry is not
+    int32_t largest;  // key
+};
+
+// Of one bucket, in one pass.
+inline Magnitudes magnitudes_of(const float* x, int64_t count) {
+    Magnitudes all = {0.0, 0};
+    for (int64_t block = 0; block < count; block += SUM_BLOCK) {
+        const int64_t end = min64(count, block + SUM_BLOCK);
+        LaneSum sum;
+        for (int64_t i = block; i < end; i += SUM_LANES) {
+            float tail[SUM_LANES] = {0};
+            const float* source = x + i;
+            if (end - i < SUM_LANES) {
+                memcpy(tail, source, (size_t)(end - i) * sizeof(float));
+                source = tail;
+            }
+            sum.add_products(source, source);
+        }
+        all.squares += sum.folded();
+        int32_t largest = 0;
+        for (int64_t i = block; i < end; ++i) {  // vectorised
+            const int32_t key = (int32_t)(float_bits(x[i]) & 0x7fffffffu);
+            largest = largest > key ? largest : key;
+        }
+        all.largest = largest > all.largest ? largest : all.largest;
+    }
+    return all;
+}
+
+template <int bits>
+void qsgd_encode_bits(const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed, uint8_t* payload) {
+    const int levels = (1 << (bits - 1)) - 1;
+    uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
+    float inverse = 0.0f, tail[64] = {0};
+    uint8_t codes[64];
+    bool finite = true;
+    for (int64_t i = 0; i < n; i += 64) {
+        if (i % bucket == 0) {
+            const Magnitudes all = magnitudes_of(x + i, min64(bucket, n - i));
+            const float limit = 3.4e38f;
+            float norm = largest_norm ? bits_float((uint32_t)all.largest) : (float)__builtin_sqrt(all.squares);
+            norm = norm > limit ? limit : norm;
+            finite = all.largest < (int32_t)INFINITY_KEY;
+            float step = norm / (float)levels;
+            const bool usable = finite && step >= SMALLEST_NORMAL;
+            inverse = usable ? (float)levels / norm : 0.0f;
+            step = usable ? step : 0.0f;
+            store<float>(payload + 4 * (i / bucket), finite ? step : bits_float(0x7fc00000u));
+        }
+        const int64_t size = min64(64, n - i);
+        const float* source = x + i;
+        if (size < 64 || !finite) {  // of a bucket that is not finite only the signs are coded
+            for (int64_t j = 0; j < 64; ++j)
+                tail[j] = j < size ? (finite ? source[j] : bits_float(float_bits(source[j]) & 0x80000000u)) : 0.0f;
+            source = tail;
+        }
+        for (int j = 0; j < 64; ++j) {  // vectorised
+            const float scaled = __builtin_fabsf(source[j]) * inverse;
+            int32_t m = (int32_t)floor_small(scaled + uniform((uint32_t)i + (uint32_t)j, seed));
+            m = m < levels ? m : levels;
+            const int32_t minus = (int32_t)float_bits(source[j]) >> 31;
+            codes[j] = (uint8_t)(levels + ((m ^ minus) - minus));
+        }
+        if (i + 128 <= n)
+            pack_64<bits>(codes, packed + i / 8 * bits);
+        else
+            pack_tail<bits>(codes, size, packed + i / 8 * bits);
+    }
+}
+
+template <int bits, bool add>
+void qsgd_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+    const float levels = (float)((1 << (bits - 1)) - 1);
+    const uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
+    uint8_t codes[64];
+    float step = 0.0f, values[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        if (i % bucket == 0) step = load<float>(payload + 4 * (i / bucket));
+        const int64_t size = min64(64, n - i);
+        if (i + 128 <= n)
+            unpack_64<bits>(packed + i / 8 * bits, codes);
+        else
+            unpack_tail<bits>(packed + i / 8 * bits, size, codes);
+        for (int j = 0; j < 64; ++j) values[j] = ((float)codes[j] - levels) * step;  // vectorised
+        if (add)
+            for (int64_t j = 0; j < size; ++j) out[i + j] += values[j];
+        else
+            memcpy(out + i, values, (size_t)size * sizeof(float));
+    }
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,158 @@
+// Ternary: minus, zero or plus one scale, five trits a byte (gcompress/compressors/ternary.py).
+#ifndef GCOMPRESS_TERNARY_H
+#define GCOMPRESS_TERNARY_H
+
+#include "gcompress.h"
+#include "qsgd.h"
+#include "random.h"
+#include "select.h"
+#include "sums.h"
+
+namespace {
+
+const int64_t TRIT_GROUP = 320;  // entries in 64 bytes
+
+// The ordered sum of magnitudes above `bound` (all if it is negative), and how many there are.
+inline double sum_above(const float* x, int64_t count, float bound, int64_t* members) {
+    double total = 0.0;
+    float kept[64] = {0};
+    *members = 0;
+    for (int64_t block = 0; block < count; block += SUM_BLOCK) {
+        const int64_t end = min64(count, block + SUM_BLOCK);
+        LaneSum sum;
+        for (int64_t i = block; i < end; i += 64) {
+            const int64_t size = min64(64, end - i);
+            int32_t above = 0;
+            if (size < 64) memset(kept, 0, sizeof kept);
+            for (int64_t j = 0; j < size; ++j) {  // vectorised
+                const float magnitude = __builtin_fabsf(x[i + j]);
+                kept[j] = magnitude > bound ? magnitude : 0.0f;
+                above += magnitude > bound;
+            }
+            *members += above;
+            for (int row = 0; row < 64; row += SUM_LANES) sum.add(kept + row);
+        }
+        total += sum.folded();
+    }
+    return total;
+}
+
+struct TernaryScale {
+    float scale, bound;  // bound: nearest rounding keeps what is above
+    bool finite;
+};
+
+inline TernaryScale ternary_scale(const float* x, int64_t count, bool stochastic, double clip) {
+    TernaryScale result = {0.0f, 0.0f, true};
+    const Magnitudes all = magnitudes_of(x, count);
+    if (all.largest >= (int32_t)INFINITY_KEY) {
+        result.finite = false;
+        return result;
+    }
+    double scale = (double)bits_float((uint32_t)all.largest);
+    if (stochastic) {
+        const double limit = clip * __builtin_sqrt(all.squares / (double)count);
+        if (clip > 0.0 && limit < scale) scale = limit;
+    } else {
+        int64_t members;
+        const double mean = sum_above(x, count, -1.0f, &members) / (double)count;
+        result.bound = (float)(0.75 * mean);
+        const double above = sum_above(x, count, result.bound, &members);
+        scale = above / (double)(members > 0 ? members : 1);
+    }
+    result.scale = (float)scale;
+    if (!(result.scale >= SMALLEST_NORMAL)) result.scale = 0.0f;
+    return result;
+}
+
+void ternary_encode(const float* x, int64_t n, int64_t bucket, int stochastic, double clip, uint32_t seed,
+                    uint8_t* payload) {
+    uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
+    TernaryScale scale = {0.0f, 0.0f, true};
+    uint8_t trits[TRIT_GROUP], bytes[64];
+    float tail[64] = {0};
+    for (int64_t group = 0; group < n; group += TRIT_GROUP) {
+        const int64_t entries = min64(TRIT_GROUP, n - group), width = (entries + 4) / 5;
+        if (entries < TRIT_GROUP) memset(trits, 0, sizeof trits);
+        for (int64_t run = 0; run < entries; run += 64) {
+            const int64_t i = group + run, size = min64(64, entries - run);
+            if (i % bucket == 0) {
+                scale = ternary_scale(x + i, min64(bucket, n - i), stochastic != 0, clip);
+                store<float>(payload + 4 * (i / bucket), scale.finite ? scale.scale : bits_float(0x7fc00000u));
+            }
+            const float* source = x + i;
+            if (size < 64) {
+                memcpy(tail, source, (size_t)size * sizeof(float));
+                source = tail;
+            }
+            uint8_t some[64];
+            const bool usable = scale.finite && scale.scale > 0.0f;
+            for (int j = 0; j < 64; ++j) {  // vectorised
+                const float bound = stochastic ? uniform((uint32_t)i + (uint32_t)j, seed) * scale.scale : scale.bound;
+                const int32_t side = 1 - 2 * (int32_t)(float_bits(source[j]) >> 31);
+                some[j] = (uint8_t)(1 + (__builtin_fabsf(source[j]) > bound ? side : 0));
+            }
+            if (!usable) memset(some, 1, sizeof some);
+            memcpy(trits + run, some, (size_t)size);
+        }
+        if (width == 64) {
+            for (int j = 0; j < 64; ++j)  // vectorised
+                bytes[j] = (uint8_t)(trits[j] + 3 * trits[64 + j] + 9 * trits[128 + j] + 27 * trits[192 + j] +
+                                     81 * trits[256 + j]);
+        } else {
+            for (int64_t j = 0; j < width; ++j) {
+                int32_t byte = 0, weight = 1;
+                for (int64_t d = 0; d < 5; ++d, weight *= 3) {
+                    if (d * width + j < entries) byte += weight * trits[d * width + j];
+                }
+                bytes[j] = (uint8_t)byte;
+            }
+        }
+        memcpy(packed + group / 5, bytes, (size_t)width);
+    }
+}
+
+template <bool add>
+void ternary_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+    const uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
+    uint8_t trits[TRIT_GROUP + 64], bytes[64] = {0};
+    float scale = 0.0f;
+    for (int64_t group = 0; group < n; group += TRIT_GROUP) {
+        const int64_t entries = min64(TRIT_GROUP, n - group), width = (entries + 4) / 5;
+        memcpy(bytes, packed + group / 5, (size_t)width);
+        for (int d = 0; d < 5; ++d) {
+            uint8_t digit[64];
+            for (int j = 0; j < 64; ++j) {  // vectorised; 171 / 512 is a third for all bytes
+                const uint16_t third = (uint16_t)((uint16_t)(bytes[j] * 171) >> 9);
+                digit[j] = (uint8_t)(bytes[j] - 3 * third);
+                bytes[j] = (uint8_t)third;
+            }
+            memcpy(trits + d * width, digit, (size_t)width);
+        }
+        for (int64_t run = 0; run < entries; run += 64) {
+            const int64_t i = group + run, size = min64(64, entries - run);
+            if (i % bucket == 0) scale = load<float>(payload + 4 * (i / bucket));
+            if (size == 64) {
+                for (int j = 0; j < 64; ++j) {  // vectorised
+                    const float value = ((float)trits[run + j] - 1.0f) * scale;
+                    out[i + j] = add ? out[i + j] + value : value;
+                }
+            } else {
+                for (int64_t j = 0; j < size; ++j) {
+                    const float value = ((float)trits[run + j] - 1.0f) * scale;
+                    out[i + j] = add ? out[i + j] + value : value;
+                }
+            }
+        }
+    }
+}
+
+void ternary_decode(const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
+    if (add)
+        ternary_decode_form<true>(payload, n, bucket, out);
+    else
+        ternary_decode_form<false>(payload, n, bucket, out);
+}
+
+}  // namespace
+#endif
