@@ -102,18 +102,21 @@ def table(found):
         "| cut | activations | gradients | top-1 | bytes up | bytes down | fewer, both | until less a point | fewer |"
     ]
     lines.append("|" + "---|" * 9)
+    # Uncompressed training is the same wherever the cut is; only its bytes are not.
+    whole = next((runs["none"] for runs in found.values() if "none" in runs), None)
+    target = whole[-1]["test_top1"] - 0.01 if whole else math.inf
     for cut, runs in found.items():
         base = runs.get("none")
-        target = base[-1]["test_top1"] - 0.01 if base else math.inf
         for curve in runs.values():
             last = curve[-1]
             up, _, down = last["title"].partition(", up ")[2].partition(", down ")
             reached = next((sent(record) for record in curve if record["test_top1"] >= target), None)
-            whole = next(sent(record) for record in base if record["test_top1"] >= target) if base else None
+            spent = next(sent(record) for record in base if record["test_top1"] >= target) if base else None
             cells = [cut, f"`{up}`", f"`{down}`", f"{100 * last['test_top1']:.2f} %"]
             cells += [in_bytes(last["socket_up"]), in_bytes(last["socket_down"])]
             cells.append(f"{sent(base[-1]) / sent(last):.2f}x" if base else "-")
-            cells += [in_bytes(reached), f"{whole / reached:.2f}x"] if reached else ["never", "-"]
+            fewer = f"{spent / reached:.2f}x" if reached and spent else "-"
+            cells += [in_bytes(reached) if reached else "never", fewer]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

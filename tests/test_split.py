@@ -267,11 +267,12 @@ class TestManyClients:
         """Let clients of these names take part in threads; returns {name: (trainer, rounds that counted)}."""
         results, errors = {}, []
         terms = dict(terms)
+        heads = {name: split.cut(model(), 3) for name in names}  # not in threads: see cut
         with serving(rounds=rounds, **options, **terms) as (server, port):
 
             def work(name):
                 try:
-                    trainer = Trainer(port, name=name, **terms)
+                    trainer = Trainer(port, heads[name][:1], name=name, **terms)
                     results[name] = trainer, trainer.client.run_rounds(lambda number: train(trainer, name, number))
                     trainer.client.finish()
                 except Exception as error:
@@ -361,12 +362,13 @@ class TestManyClients:
                     trainer.link.close()
                     raise Vanished
 
-        rounds = kind(split.cut(model(), 3)[0], names, rounds=4, deadline=1.5)
+        rounds = kind(split.cut(model(), 3)[0], names, rounds=4, deadline=3.0)
         results, threads = {}, []
+        heads = {name: split.cut(model(), 3) for name in names}
         with serving(rounds=rounds) as (server, port):
 
             def work(name):
-                trainer = Trainer(port, name=name)
+                trainer = Trainer(port, heads[name][:1], name=name)
                 try:
                     results[name] = trainer.client.run_rounds(lambda number: train(trainer, name, number))
                     trainer.client.finish()

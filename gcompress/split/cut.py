@@ -1,11 +1,14 @@
 """Cut a model in two or more parts that run one after the other."""
 
 import difflib
+import threading
 
 import torch
 from torch import fx, nn
 
 from ..errors import ConfigError
+
+_TRACING = threading.Lock()  # torch.fx patches nn.Module for all threads while it traces
 
 
 class Part(nn.Module):
@@ -43,6 +46,8 @@ def cut(model, *at):
             `"encoder.layers.encoder_layer_3"`), or for an nn.Sequential the number of its
             first modules that go into the first part. Several cuts give as many more parts.
 
+    Cut before other threads run models: torch.fx changes nn.Module for all of them while it traces.
+
     Returns:
         The parts, a list of modules that share the model's parameters and their names:
         parts[1](parts[0](x)) is model(x). A state dict's names are those in the model.
@@ -61,11 +66,13 @@ def cut(model, *at):
     names = [_name(model, place) for place in at]
     before = {module: module.training for module in model.modules()}
     pieces = {}
+    _TRACING.acquire()
     try:
         for mode in (True, False):
             model.train(mode)
             pieces[mode] = _pieces(fx.Tracer().trace(model), names)
     finally:
+        _TRACING.release()
         for module, training in before.items():
             module.training = training
     graphs = zip(pieces[True], pieces[False], strict=True)
