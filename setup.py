@@ -19,7 +19,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
 # gcc 12 warns of its own AVX-512 header (gcc bug 105593).
-FLAGS += ["-Wno-maybe-uninitialized"]
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISAS = {"portable": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]

@@ -8,6 +8,7 @@
 #include "mask.h"
 #include "natural.h"
 #include "polar.h"
+#include "polar_list.h"
 #include "qsgd.h"
 #include "quantize.h"
 #include "randomk.h"
@@ -87,7 +88,6 @@ void polar_gather(const float* x, const void* layout, int64_t* cursors, float* r
 
 void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
                   int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
-    (void)list_size;
     const PolarWorkspace work = polar_workspace(workspace);
     const PolarTile* tile = (const PolarTile*)tiles;
     PolarTables tables = {{0}, {0}};
@@ -99,7 +99,7 @@ void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const
         tables.points[slots[i]] = (const int16_t*)((const PolarDesign*)designs)[slots[i]].points;
     }
     for (const PolarTile* end = tile + count; tile < end; ++tile) {
-        words = polar_encode_tile(samples, tile, slots, &tables, work, words, products);
+        words = polar_encode_tile(samples, tile, slots, &tables, list_size, work, words, products);
         samples += tile->lanes * tile->rows;
         slots += tile->rows;
     }

@@ -406,7 +406,7 @@ struct PolarDesign {
 
 // What encoding a tile needs besides; `align` bytes are lost to alignment.
 struct PolarWorkspace {
-    Bytes *inputs, *scratch;
+    Bytes *inputs, *scratch, *list;
     Signs* code;
     int8_t* labels;
     uint64_t* words;
@@ -424,7 +424,8 @@ inline PolarWorkspace polar_workspace(uint8_t* memory) {
     work.words = (uint64_t*)(memory + 4 * LANES * MAX_BLOCK);
     work.types = memory + (4 * LANES + 8) * MAX_BLOCK;
     work.counts = (uint16_t*)(memory + (4 * LANES + 10) * MAX_BLOCK);
-    return work;  // (4 LANES + 14) MAX_BLOCK + 64 bytes
+    work.list = (Bytes*)(memory + (4 * LANES + 14) * MAX_BLOCK);
+    return work;  // (7 LANES + 14) MAX_BLOCK + 64 bytes
 }
 
 // Adds <samples, points of their labels> and <points, points> over the samples that matter.
@@ -489,10 +490,14 @@ struct PolarTables {
     const int16_t* points[PADDING_ROW];
 };
 
+// polar_list.h
+inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const Bytes* l, Signs* code,
+                              Bytes* memory);
+
 // Writes a tile's words and returns their end. `slots` gives every row's class, and `products`
 // per class: <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
 inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
-                                  const PolarTables* tables, PolarWorkspace work, uint8_t* words,
+                                  const PolarTables* tables, int list_size, PolarWorkspace work, uint8_t* words,
                                   int64_t* products) {
     const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
     const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
@@ -504,7 +509,10 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
         else
             for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
         subtree_types(rank, rows, free, work.types, work.counts);
-        encode_block(rows, work.types, work.inputs, work.code, work.scratch);
+        if (list_size > 1 && levels < MAX_LEVELS)
+            list_encode_block(rows, lanes, list_size, work.types, work.inputs, work.code, work.list);
+        else
+            encode_block(rows, work.types, work.inputs, work.code, work.scratch);
         for (int i = 0; levels > 1 && i < rows; ++i) {
             int8_t* labels = work.labels + lanes * i;
             store_lanes(labels, with_bit(load_lanes(labels, lanes), work.code[positions[i]], level), lanes);

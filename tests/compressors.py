@@ -75,6 +75,8 @@ SPECS = [
     "polar:rate=1.0,scales=chunk",
     "polar:rate=2.5,allocation=flat",
     "polar:rate=4,block=256",
+    "polar:rate=1.0,block=256,list_size=4",
+    "polar:rate=0.3,block=256,list_size=8",
     "eden:bits=1",
     "eden:bits=1,scale=unbiased",
     "eden:bits=2,block=1024",

@@ -142,6 +142,8 @@ def large():
 @every_compressor
 def test_sixteen_million_entries_and_seven(compressor, large):
     """The same bytes on every instruction set; the reference, slow, is asked for one spec of each method below."""
+    if getattr(compressor, "list_size", 1) > 1:
+        pytest.skip("lists cost a minute here and work tile by tile, as the sizes above show")
     payloads = []
     for isa in native.available_backends()[1:] or ["reference"]:
         with native.use_backend(isa):

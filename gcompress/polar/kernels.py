@@ -9,7 +9,7 @@ import torch
 from . import plan
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
-WORKSPACE = (4 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+WORKSPACE = (7 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
 
 

@@ -10,6 +10,7 @@ from . import plan
 from .tables import ERASED, MAX_LEVELS, design_at, positions, rank
 
 MAX_REPETITION, MAX_PARITY = 128, 64
+WORST = 2047  # of a path's metric
 
 
 def sums(values, columns, by_column):
@@ -95,7 +96,9 @@ def encode(samples, spending, list_size):
     labels = torch.empty(samples.shape, dtype=torch.int64, device=samples.device)
     for tile, shares in zip(spending.tiles, plan.level_shares(spending), strict=True):
         place = slice(start, start + tile.rows * tile.lanes)
-        found, information = _encode_tile(samples[place].view(tile.rows, -1), slots[place], tile, shares, spending)
+        found, information = _encode_tile(
+            samples[place].view(tile.rows, -1), slots[place], tile, shares, spending, list_size
+        )
         labels[place] = found.view(-1)
         words.append(_to_bytes(information))
         start = place.stop
@@ -107,7 +110,7 @@ def encode(samples, spending, list_size):
     return torch.cat(words), products
 
 
-def _encode_tile(samples, slots, tile, shares, spending):
+def _encode_tile(samples, slots, tile, shares, spending, list_size):
     """Labels int64 [rows, lanes] and the information bits of all levels [words, lanes], bool."""
     order, position = _order_of_rows(tile, samples.device)
     labels, information = torch.zeros(samples.shape, dtype=torch.int64, device=samples.device), []
@@ -117,7 +120,10 @@ def _encode_tile(samples, slots, tile, shares, spending):
             inputs = _level_inputs(samples.view(-1), labels.view(-1), slots, level, spending).view(tile.rows, -1)
         shuffled = torch.empty_like(inputs)
         shuffled[position] = inputs
-        code = _encode_node(shuffled, order, share)
+        if list_size > 1 and len(shares) < MAX_LEVELS:
+            code = _encode_list(shuffled, order, share, list_size)
+        else:
+            code = _encode_node(shuffled, order, share)
         labels |= code[position].to(torch.int64) << level
         information.append(transform(code)[order < share])
     return labels, torch.cat(information)
@@ -181,6 +187,90 @@ def _single_parity(ratios):
     magnitude = ratios.abs().clamp(max=127)
     weakest = magnitude == magnitude.amin(0, keepdim=True)
     return code ^ (odd & weakest & (weakest.cumsum(0) == 1))
+
+
+def _encode_list(l, rank, free, list_size):
+    """As `_encode_node`, keeping the best candidates ("paths") of every block.
+
+    A path's metric is the sum of |l| over its decisions against the sign of l, relative to the
+    best path of its block and at most WORST. The best path at the end is the codeword.
+    """
+    metric = torch.full((l.shape[1], list_size), WORST, dtype=torch.int32, device=l.device)
+    metric[:, 0] = 0
+    paths = l.unsqueeze(2).expand(-1, -1, list_size)
+    code, _, metric = _list_node(paths, rank, free, metric)
+    numbered = metric * list_size + torch.arange(list_size, dtype=torch.int32, device=l.device)
+    return _taken(code, numbered.argmin(1, keepdim=True)).squeeze(2)
+
+
+def _list_node(l, rank, free, metric):
+    """(codewords, source, metrics) for log-likelihoods [n, lanes, paths]: path j was path source[:, j] before."""
+    size, count = l.shape[0], int((rank < free).sum())
+    same = torch.arange(l.shape[2], device=l.device).expand(metric.shape)
+    if count == 0:
+        for part in (-l).clamp(0, 127).split(MAX_REPETITION):
+            metric = _penalized(metric, part.sum(0, dtype=torch.int32))
+        return torch.zeros(l.shape, dtype=torch.bool, device=l.device), same, metric
+    if count == size and size <= MAX_REPETITION:
+        return _list_free(l, metric)
+    if count == 1 and size <= MAX_REPETITION and rank[-1] < free:
+        total = l.sum(0, dtype=torch.int32)
+        against = (-l).clamp(0, 127).sum(0, dtype=torch.int32)
+        metric = _penalized(metric, against + total.clamp(max=0))
+        metric, source, paid = _split(metric, total.abs())
+        return ((total < 0).gather(1, source) ^ paid).expand_as(l), source, metric
+    if count == size - 1 and 4 <= size <= MAX_PARITY and rank[0] >= free:
+        return _list_parity(l, metric)
+    half = size // 2
+    left, source, metric = _list_node(_check_node(l[:half], l[half:]), rank[:half], free, metric)
+    upper, lower = _taken(l[:half], source), _taken(l[half:], source)
+    inputs = _saturated(torch.where(left, lower - upper, lower + upper))
+    right, second, metric = _list_node(inputs, rank[half:], free, metric)
+    return torch.cat([_taken(left, second) ^ right, right]), source.gather(1, second), metric
+
+
+def _list_free(l, metric):
+    """Hard decisions, or those with the first least reliable one changed."""
+    weakest, places = l.abs().clamp(max=127).sort(dim=0, stable=True)
+    metric, source, paid = _split(metric, weakest[0].to(torch.int32))
+    code = _taken(l < 0, source)
+    return _changed(code, places[0].gather(1, source), paid), source, metric
+
+
+def _list_parity(l, metric):
+    """Wagner's rule, or that with the two least reliable bits both changed."""
+    weakest, places = l.abs().clamp(max=127).sort(dim=0, stable=True)
+    first, second = weakest[:2].to(torch.int32)
+    odd = (l < 0).sum(0) % 2 == 1
+    metric, source, paid = _split(_penalized(metric, first * odd), torch.where(odd, second - first, second + first))
+    code = _changed(_taken(l < 0, source), places[0].gather(1, source), odd.gather(1, source) ^ paid)
+    return _changed(code, places[1].gather(1, source), paid), source, metric
+
+
+def _taken(values, source):
+    return values.gather(2, source.expand(len(values), -1, -1))
+
+
+def _changed(code, row, where):
+    """`code` with the bit of a path in its `row` changed `where` that is True."""
+    rows = torch.arange(len(code), device=code.device).view(-1, 1, 1)
+    return code ^ ((rows == row) & where)
+
+
+def _penalized(metric, penalty):
+    metric = metric + penalty
+    return (metric - metric.amin(1, keepdim=True)).clamp(max=WORST)
+
+
+def _split(metric, price):
+    """Every path goes on as it is or pays: (metrics, sources, whether they paid) of the best, best first.
+
+    Of equal candidates those come first that do not pay, then those of the lower number.
+    """
+    paths = metric.shape[1]
+    candidates = torch.cat([metric, (metric + price).clamp(max=WORST)], 1)
+    metric, chosen = candidates.sort(dim=1, stable=True)
+    return metric[:, :paths], chosen[:, :paths] % paths, chosen[:, :paths] >= paths
 
 
 def transform(bits):
