@@ -13,7 +13,7 @@ from ..compressors.base import check_choice, check_integer
 from ..errors import ConfigError, PayloadError
 from . import plan, reference
 from .kernels import NativePolar
-from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK, rank
+from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK
 
 LARGEST_CODE = 65536
 # The sample of a bit is 8 or -8; 7 or -7 at every third position. Equal ones make sums of zero, which say nothing:
