@@ -189,61 +189,61 @@ def _single_parity(ratios):
     return code ^ (odd & weakest & (weakest.cumsum(0) == 1))
 
 
-def _encode_list(l, rank, free, list_size):
+def _encode_list(ratios, rank, free, list_size):
     """As `_encode_node`, keeping the best candidates ("paths") of every block.
 
-    A path's metric is the sum of |l| over its decisions against the sign of l, relative to the
+    A path's metric is the sum of |ratios| over its decisions against the sign of ratios, relative to the
     best path of its block and at most WORST. The best path at the end is the codeword.
     """
-    metric = torch.full((l.shape[1], list_size), WORST, dtype=torch.int32, device=l.device)
+    metric = torch.full((ratios.shape[1], list_size), WORST, dtype=torch.int32, device=ratios.device)
     metric[:, 0] = 0
-    paths = l.unsqueeze(2).expand(-1, -1, list_size)
+    paths = ratios.unsqueeze(2).expand(-1, -1, list_size)
     code, _, metric = _list_node(paths, rank, free, metric)
-    numbered = metric * list_size + torch.arange(list_size, dtype=torch.int32, device=l.device)
+    numbered = metric * list_size + torch.arange(list_size, dtype=torch.int32, device=ratios.device)
     return _taken(code, numbered.argmin(1, keepdim=True)).squeeze(2)
 
 
-def _list_node(l, rank, free, metric):
+def _list_node(ratios, rank, free, metric):
     """(codewords, source, metrics) for log-likelihoods [n, lanes, paths]: path j was path source[:, j] before."""
-    size, count = l.shape[0], int((rank < free).sum())
-    same = torch.arange(l.shape[2], device=l.device).expand(metric.shape)
+    size, count = ratios.shape[0], int((rank < free).sum())
+    same = torch.arange(ratios.shape[2], device=ratios.device).expand(metric.shape)
     if count == 0:
-        for part in (-l).clamp(0, 127).split(MAX_REPETITION):
+        for part in (-ratios).clamp(0, 127).split(MAX_REPETITION):
             metric = _penalized(metric, part.sum(0, dtype=torch.int32))
-        return torch.zeros(l.shape, dtype=torch.bool, device=l.device), same, metric
+        return torch.zeros(ratios.shape, dtype=torch.bool, device=ratios.device), same, metric
     if count == size and size <= MAX_REPETITION:
-        return _list_free(l, metric)
+        return _list_free(ratios, metric)
     if count == 1 and size <= MAX_REPETITION and rank[-1] < free:
-        total = l.sum(0, dtype=torch.int32)
-        against = (-l).clamp(0, 127).sum(0, dtype=torch.int32)
+        total = ratios.sum(0, dtype=torch.int32)
+        against = (-ratios).clamp(0, 127).sum(0, dtype=torch.int32)
         metric = _penalized(metric, against + total.clamp(max=0))
         metric, source, paid = _split(metric, total.abs())
-        return ((total < 0).gather(1, source) ^ paid).expand_as(l), source, metric
+        return ((total < 0).gather(1, source) ^ paid).expand_as(ratios), source, metric
     if count == size - 1 and 4 <= size <= MAX_PARITY and rank[0] >= free:
-        return _list_parity(l, metric)
+        return _list_parity(ratios, metric)
     half = size // 2
-    left, source, metric = _list_node(_check_node(l[:half], l[half:]), rank[:half], free, metric)
-    upper, lower = _taken(l[:half], source), _taken(l[half:], source)
+    left, source, metric = _list_node(_check_node(ratios[:half], ratios[half:]), rank[:half], free, metric)
+    upper, lower = _taken(ratios[:half], source), _taken(ratios[half:], source)
     inputs = _saturated(torch.where(left, lower - upper, lower + upper))
     right, second, metric = _list_node(inputs, rank[half:], free, metric)
     return torch.cat([_taken(left, second) ^ right, right]), source.gather(1, second), metric
 
 
-def _list_free(l, metric):
+def _list_free(ratios, metric):
     """Hard decisions, or those with the first least reliable one changed."""
-    weakest, places = l.abs().clamp(max=127).sort(dim=0, stable=True)
+    weakest, places = ratios.abs().clamp(max=127).sort(dim=0, stable=True)
     metric, source, paid = _split(metric, weakest[0].to(torch.int32))
-    code = _taken(l < 0, source)
+    code = _taken(ratios < 0, source)
     return _changed(code, places[0].gather(1, source), paid), source, metric
 
 
-def _list_parity(l, metric):
+def _list_parity(ratios, metric):
     """Wagner's rule, or that with the two least reliable bits both changed."""
-    weakest, places = l.abs().clamp(max=127).sort(dim=0, stable=True)
+    weakest, places = ratios.abs().clamp(max=127).sort(dim=0, stable=True)
     first, second = weakest[:2].to(torch.int32)
-    odd = (l < 0).sum(0) % 2 == 1
+    odd = (ratios < 0).sum(0) % 2 == 1
     metric, source, paid = _split(_penalized(metric, first * odd), torch.where(odd, second - first, second + first))
-    code = _changed(_taken(l < 0, source), places[0].gather(1, source), odd.gather(1, source) ^ paid)
+    code = _changed(_taken(ratios < 0, source), places[0].gather(1, source), odd.gather(1, source) ^ paid)
     return _changed(code, places[1].gather(1, source), paid), source, metric
 
 
