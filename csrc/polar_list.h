@@ -86,16 +86,16 @@ inline Bytes each_byte(F f) {
 
 // 64 values of 16 bits.
 const int WIDE_PARTS = 128 / (int)sizeof(Shorts);
-struct Wide {
+struct Metrics {
     Shorts part[WIDE_PARTS];
 };
-inline Wide wide_zero() {
-    Wide result;
+inline Metrics wide_zero() {
+    Metrics result;
     memset(&result, 0, sizeof result);
     return result;
 }
-inline Wide widen(Bytes a) {
-    Wide result;
+inline Metrics widen(Bytes a) {
+    Metrics result;
 #if defined(__AVX512BW__)
     result.part[0] = (Shorts)_mm512_cvtepi8_epi16(_mm512_castsi512_si256(a));
     result.part[1] = (Shorts)_mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(a, 1));
@@ -113,7 +113,7 @@ inline Wide widen(Bytes a) {
 #endif
     return result;
 }
-inline Bytes narrow(const Wide& a) {  // values from -128 to 127
+inline Bytes narrow(const Metrics& a) {  // values from -128 to 127
 #if defined(__AVX512BW__)
     const __m256i low = _mm512_cvtepi16_epi8((__m512i)a.part[0]), high = _mm512_cvtepi16_epi8((__m512i)a.part[1]);
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -129,8 +129,8 @@ inline Bytes narrow(const Wide& a) {  // values from -128 to 127
     return load_bytes(bytes);
 #endif
 }
-inline void add_to(Wide* sum, Bytes a) {
-    const Wide wide = widen(a);
+inline void add_to(Metrics* sum, Bytes a) {
+    const Metrics wide = widen(a);
     for (int k = 0; k < WIDE_PARTS; ++k) sum->part[k] += wide.part[k];
 }
 
@@ -168,12 +168,12 @@ inline Shorts least_of_group(Shorts a) {
 }
 
 struct Paths {
-    Wide metric;
+    Metrics metric;
     bool differ;  // until the first split all paths of a block are the same, and penalties change nothing
 };
 
 template <int L>
-inline void penalize(Paths* paths, const Wide& penalty) {
+inline void penalize(Paths* paths, const Metrics& penalty) {
     const Shorts worst = each_short([](int) { return WORST; });
     for (int k = 0; k < WIDE_PARTS; ++k) {
         const Shorts sum = paths->metric.part[k] + penalty.part[k];
@@ -185,9 +185,9 @@ inline void penalize(Paths* paths, const Wide& penalty) {
 // best L, best first, of equals those that do not pay and then those that came first. Returns
 // which paths paid (-1); path j was path (*map)[j], a place within 16 bytes.
 template <int L>
-inline Bytes split(Paths* paths, const Wide& price, Bytes* map) {
+inline Bytes split(Paths* paths, const Metrics& price, Bytes* map) {
     const Shorts worst = each_short([](int) { return WORST; }), own = each_short([](int k) { return k & (L - 1); });
-    Wide from, paid;
+    Metrics from, paid;
     for (int k = 0; k < WIDE_PARTS; ++k) {
         const Shorts metric = paths->metric.part[k];
         const Shorts stay = metric << 4 | own;
@@ -205,7 +205,7 @@ inline Bytes split(Paths* paths, const Wide& price, Bytes* map) {
 template <int L>
 inline void list_frozen(const Bytes* l, int n, Paths* paths) {
     for (int start = 0; start < n && paths->differ; start += MAX_REPETITION) {
-        Wide penalty = wide_zero();
+        Metrics penalty = wide_zero();
         for (int i = start; i < n && i < start + MAX_REPETITION; ++i) add_to(&penalty, shortfall(l[i]));
         penalize<L>(paths, penalty);
     }
@@ -213,7 +213,7 @@ inline void list_frozen(const Bytes* l, int n, Paths* paths) {
 
 template <int L>
 inline void list_repetition(const Bytes* l, int n, Bytes* code, Paths* paths, Bytes* map) {
-    Wide penalty = wide_zero(), sum = wide_zero(), price, sign;
+    Metrics penalty = wide_zero(), sum = wide_zero(), price, sign;
     for (int i = 0; i < n; ++i) {
         add_to(&penalty, shortfall(l[i]));
         add_to(&sum, l[i]);
@@ -264,7 +264,7 @@ inline void list_parity(const Bytes* l, int n, Bytes* code, Paths* paths, Bytes*
     }
     const Bytes repair = choose(odd, first, zero_bytes());
     penalize<L>(paths, widen(repair));
-    Wide price = widen(second), toggle = widen(choose(odd, negate_where(first, odd), first));
+    Metrics price = widen(second), toggle = widen(choose(odd, negate_where(first, odd), first));
     for (int k = 0; k < WIDE_PARTS; ++k) price.part[k] += toggle.part[k];
     const Bytes paid = split<L>(paths, price, map);
     const Bytes change_first = different(shuffled(bytes_of(odd), *map), paid);
