@@ -120,17 +120,19 @@ def test_what_is_counted_is_what_the_servers_receive(tmp_path):
     """BytePS's servers can log each push with its size: their sum is the report's."""
     script = tmp_path / "count.py"
     script.write_text(
-        "import torch, byteps.torch as bps, gcompress.plugins.byteps as g\n"
+        "import os, pathlib, torch, byteps.torch as bps, gcompress.plugins.byteps as g\n"
         "g.init()\n"
         "p = torch.nn.Parameter(torch.zeros(40000))\n"
         "o = g.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [('p', p)], 'mask:sparsity=0.99,bits=2')\n"
         "for _ in range(3):\n"
         "    o.zero_grad(); (p * torch.randn(40000)).sum().backward(); o.step()\n"
-        "print('SENT', g.exchange(o).report.sent_bytes, flush=True)\n"
+        # To a file: the key log of another process may break a printed line.
+        "report = pathlib.Path(__file__).with_name('sent.' + os.environ['DMLC_WORKER_ID'])\n"
+        "report.write_text(str(g.exchange(o).report.sent_bytes))\n"
     )
     code, output = launch(script, servers=1, PS_KEY_LOG="1")
     assert code == 0, output[-3000:]
-    sent = sum(int(size) for size in re.findall(r"SENT (\d+)", output))
+    sent = sum(int((tmp_path / f"sent.{worker}").read_text()) for worker in range(2))
     pushes = [int(size) for size in re.findall(r"push key=\d+\s+sender=\d+\s+size=(\d+)", output)]
     # Once per key and worker whole, to begin with, and once the compressor's parameters: both before the first step.
     lengths = [16384, 16384, 7232]
