@@ -14,7 +14,8 @@ int gc_abi_version(void) { return GC_ABI_VERSION; }
 
 static int runs_avx2(void) {  // every processor with AVX2 has F16C, which is older
 #ifdef GC_X86
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
 #else
     return 0;
 #endif
