@@ -91,8 +91,7 @@ class Codec:
             return float_to_bytes(values.to(torch.float32)).clone()
         seed = zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
         if self._policy.feedback_for(part.compressor):
-            memory = f"{part.name}/{part.start}{peer}"
-            return self._feedback.compress(memory, values, part.compressor, seed=seed)[0]
+            return self._feedback.compress(_memory_name(part) + peer, values, part.compressor, seed=seed)[0]
         return part.compressor.compress(values, seed=seed)[0]
 
     def decode(self, key, payload, out, add=False):
@@ -107,6 +106,15 @@ class Codec:
                 out.add_(bytes_to_float(payload)) if add else out.copy_(bytes_to_float(payload))
         except PayloadError as error:
             raise PayloadError(f"gradient {part.name!r} from entry {part.start} on: {error}") from None
+
+    def residual(self, key):
+        """What error feedback holds of a partition, or None."""
+        return self._feedback.residual(_memory_name(self.partitions[key])) if self._feedback else None
+
+    def load_residual(self, key, values):
+        """Go on from `residual(key)`."""
+        if self._feedback:
+            self._feedback.keep(_memory_name(self.partitions[key]), values, torch.zeros_like(values))
 
     def forget(self, peer):
         """Drop the memories of a receiver that is gone."""
@@ -150,7 +158,7 @@ class ParameterServer:
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ConfigError(f"momentum: got {momentum!r}, expected a number, 0 <= momentum < 1")
         self.workers = set(workers)
-        self._codec = codec
+        self._codec, self._staleness = codec, staleness
         self._keys = {
             key: Stream(codec, key, self.workers, momentum, staleness)
             if staleness
@@ -180,6 +188,30 @@ class ParameterServer:
         self._codec.forget(_memory_of(worker))
         return answers
 
+    def memory(self, key):
+        """What this server keeps of a key from round to round, as bytes (1-D uint8) for `load_memory`.
+
+        Complete when all workers have their results of the last round. Of synchronous rounds only.
+        """
+        if self._staleness:
+            raise ConfigError(f"staleness: got {self._staleness}, expected 0: memory is saved between rounds")
+        state, residual = self._state_of(key), self._codec.residual(key)
+        head = torch.tensor([state.rounds, residual is not None, state.velocity is not None])
+        floats = [values for values in (residual, state.velocity) if values is not None]
+        return torch.cat([head.view(torch.uint8), *map(float_to_bytes, floats)])
+
+    def load_memory(self, key, memory):
+        """Go on from `memory(key)`, before the first push; PayloadError if it is not one of this key."""
+        state, numel = self._state_of(key), self._codec.partitions[key].numel
+        rounds, *there = memory[:24].clone().view(torch.int64).tolist() if memory.numel() >= 24 else [0]
+        if memory.numel() != 24 + 4 * numel * sum(there):
+            raise PayloadError(f"memory of {self._name(key)!r}: got {memory.numel()} bytes for {numel} entries")
+        floats = iter(bytes_to_float(memory[24:].clone()).split(numel))
+        residual, velocity = (next(floats) if here else None for here in there)
+        state.rounds, state.velocity = rounds, velocity
+        if residual is not None:
+            self._codec.load_residual(key, residual)
+
     def missing(self):
         """{worker: the name of a parameter} for those whose push others wait for."""
         found = {}
@@ -192,13 +224,22 @@ class ParameterServer:
         return self._codec.partitions[key].name
 
     def _state(self, worker, key):
-        if key not in self._keys or worker not in self.workers:
-            raise ExchangeError(f"key {key} from worker {worker}: this server answers for no such key or worker")
+        if worker not in self.workers:
+            raise ExchangeError(f"key {key} from worker {worker}: this server answers for no such worker")
+        return self._state_of(key)
+
+    def _state_of(self, key):
+        if key not in self._keys:
+            raise ExchangeError(f"key {key}: this server answers for no such key")
         return self._keys[key]
 
 
 def _memory_of(worker):
     return f"@{worker}"
+
+
+def _memory_name(part):
+    return f"{part.name}/{part.start}"
 
 
 class Rounds:
@@ -212,7 +253,8 @@ class Rounds:
         self._collecting = 0  # the round that is not finished
         self._payloads = {}  # those of that round not yet added up
         self._total, self._count = None, 0
-        self._velocity = None
+        # Also what a restart goes on from: the rounds before this server's first (they enter the seeds), the momentum.
+        self.rounds, self.velocity = 0, None
         self._results = {}  # round: (payload, the workers that have not pulled it)
 
     def push(self, worker, payload):
@@ -244,9 +286,9 @@ class Rounds:
         if absent or not self._workers:
             return []
         mean, self._total = self._total.mul_(1.0 / self._count), None
-        payload = self._codec.encode(self._key, self._with_momentum(mean), self._collecting)
+        payload = self._codec.encode(self._key, self._with_momentum(mean), self.rounds)
         self._results[self._collecting] = (payload, set(self._workers))
-        self._collecting, self._count = self._collecting + 1, 0
+        self._collecting, self.rounds, self._count = self._collecting + 1, self.rounds + 1, 0
         return self._answer()
 
     def _add(self, payload):
@@ -258,9 +300,9 @@ class Rounds:
     def _with_momentum(self, mean):
         if not self._momentum:
             return mean
-        velocity = mean if self._velocity is None else mean.add_(self._velocity * self._momentum)
+        velocity = mean if self.velocity is None else mean.add_(self.velocity * self._momentum)
         if _finite(velocity):  # else everyone sees it, and it is forgotten
-            self._velocity = velocity
+            self.velocity = velocity
         return velocity
 
     def _answer(self):

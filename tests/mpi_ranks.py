@@ -164,6 +164,15 @@ def unused_parameters_and_accumulation(job):
 
 
 @scenario
+def sums_of_numbers(job):
+    expect_error(gcompress.ConfigError, "sum", lambda: job.sum([1]))
+    servers.Worker(job, {"w": 5})
+    for count in (1, 1000, 0):
+        told = job.sum([0.1 * job.rank] * count)
+        assert told == [sum(0.1 * rank for rank in range(job.size))] * count, told
+
+
+@scenario
 def momentum_on_the_servers(job):
     """Plain SGD with the servers' momentum is SGD with momentum on one process, for what is not compressed."""
     model, other = make_model(), make_model()
@@ -251,15 +260,35 @@ def non_finite_is_seen_and_forgotten(job):
 
 
 @scenario
-def state_per_worker(job):
-    worker = servers.Worker(job, {"w": 3000}, "topk:sparsity=0.9")
-    worker.push_pull("w", torch.randn(3000))()
-    worker.end_step()
+def state_of_workers_and_servers(job):
+    """What follows a restart is what would have followed without: residuals on both sides, momentum, seeds."""
+    options = {"momentum": 0.9, "partition_bytes": 4000}
+    worker = servers.Worker(job, {"w": 3000, "v": 10}, "quantize:bits=2,rounding=stochastic", **options)
+
+    def steps(numbers):
+        means = []
+        for step in numbers:
+            seed = torch.Generator().manual_seed(10 * step + job.rank)
+            means += [worker.push_pull(name, torch.randn(n, generator=seed)) for name, n in (("w", 3000), ("v", 10))]
+            means = [mean() if callable(mean) else mean for mean in means]
+            worker.end_step()
+        return means
+
+    steps(range(2))
     state = worker.state_dict()
+    expected = steps(range(2, 5))
+    assert not torch.equal(expected[0], steps(range(2, 5))[0])
     worker.load_state_dict(state)
-    assert worker.report.steps == 1 and "w/0" in state["feedback"]
-    state["policy"] = None
-    expect_error(gcompress.ConfigError, "policy", lambda: worker.load_state_dict(state))
+    assert worker.report.steps == 2 and len(state["servers"]) == (4 if job.rank == 0 else 0)
+    assert all(map(torch.equal, expected, steps(range(2, 5))))
+    expect_error(gcompress.ConfigError, "policy", lambda: worker.load_state_dict({**state, "policy": None}))
+    other = {**state, "partition_numel": 7}
+    expect_error(gcompress.ConfigError, "partition_bytes", lambda: worker.load_state_dict(other))
+    worker.push("w", torch.zeros(3000))
+    expect_error(gcompress.ExchangeError, "on their way", worker.state_dict)
+    finish = worker.pull("w")
+    expect_error(gcompress.ExchangeError, "on their way", worker.state_dict)
+    finish()
 
 
 @scenario
@@ -337,6 +366,18 @@ def killed_worker_stale():
         if job.rank == 1 and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         worker.push_pull("w", torch.ones(5000))()
+
+
+def killed_at_sum():
+    """Worker 1 dies while the others wait for its numbers."""
+    job = servers.Job(SERVERS, "continue")
+    if job.is_server:
+        return job.serve()
+    servers.Worker(job, {"w": 5})
+    assert job.sum([1.0, job.rank]) == [3.0, 3.0]
+    if job.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert job.sum([1.0, job.rank]) == [2.0, 2.0]
 
 
 def killed_server():

@@ -88,7 +88,7 @@ def needs_ulfm():
     return ("--with-ft", "ulfm")
 
 
-@pytest.mark.parametrize("name", ["killed_worker_continue", "killed_worker_stale", "failing_worker"])
+@pytest.mark.parametrize("name", ["killed_worker_continue", "killed_worker_stale", "killed_at_sum", "failing_worker"])
 def test_the_rest_go_on_when_a_worker_dies(tmp_path, name):
     code, told, output = run(tmp_path, name, *needs_ulfm())
     assert told.get(0) == told.get(2) == "finished", (told, output[-4000:])

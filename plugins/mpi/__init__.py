@@ -15,7 +15,8 @@ Then train as with one process: `optimizer.step()` applies the mean over all wor
 are cut into partitions, each pushed to its server as soon as it is ready and pulled back as the
 server's re-encoded mean; both directions carry the compressor's payloads, both ends have error
 feedback. `exchange(optimizer)` is this worker's `Worker`, with `push`, `pull`, `push_pull`,
-`.report` and `.state_dict()`.
+`.report` and `.state_dict()`: one to be saved for each worker; worker 0's has the memory of the
+servers too.
 
 When a process dies: with `on_failure="end"` (the default) the launcher reports it and ends the
 job, as MPI does; a rank that hangs instead is reported by name after GCOMPRESS_TIMEOUT seconds

@@ -61,7 +61,7 @@ class Job:
         self.workers = self.world.Split(int(self.is_server), self.world.rank)
         for communicator in (self.world, self.workers):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
-        self.leave = None  # what tells the servers that this worker is done, once it is connected
+        self.connection = None  # this worker's Worker, once it is made
         self._sending = []  # (request, buffer): a buffer must live until it is sent
         self._known_dead = set()
         self._next_look = 0.0
@@ -175,32 +175,21 @@ class Job:
             tensor.detach().copy_(value)
 
     def sum(self, values):
-        """The sum over the workers of a list of numbers, in float64; over those alive if some have died."""
-        own = np.array(values, dtype=np.float64)
-        while True:
-            total, good = np.zeros_like(own), 1
-            try:
-                self.wait(self.workers.Iallreduce(own, total).Test, "summing over the workers")
-            except MPI.Exception as error:
-                self.check_failure(error)
-                good = 0
-            if self.on_failure == "end":
-                return total.tolist()
-            # Some may have got their sum while others saw the failure: all repeat it, or none.
-            if not good:
-                self.workers.Revoke()
-            self.workers.Ack_failed()
-            if self.workers.Agree(good):
-                return total.tolist()
-            self.workers = self.workers.Shrink()
-            self.workers.Set_errhandler(MPI.ERRORS_RETURN)
+        """The sum over the workers of a list of numbers, in float64; over those alive if some have died.
+
+        It goes through server 0, which knows who is left: a collective over the workers would
+        have to be repaired after a death, and that repair hangs now and then.
+        """
+        if self.connection is None:
+            raise ConfigError("sum: got a call before a Worker or an optimizer was made, expected it afterwards")
+        return self.connection.sum(values)
 
     def close(self):
         """Leave the job; called at the end of the process, too."""
         atexit.unregister(self.close)
-        if self.leave is not None:
-            leave, self.leave = self.leave, None
-            leave()
+        if self.connection is not None:
+            connection, self.connection = self.connection, None
+            connection.leave()
             self.flush()
 
     def _uncaught(self, kind, error, trace):
@@ -208,7 +197,7 @@ class Job:
         name, trace = f"rank {self.world.rank}", "".join(traceback.format_exception(kind, error, trace))
         sys.stderr.write(f"{name}:\n{trace}")
         sys.stderr.flush()
-        if self.leave is not None and self.on_failure == "continue" and not isinstance(error, ExchangeError):
+        if self.connection is not None and self.on_failure == "continue" and not isinstance(error, ExchangeError):
             # Seen by the others at once; a process that exits would wait for them in MPI_Finalize.
             os.kill(os.getpid(), signal.SIGKILL)
         self.world.Abort(1)

@@ -11,7 +11,17 @@ from gcompress.errors import ExchangeError
 from gcompress.policy import as_policy
 from gcompress.server import Codec, ParameterServer, partition
 
-from .messages import LONGEST_PAUSE, SHORTEST_PAUSE, given_up_tag, leave_tag, pull_tag, timeout_seconds
+from .messages import (
+    LONGEST_PAUSE,
+    SHORTEST_PAUSE,
+    given_up_tag,
+    leave_tag,
+    memory_tag,
+    pull_tag,
+    push_tag,
+    sum_tag,
+    timeout_seconds,
+)
 
 log = logging.getLogger("gcompress.plugins.mpi")
 
@@ -49,6 +59,7 @@ class _Server:
         )
         self.received = self.sent = 0
         self.given_up = set()
+        self.numbers = {}  # worker: what it gave to be summed
         self._last_message = self._next_look = time.monotonic()
 
     def receive(self):
@@ -70,17 +81,40 @@ class _Server:
         return True
 
     def _handle(self, worker, tag, payload):
+        key = tag // 3
         if tag == given_up_tag(self.partitions):
             self._give_up(int(payload.numpy().view(np.int32)[0]))
         elif worker in self.given_up:
-            if tag % 2:
-                self._send([(worker, tag // 2, torch.empty(0, dtype=torch.uint8))])
+            if tag in (pull_tag(key), memory_tag(key), sum_tag(self.partitions)):
+                self.job.send(np.empty(0, dtype=np.uint8), worker, tag)
         elif tag == leave_tag(self.partitions):
-            self._send(self.state.remove(worker))
-        elif tag % 2:
-            self._send(self.state.pull(worker, tag // 2))
+            self._remove(worker)
+        elif tag == sum_tag(self.partitions):
+            self.numbers[worker] = payload.numpy().view(np.float64)
+            self._answer_sum()
+        elif tag == push_tag(key):
+            self._send(self.state.push(worker, key, payload))
+        elif tag == pull_tag(key):
+            self._send(self.state.pull(worker, key))
+        elif payload.numel():
+            self.state.load_memory(key, payload)
         else:
-            self._send(self.state.push(worker, tag // 2, payload))
+            self.job.send(self.state.memory(key).numpy(), worker, tag)
+
+    def _remove(self, worker):
+        self._send(self.state.remove(worker))
+        self.numbers.pop(worker, None)
+        self._answer_sum()
+
+    def _answer_sum(self):
+        """When all that are left have given their numbers, added in the order of the workers."""
+        if self.numbers and self.state.workers <= self.numbers.keys():
+            given = [self.numbers.pop(worker) for worker in sorted(self.state.workers)]
+            sizes = [numbers.size for numbers in given]
+            if len(set(sizes)) > 1:
+                raise ExchangeError(f"sum: expected as many numbers from every worker, got {sizes}")
+            for worker in self.state.workers:
+                self.job.send(sum(given).view(np.uint8), worker, sum_tag(self.partitions))
 
     def _send(self, answers):
         for worker, key, payload in answers:
@@ -96,15 +130,17 @@ class _Server:
                 raise ExchangeError(f"{self.job.describe(rank)} died: this job ends")
             if rank in self.state.workers:
                 log.error("worker %d died: going on with %d workers", rank, len(self.state.workers) - 1)
-                self._send(self.state.remove(rank))
+                self._remove(rank)
 
     def look_for_late_workers(self):
         """Workers that others have waited for since the time-out began."""
         if time.monotonic() - self._last_message < timeout_seconds() * 0.8:
             return  # before the waiting workers give up themselves
         self._last_message = time.monotonic()
-        late = self.state.missing()
-        told = ", ".join(f"worker {worker} (gradient {name!r})" for worker, name in sorted(late.items()))
+        late = {worker: f"gradient {name!r}" for worker, name in self.state.missing().items()}
+        if self.numbers and not late:
+            late = dict.fromkeys(self.state.workers - self.numbers.keys(), "numbers to sum")
+        told = ", ".join(f"worker {worker} ({what})" for worker, what in sorted(late.items()))
         if late and self.job.on_failure == "end":
             raise ExchangeError(f"nothing came within {timeout_seconds() * 0.8:g} s from {told}: this job ends")
         for worker in late:
@@ -117,4 +153,4 @@ class _Server:
     def _give_up(self, worker):
         self.given_up.add(worker)
         if worker in self.state.workers:
-            self._send(self.state.remove(worker))
+            self._remove(worker)
