@@ -1,5 +1,8 @@
 """Each method's own figures: sizes, errors against its paper, exact selection."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from gcompress import (
     native,
     packing,
 )
+from gcompress.compressors import eden
 from gcompress.compressors.eden_levels import LEVELS, UNIT
 
 
@@ -271,6 +275,23 @@ def test_the_mean_over_seeds_is_the_input(spec):
     mean = sum(compressor.decompress(*compressor.compress(tensor, seed=7919 * t)).double() for t in range(trials))
     error = float((mean / trials - tensor).square().sum() / tensor.square().sum())
     assert error < 1.3 * nmse(compressor, tensor, seed=1) / trials + 1e-5
+
+
+def test_threads_that_meet_at_edens_first_table_get_the_same_bytes():
+    """Each must hold the table it computed: the cache keeps only one of them."""
+    tensor, compressor = gauss(16384), from_spec("eden:bits=8")
+    expected = compressor.compress(tensor, seed=1)[0]
+
+    def encode(meet):
+        meet.wait()
+        return compressor.compress(tensor, seed=1)[0]
+
+    for _ in range(100):
+        eden._levels.cache_clear()
+        meet = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            encoded = [pool.submit(encode, meet) for _ in range(4)]
+            assert all(torch.equal(each.result(), expected) for each in encoded)
 
 
 def test_eden_errs_alike_on_lengths_that_are_no_power_of_two():

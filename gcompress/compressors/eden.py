@@ -88,17 +88,19 @@ class Eden(Compressor):
         return 4 + 4 * (blocks + (tail > 0)) + packing.packed_bytes(codes, self._width)
 
     def _encode_native(self, kernels, values, payload, seed):
+        levels = _levels(self._width)  # held here: of two threads' first tables the cache keeps one
         tail = values.numel() % self.block
         kernels.eden_encode(
             values.data_ptr(), values.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
-            self.unbiased, seed, _levels(self._width).data_ptr(), payload.data_ptr(),
+            self.unbiased, seed, levels.data_ptr(), payload.data_ptr(),
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):
+        levels = _levels(self._width)
         tail = out.numel() % self.block
         kernels.eden_decode(
             payload.data_ptr(), out.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
-            _levels(self._width).data_ptr(), add, out.data_ptr(),
+            levels.data_ptr(), add, out.data_ptr(),
         )  # fmt: skip
 
     def _encode_reference(self, values, seed):

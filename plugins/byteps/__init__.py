@@ -1,4 +1,4 @@
-"""gcompress inside BytePS (0.2.5.post15, PyTorch): its workers and servers run our C++ kernels.
+"""gcompress inside BytePS (0.2.5.post15, PyTorch): its workers and servers run our compressors.
 
     import byteps.torch as bps
     import gcompress.plugins.byteps as gcompress_bps
@@ -13,8 +13,10 @@
     python -m gcompress.plugins.byteps.launch -np 2 --servers 1 python train.py
 
 Each tensor's compressor follows from the policy, per tensor; workers push payloads, servers
-decode, add and encode the sum again, both with error feedback, and workers pull payloads. What
-the policy leaves alone goes as BytePS sends it. `tools/build_byteps.py` builds BytePS (it is
+decode, add and encode the sum again, both with error feedback, and workers pull payloads. Every
+compressor of fixed size will do: those that are one kernel run in C++ alone (kernels.py lists
+them), others are called in Python from BytePS's threads. What the policy leaves alone goes as
+BytePS sends it. `tools/build_byteps.py` builds BytePS (it is
 not built for CPUs or today's torch as released) and the libraries with our compressors.
 
 `Compression` is the other way in, for compressors whose payloads add up without being decoded

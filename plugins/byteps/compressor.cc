@@ -1,6 +1,7 @@
 // gcompress's compressors for BytePS: compiled twice against its headers, as a worker's library and, with
 // BYTEPS_BUILDING_SERVER, as a server's. The arithmetic is in the kernels (csrc/gcompress.h), whose table Python
-// hands over; their arguments for every length of a partition come from Python too (kernels.py).
+// hands over; their arguments for every length of a partition come from Python too (kernels.py). A compressor that is
+// more than one kernel is called in Python (callback.py).
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,11 @@ using common::compressor::kwargs_t;
 using common::compressor::tensor_t;
 
 const gc_kernels* kernels = nullptr;
+
+// callback.py's: encode values to payload or, with decode, payload to values; 0 if it went well.
+using Callback = int (*)(const char* spec, int64_t n, uint32_t seed, int decode, void* values, void* payload,
+                         int64_t bytes);
+Callback python = nullptr;
 
 // A method: how its kernels are called with the integers that kernels.py lists for it.
 struct Method {
@@ -105,11 +111,12 @@ Plan find_plan(const std::string& plans, int64_t entries) {
     return Plan();
 }
 
-const Method& find_method(const std::string& name) {
+// The row of a name, or none for a compressor that is called in Python.
+const Method* find_method(const std::string& name) {
     for (const Method& method : METHODS)
-        if (name == method.name) return method;
-    BPS_CHECK(false) << "gcompress: this library has no method " << name << ": run tools/build_byteps.py again";
-    return METHODS[0];
+        if (name == method.name) return &method;
+    BPS_CHECK(name == "python") << "gcompress: this library has no method " << name << ": run tools/build_byteps.py";
+    return nullptr;
 }
 
 const std::string& need(const kwargs_t& kwargs, const char* name) {
@@ -125,10 +132,11 @@ class Partition : public Compressor {
     Partition(const kwargs_t& kwargs, size_t size, DataType dtype)
         : Compressor(size, dtype),
           method_(find_method(need(kwargs, "gcompress_method"))),
+          spec_(need(kwargs, "gcompress_spec")),
           plan_(find_plan(need(kwargs, "gcompress_plan"), std::stoll(need(kwargs, "partition_bytes")) / 4)),
           key_(static_cast<uint32_t>(std::stoull(need(kwargs, "partition_key")))),
           work_(plan_.workspace) {
-        BPS_CHECK(kernels != nullptr) << "gcompress: the kernels were not handed over";
+        BPS_CHECK(kernels != nullptr && python != nullptr) << "gcompress: the kernels were not handed over";
         BPS_CHECK_EQ(dtype, common::BYTEPS_FLOAT32) << "gcompress: only float32 tensors are compressed";
         BPS_CHECK_LE(plan_.bytes, plan_.entries * 4) << "gcompress: a payload must not be larger than its tensor";
         if (need(kwargs, "gcompress_feedback") == "1") {
@@ -147,7 +155,7 @@ class Partition : public Compressor {
             values = corrected_.data();
         }
         uint8_t* payload = reinterpret_cast<uint8_t*>(_buf.get());
-        method_.encode(values, plan_.entries, plan_.arguments, seed(), work_.data(), plan_.workspace, payload);
+        encode(values, payload);
         if (!residual_.empty()) remember(payload);
         return {_buf.get(), static_cast<size_t>(plan_.bytes)};
     }
@@ -175,9 +183,22 @@ class Partition : public Compressor {
     }
 
    private:
+    void encode(const float* values, uint8_t* payload) {
+        if (method_)
+            method_->encode(values, plan_.entries, plan_.arguments, seed(), work_.data(), plan_.workspace, payload);
+        else
+            call(seed(), 0, const_cast<float*>(values), payload);
+    }
+
     void decode(const uint8_t* payload, float* out) {
-        int result = method_.decode(payload, plan_.entries, plan_.arguments, out);
-        BPS_CHECK_EQ(result, GC_OK) << "gcompress: a payload's index does not mark what " << method_.name << " keeps";
+        if (!method_) return call(0, 1, out, const_cast<uint8_t*>(payload));
+        int result = method_->decode(payload, plan_.entries, plan_.arguments, out);
+        BPS_CHECK_EQ(result, GC_OK) << "gcompress: a payload's index does not mark what " << spec_ << " keeps";
+    }
+
+    void call(uint32_t seed, int decode, float* values, uint8_t* payload) {
+        int result = python(spec_.c_str(), plan_.entries, seed, decode, values, payload, plan_.bytes);
+        BPS_CHECK_EQ(result, 0) << "gcompress: " << spec_ << " failed, as said above";
     }
 
     void remember(const uint8_t* payload) {
@@ -194,7 +215,8 @@ class Partition : public Compressor {
     // Another one for every key, step and side.
     uint32_t seed() { return (key_ * 2654435761u) ^ (++step_ * 40503u) ^ (side_ << 24); }
 
-    const Method& method_;
+    const Method* const method_;
+    const std::string spec_;
     const Plan plan_;
     const uint32_t key_;
     uint32_t side_ = 0, step_ = 0;
@@ -210,8 +232,10 @@ CompressorRegistry::Register registered("gcompress_compressor",
 }  // namespace
 }  // namespace byteps
 
-// Take the table of kernels; returns the size that this library was compiled for.
-extern "C" __attribute__((visibility("default"))) int gcompress_byteps_use(const gc_kernels* table) {
+// Take the table of kernels and callback.py's function; returns the size of the table that this was compiled for.
+extern "C" __attribute__((visibility("default"))) int gcompress_byteps_use(const gc_kernels* table,
+                                                                           byteps::Callback callback) {
     byteps::kernels = table;
+    byteps::python = callback;
     return static_cast<int>(sizeof(gc_kernels));
 }

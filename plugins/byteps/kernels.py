@@ -1,8 +1,8 @@
 """Compressors as BytePS's C++ side knows them: the name of a row, and integers for its kernels.
 
 `METHODS` is the whole mapping; compressor.cc has a row of each name that passes the integers
-on. A compressor whose encoder is more than one call of a kernel (polar, chains, low rank) has
-none and cannot run inside BytePS.
+on. Any other compressor of fixed size, such as polar, whose encoder is more than one call of a
+kernel, is called in Python from BytePS's threads, by its spec (callback.py).
 """
 
 from gcompress.compressors import BF16, FP8, FP16, MXFP4, OneBit, Sign
@@ -67,10 +67,9 @@ def parameters(compressor, lengths, feedback):
         lengths: the numbers of entries that the tensor's partitions have.
         feedback: whether both sides remember what they lost.
     """
-    if type(compressor) not in METHODS or not compressor.fixed_size:
-        known = ", ".join(sorted(cls.name for cls in METHODS))
-        raise ConfigError(f"compression: got {compressor}, expected one of BytePS's C++ methods: {known}")
-    row, integers_of = METHODS[type(compressor)]
+    if not compressor.fixed_size:
+        raise ConfigError(f"compression: got {compressor}, expected one of fixed size, which BytePS's buffers need")
+    row, integers_of = METHODS.get(type(compressor), ("python", _nothing))
     plans = []
     for numel in sorted(set(lengths)):
         if compressor.nbytes(numel) > 4 * numel:
@@ -80,6 +79,7 @@ def parameters(compressor, lengths, feedback):
     return {
         "compressor_type": "gcompress",
         "gcompress_method": row,
+        "gcompress_spec": str(compressor),
         "gcompress_plan": ";".join(plans),
         "gcompress_feedback": int(feedback),
     }
@@ -87,6 +87,6 @@ def parameters(compressor, lengths, feedback):
 
 def workspace(compressor, numel):
     """Words of scratch memory that a selection of the largest takes; see csrc/gcompress.h."""
-    if not hasattr(compressor, "sparsity"):
+    if type(compressor) not in METHODS or not hasattr(compressor, "sparsity"):
         return 0
     return min(numel, 2 * kept_count(numel, compressor.sparsity)) + 16384

@@ -8,6 +8,8 @@ import torch
 from gcompress import native
 from gcompress.errors import ConfigError
 
+from .callback import codec
+
 HERE = pathlib.Path(__file__).parent
 
 
@@ -19,6 +21,6 @@ def load():
     if kernels is None:
         raise ConfigError("gcompress.plugins.byteps: the C++ kernels are needed, got the reference backend")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if library.gcompress_byteps_use(ctypes.byref(kernels)) != ctypes.sizeof(kernels):
+    if library.gcompress_byteps_use(ctypes.byref(kernels), codec) != ctypes.sizeof(kernels):
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is of another release: run tools/build_byteps.py")
     return library

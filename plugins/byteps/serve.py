@@ -1,13 +1,16 @@
 """A scheduler or server process of BytePS, with our compressors: `python serve.py`.
 
 DMLC_ROLE and the other variables of BytePS say which; `launch` sets them. It is run as a file
-and imports neither torch nor gcompress: a server needs its C++ libraries only.
+and imports neither torch nor gcompress unless a compressor needs them: a server's C++ libraries
+do for most.
 """
 
 import ctypes
 import importlib.util
 import os
 import pathlib
+
+from callback import codec  # beside this file
 
 
 def folder_of(package):
@@ -23,7 +26,7 @@ def main():
         native.gc_select_kernels.restype = ctypes.c_void_p
         kernels = native.gc_select_kernels(os.environ.get("GCOMPRESS_ISA", "").encode())
         compressors = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_server.so")), mode=ctypes.RTLD_GLOBAL)
-        compressors.gcompress_byteps_use(ctypes.c_void_p(kernels))
+        compressors.gcompress_byteps_use(ctypes.c_void_p(kernels), codec)
     library.byteps_server()
     # Its work is done; the destructors of its static objects free some memory twice.
     os._exit(0)
