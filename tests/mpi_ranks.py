@@ -14,7 +14,6 @@ import time
 import traceback
 
 import torch
-from mpi4py import MPI
 
 import gcompress
 import gcompress.plugins.mpi as servers
@@ -455,13 +454,13 @@ def run_scenario(function):
         except Exception:
             failure = f"worker {job.rank}:\n{traceback.format_exc()}"
         if failure and job.leave is None:
-            MPI.COMM_WORLD.Abort(1)
+            servers.job.MPI.COMM_WORLD.Abort(1)
         job.close()
     return failure
 
 
 def write_outcome(outcome):
-    with open(f"{sys.argv[1]}.{MPI.COMM_WORLD.rank}", "w") as file:
+    with open(f"{sys.argv[1]}.{servers.job.MPI.COMM_WORLD.rank}", "w") as file:
         json.dump(outcome, file)
 
 
@@ -477,9 +476,9 @@ def main():
         return
     results = {}
     for name in names or SCENARIOS:
-        failures = MPI.COMM_WORLD.allgather(run_scenario(SCENARIOS[name]))
+        failures = servers.job.MPI.COMM_WORLD.allgather(run_scenario(SCENARIOS[name]))
         results[name] = "\n".join(filter(None, failures)) or "ok"
-    if MPI.COMM_WORLD.rank == 0:
+    if servers.job.MPI.COMM_WORLD.rank == 0:
         with open(out, "w") as file:
             json.dump(results, file)
 

@@ -13,6 +13,8 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tools"))
+from processes import processes_with  # noqa: E402
+
 import byteps_edits  # noqa: E402
 
 PLUGIN = HERE.parent / "plugins" / "byteps"
@@ -101,18 +103,6 @@ def test_a_killed_worker_ends_all_and_nothing_is_left(tmp_path):
     assert code == 128 + signal.SIGKILL and "worker 1 ended with exit code -9" in output, output[-3000:]
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("BytePS")}
     assert not processes_with(str(tmp_path))
-
-
-def processes_with(text):
-    found = []
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # ended meanwhile
-        if text in command and folder.name != str(os.getpid()):
-            found.append(command)
-    return found
 
 
 @needs_byteps

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import wait_until_gone
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
 pytestmark = pytest.mark.mpi
@@ -61,6 +62,7 @@ def run(tmp_path, name, *options, **environment):
     """Run one scenario alone; returns (exit code, {rank: what it returned or [error type, message]}, output)."""
     out = tmp_path / "outcome"
     code, output = launch(5, HERE / "mpi_ranks.py", out, name, options=options, **environment)
+    assert not wait_until_gone(str(out))
     files = {rank: out.with_name(f"outcome.{rank}") for rank in range(5)}
     return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output
 

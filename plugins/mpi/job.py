@@ -1,7 +1,9 @@
 """The ranks of one MPI job: who serves, how they agree on their configuration, and what happens when one dies."""
 
 import atexit
+import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,13 +12,22 @@ import traceback
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
-from gcompress.compressors.base import check_choice, check_integer
-from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError
+# Read when MPI starts. With `--with-ft ulfm`, the barrier at the end now and then waits for a rank that died.
+FAULT_TOLERANT = os.environ.get("OMPI_MCA_mpi_ft_enable") in ("1", "true")
+IN_TIME = "mpi4py.MPI" not in sys.modules or "OMPI_MCA_async_mpi_finalize" in os.environ
+if FAULT_TOLERANT:
+    os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
-from .messages import LONGEST_PAUSE, SHORTEST_PAUSE, timeout_seconds
-from .server import serve
+from mpi4py import MPI  # noqa: E402
+
+from gcompress.compressors.base import check_choice, check_integer  # noqa: E402
+from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError  # noqa: E402
+
+from .messages import LONGEST_PAUSE, SHORTEST_PAUSE, timeout_seconds  # noqa: E402
+from .server import serve  # noqa: E402
+
+log = logging.getLogger("gcompress.plugins.mpi")
 
 # Raised by every change of the payloads or messages: ranks with different releases must not decode each other.
 FORMAT_VERSION = 1
@@ -24,7 +35,14 @@ FORMAT_VERSION = 1
 
 def lets_the_rest_live():
     """Whether the launcher keeps the other ranks when one dies: Open MPI's `mpirun --with-ft ulfm`."""
-    return hasattr(MPI.Comm, "Get_failed") and os.environ.get("OMPI_MCA_mpi_ft_enable") in ("1", "true")
+    return hasattr(MPI.Comm, "Get_failed") and FAULT_TOLERANT
+
+
+def die_with_the_launcher():
+    """Else a rank that hangs outlives an aborted job, if it was started with `--with-ft ulfm`."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Job:
@@ -50,6 +68,11 @@ class Job:
                 "on_failure: got 'continue', but this launcher ends all ranks when one dies, "
                 "expected `mpirun --with-ft ulfm` of Open MPI 5"
             )
+        if FAULT_TOLERANT and not IN_TIME:
+            log.warning(
+                "mpi4py.MPI was imported before gcompress.plugins.mpi: after a death this job may hang at its end"
+            )
+        die_with_the_launcher()
         self.world = self.world.Dup()
         self.size = self.world.size - servers
         if self.size < 1:
