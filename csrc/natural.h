@@ -3,7 +3,6 @@
 #define GCOMPRESS_NATURAL_H
 
 #include "gcompress.h"
-#include "random.h"
 #include "sign.h"
 
 namespace {

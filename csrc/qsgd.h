@@ -4,7 +4,6 @@
 
 #include "gcompress.h"
 #include "quantize.h"
-#include "random.h"
 #include "sums.h"
 
 namespace {
