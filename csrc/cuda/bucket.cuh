@@ -116,7 +116,7 @@ GC_INLINE Scale from_first_lane(Scale scale) {
 
 template <class Method>
 GC_INLINE void scale_buckets(const Method& method, const BucketTile& tile, int64_t bucket,
-                             BucketShared<typename Method::Scale>* shared) {
+                             BucketShared<typename Method::Scale>* shared, typename Method::Scale* scales) {
     // A warp takes two buckets at a time; lanes without one go along, since they all meet in the shuffles.
     for (int pair = 2 * warp(); pair < tile.buckets; pair += 2 * WARPS) {
         const int mine = pair + lane() / HALF_WARP;
@@ -130,6 +130,7 @@ GC_INLINE void scale_buckets(const Method& method, const BucketTile& tile, int64
         }
         if (mine < tile.buckets && lane() % HALF_WARP == 0) {
             shared->scales[mine] = scale;
+            if (method.width() == 0) scales[tile.bucket + mine] = scale;  // the codes are another kernel's
             method.header(tile.bucket + mine, scale);
         }
     }
@@ -176,11 +177,11 @@ GC_INLINE void encode_buckets(const Method& method, int64_t n, int64_t bucket, c
         return;
     }
     if (step == STEP_ALL)
-        scale_buckets(method, tile, bucket, &shared);
+        scale_buckets(method, tile, bucket, &shared, scales);
     else if (threadIdx.x == 0)
         shared.scales[0] = scales[tile.bucket];
+    if (method.width() == 0) return;
     __syncthreads();
-    if (step == STEP_ALL && method.width() == 0) return;  // the codes are another kernel's
     code_tile(method, tile, bucket, &shared, feedback);
     __syncthreads();
     const int64_t bytes = ((int64_t)tile.count * method.width() + 7) / 8;

@@ -32,6 +32,10 @@ class CupyLauncher:
     def zeros(self, nbytes):
         return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
 
+    def read(self, tensor):
+        """Bytes of the device as a list of numbers below 2^32: waits for the device."""
+        return tensor.view(torch.int32).tolist()
+
     def launch(self, module, kernel, blocks, *arguments, shared=0):
         function = self._functions.get(kernel) or self._compiled(module, kernel)
         if shared > STATIC_SHARED:
@@ -68,7 +72,7 @@ def status(index=0):
         import cupy
 
         compiler = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
-        _module(index, "feedback").get_function("feedback_restore")
+        _module(index, "memory").get_function("feedback_restore")
     except Exception as error:  # whatever keeps CuPy from working is no reason to stop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return False, f"{what}: CuPy does not work, {reason} (pip install cupy-cuda13x; for CUDA 12, cupy-cuda12x)"
