@@ -61,7 +61,7 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
-headers = sorted(glob.glob("csrc/*.h"))
+headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/arith/*.h"))
 setup(
     ext_modules=[
         Extension("gcompress._native", ["csrc/dispatch.cc", "csrc/kernels.cc"], depends=headers, optional=True)

@@ -2,53 +2,12 @@
 #ifndef GCOMPRESS_CAST_H
 #define GCOMPRESS_CAST_H
 
+#include "arith/cast.h"
 #include "gcompress.h"
 #include "select.h"
 #include "simd.h"
 
 namespace {
-
-template <int form>
-struct Cast;
-template <>
-struct Cast<GC_FP16> {
-    enum { WIDTH = 16, MANTISSA = 10, BIAS = 15, TOP = 0x7bff, TARGET = 14, CARRY = 0 };
-    typedef uint16_t Code;
-};
-template <>
-struct Cast<GC_FP8> {
-    enum { WIDTH = 8, MANTISSA = 3, BIAS = 7, TOP = 0x7e, TARGET = 7, CARRY = 0 };
-    typedef uint8_t Code;
-};
-template <>
-struct Cast<GC_MXFP4> {
-    enum { WIDTH = 4, MANTISSA = 1, BIAS = 1, TOP = 7, TARGET = 2, CARRY = 0x17ffff };
-    typedef uint8_t Code;
-};
-const int32_t SMALLEST_EXPONENT = 15;
-
-inline float power_of_two(int exponent) { return bits_float((uint32_t)(127 + exponent) << 23); }
-
-// Adding a power of two whose last place is the code's rounds to it: that of the magnitude's own exponent, and
-// not less than that of the smallest normal code, below which codes are multiples of one unit.
-template <int form>
-inline int32_t finite_code(uint32_t key) {
-    typedef Cast<form> C;
-    const int32_t smallest = (128 - C::BIAS) << 23;
-    int32_t exponent = (int32_t)(key & INFINITY_KEY);
-    exponent = exponent > smallest ? exponent : smallest;
-    const float unit = bits_float((uint32_t)(exponent + ((23 - C::MANTISSA) << 23)));
-    const int32_t units = (int32_t)(float_bits(bits_float(key) + unit) - float_bits(unit));
-    const int32_t code = units + ((exponent - smallest) >> (23 - C::MANTISSA));
-    return code < C::TOP ? code : C::TOP;
-}
-
-template <int form>
-inline int32_t any_code(uint32_t key, int32_t top) {
-    if (key < INFINITY_KEY) return finite_code<form>(key) < top ? finite_code<form>(key) : top;
-    if (form == GC_MXFP4) return Cast<form>::TOP;
-    return form == GC_FP8 ? 0x7f : key == INFINITY_KEY ? 0x7c00 : 0x7e00;
-}
 
 // 64 scaled entries to codes. `ordinary`: all are finite and `tops` is TOP.
 template <int form>
@@ -89,27 +48,7 @@ inline void encode_64(const float* x, const float* factors, bool ordinary, const
 }
 
 template <int form>
-inline float from_code(uint32_t code) {
-    typedef Cast<form> C;
-    const uint32_t magnitude = code & ((1u << (C::WIDTH - 1)) - 1);
-    uint32_t normal = (magnitude << (23 - C::MANTISSA)) + ((uint32_t)(127 - C::BIAS) << 23);
-    if (form == GC_FP16) normal += magnitude >= 0x7c00 ? 112u << 23 : 0;
-    if (form == GC_FP8) normal = magnitude == 0x7f ? 0x7fc00000u : normal;
-    const uint32_t small = float_bits((float)(int32_t)magnitude * power_of_two(1 - C::BIAS - C::MANTISSA));
-    const uint32_t value = magnitude < 1u << C::MANTISSA ? small : normal;
-    return bits_float(value | code >> (C::WIDTH - 1) << 31);
-}
-
-struct CastScale {
-    float factor;  // brings the largest finite magnitude to 2^target
-    bool ordinary;  // all entries are finite and `top` is the format's
-    int32_t top;    // the largest code that does not decode to infinity
-    uint8_t byte;   // E8M0
-};
-
-template <int form>
 inline CastScale scale_of(const float* x, int64_t count) {
-    typedef Cast<form> C;
     int32_t largest = 0, top = 0;
     for (int64_t i = 0; i < count; ++i) {  // vectorised
         const int32_t key = (int32_t)(float_bits(x[i]) & 0x7fffffffu);
@@ -123,16 +62,7 @@ inline CastScale scale_of(const float* x, int64_t count) {
             if (key < (int32_t)INFINITY_KEY && key > largest) largest = key;
         }
     }
-    const int32_t exponent = (largest + C::CARRY) >> 23;
-    const int32_t byte = (exponent > SMALLEST_EXPONENT ? exponent : SMALLEST_EXPONENT) - C::TARGET;
-    CastScale scale;
-    const bool finite = top < (int32_t)INFINITY_KEY;
-    const int32_t below_infinity = ((255 - byte + C::BIAS) << C::MANTISSA) - 1;
-    scale.top = below_infinity < C::TOP ? below_infinity : (int32_t)C::TOP;
-    scale.ordinary = finite && scale.top == C::TOP;
-    scale.factor = bits_float((uint32_t)(254 - byte) << 23);
-    scale.byte = (uint8_t)(form == GC_MXFP4 && !finite ? 255 : byte);
-    return scale;
+    return cast_scale<form>(largest, top);
 }
 
 template <int form>
@@ -183,7 +113,7 @@ void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* 
         if (i % bucket == 0 || bucket < 64) {
             for (int64_t j = 0; j < size; j += bucket) {
                 const uint32_t scale = *payload++;
-                const float factor = bits_float(scale == 255 ? 0x7fc00000u : scale << 23);
+                const float factor = cast_back(scale);
                 for (int64_t f = j; f < min64(64, j + bucket); ++f) factors[f] = factor;
             }
         }
@@ -243,16 +173,6 @@ void cast_decode(const uint8_t* payload, int64_t n, int form, int64_t bucket, in
         cast_decode_any<false>(payload, n, form, bucket, out);
 }
 
-inline uint16_t to_bf16(float value) {
-    const uint32_t pattern = float_bits(value);
-    const int32_t key = (int32_t)(pattern & 0x7fffffffu);
-    int32_t code = (int32_t)(((uint32_t)key + 0x7fff + ((uint32_t)key >> 16 & 1)) >> 16);
-    code = code > 0x7f7f ? 0x7f7f : code;
-    code = key == (int32_t)INFINITY_KEY ? 0x7f80 : code;
-    code = key > (int32_t)INFINITY_KEY ? 0x7fc0 : code;
-    return (uint16_t)(code | (int32_t)(pattern >> 31 << 15));
-}
-
 void bf16_encode(const float* x, int64_t n, uint8_t* payload) {
     uint16_t codes[64];
     for (int64_t i = 0; i < n; i += 64) {
@@ -267,9 +187,9 @@ void bf16_encode(const float* x, int64_t n, uint8_t* payload) {
 
 void bf16_decode(const uint8_t* payload, int64_t n, int add, float* out) {
     if (add)
-        for (int64_t i = 0; i < n; ++i) out[i] += bits_float((uint32_t)load<uint16_t>(payload + 2 * i) << 16);
+        for (int64_t i = 0; i < n; ++i) out[i] += from_bf16(load<uint16_t>(payload + 2 * i));
     else
-        for (int64_t i = 0; i < n; ++i) out[i] = bits_float((uint32_t)load<uint16_t>(payload + 2 * i) << 16);
+        for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(load<uint16_t>(payload + 2 * i));
 }
 
 }  // namespace

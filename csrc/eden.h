@@ -4,7 +4,6 @@
 
 #include "gcompress.h"
 #include "hadamard.h"
-#include "random.h"
 #include "select.h"
 #include "sums.h"
 

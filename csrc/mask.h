@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_MASK_H
 #define GCOMPRESS_MASK_H
 
+#include "arith/mask.h"
 #include "gcompress.h"
 #include "select.h"
 #include "simd.h"
@@ -9,33 +10,6 @@
 namespace {
 
 const int64_t CHUNK = 1024;
-
-// A dropped entry's magnitude in 1/65535 of the threshold: every later decision and sum is
-// on these integers, so their order does not matter.
-const int FIXED_ONE = 65535;
-const int BINS = 4096;
-
-struct MaskScale {
-    float threshold, to_fixed;
-    uint32_t limit;  // keys above it carry no magnitude: kept, or not finite
-};
-
-inline MaskScale mask_scale(uint32_t threshold_key) {
-    MaskScale scale = {0.0f, 0.0f, threshold_key};
-    const float threshold = bits_float(threshold_key);
-    if (threshold_key >= INFINITY_KEY) {
-        scale.limit = INFINITY_KEY - 1;
-    } else if (threshold >= SMALLEST_FIXED) {
-        scale.threshold = threshold;
-        scale.to_fixed = (float)FIXED_ONE / threshold;
-    }
-    return scale;
-}
-
-inline int32_t fixed_magnitude(uint32_t key, const MaskScale& scale) {
-    const float magnitude = key > scale.limit ? 0.0f : bits_float(key);
-    return round_even(magnitude * scale.to_fixed);
-}
 
 // The classes of magnitude of dropped entries. Linear: thresholds at the half steps of
 // threshold / classes. Lloyd-Max: a table from the top 12 bits of the fixed magnitude.
@@ -46,10 +20,7 @@ struct MaskClasses {
     static const int steps = half + 1;
     static const int centre = is_signed ? half : 0;
     static const int sent = is_signed ? half : codes;  // levels in the payload
-    static int32_t linear(int32_t fixed) {
-        const int32_t nearest = (fixed * steps + (1 << 15)) >> 16;
-        return nearest < half ? nearest : half;
-    }
+    static int32_t linear(int32_t fixed) { return linear_class(fixed, steps, half); }
 };
 
 // Lloyd-Max on the histogram, in double precision and a fixed order. In the signed form
@@ -65,19 +36,19 @@ void lloyd_classes(const int64_t* histogram, uint8_t* class_of_bin) {
     }
     double level[256];
     int edge[257] = {0};  // class m is bins edge[m] .. edge[m + 1] - 1
-    for (int m = 0; m <= Classes::half; ++m) level[m] = (double)m * FIXED_ONE / Classes::steps;
+    for (int m = 0; m <= Classes::half; ++m) level[m] = lloyd_start(m, Classes::steps);
     edge[Classes::half + 1] = BINS;
-    for (int round = 0; round < 100; ++round) {
+    for (int round = 0; round < LLOYD_ROUNDS; ++round) {
         bool changed = false;
         for (int m = 1; m <= Classes::half; ++m) {
-            const int border = (int)(((level[m - 1] + level[m]) / 2.0 + 8.0) / 16.0);
+            const int border = lloyd_border(level[m - 1], level[m]);
             changed |= border != edge[m];
             edge[m] = border;
         }
         if (!changed) break;
         for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
             const int64_t members = count[edge[m + 1]] - count[edge[m]];
-            if (members > 0) level[m] = (double)(sum[edge[m + 1]] - sum[edge[m]]) / (double)members;
+            if (members > 0) level[m] = lloyd_level(sum[edge[m + 1]] - sum[edge[m]], members);
         }
     }
     for (int m = 0; m <= Classes::half; ++m)
@@ -191,10 +162,7 @@ void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace,
     }
     for (int s = 0; s < Classes::sent; ++s) {
         const int m = is_signed ? s + 1 : s;
-        float level = 0.0f;
-        if (counts[m] > 0)
-            level = (float)((double)sums[m] / (double)counts[m] * ((double)scale.threshold / (double)FIXED_ONE));
-        store<float>(payload + 4 * s, level);
+        store<float>(payload + 4 * s, mask_level(sums[m], counts[m], scale.threshold));
     }
 }
 

@@ -2,8 +2,8 @@
 #ifndef GCOMPRESS_NATURAL_H
 #define GCOMPRESS_NATURAL_H
 
+#include "arith/natural.h"
 #include "gcompress.h"
-#include "random.h"
 #include "sign.h"
 
 namespace {
@@ -22,11 +22,7 @@ void natural_encode(const float* x, int64_t n, uint32_t seed, uint8_t* payload) 
         const uint64_t signs = signs_64(source);
         for (int j = 0; j < 64; ++j) {  // vectorised
             const int32_t key = (int32_t)(float_bits(source[j]) & 0x7fffffffu);
-            const int32_t word = (int32_t)(hashed((uint32_t)i + (uint32_t)j, seed) >> 9);
-            const int32_t finite = key < 0x7f800000 ? key : 0;
-            int32_t exponent = (finite + word) >> 23;
-            exponent = exponent < 254 ? exponent : 254;
-            bytes[j] = (uint8_t)(key < 0x7f800000 ? exponent : 255);
+            bytes[j] = natural_exponent(key, hashed((uint32_t)i + (uint32_t)j, seed));
         }
         memcpy(payload + i / 8, &signs, (size_t)((size + 7) / 8));
         memcpy(exponents + i, bytes, (size_t)size);
@@ -44,11 +40,8 @@ void natural_decode(const uint8_t* payload, int64_t n, int add, float* out) {
         memcpy(bytes, exponents + i, (size_t)size);
         const uint32_t half[2] = {(uint32_t)signs, (uint32_t)(signs >> 32)};
         for (int part = 0; part < 2; ++part)
-            for (int j = 0; j < 32; ++j) {  // vectorised
-                const uint32_t exponent = bytes[32 * part + j];
-                const uint32_t magnitude = exponent == 255 ? 0x7fc00000u : exponent << 23;
-                values[32 * part + j] = bits_float(magnitude | half[part] >> j << 31);
-            }
+            for (int j = 0; j < 32; ++j)  // vectorised
+                values[32 * part + j] = natural_value(bytes[32 * part + j], half[part] >> j & 1);
         if (add)
             for (int64_t j = 0; j < size; ++j) out[i + j] += values[j];
         else

@@ -2,9 +2,9 @@
 #ifndef GCOMPRESS_QSGD_H
 #define GCOMPRESS_QSGD_H
 
+#include "arith/qsgd.h"
 #include "gcompress.h"
 #include "quantize.h"
-#include "random.h"
 #include "sums.h"
 
 namespace {
@@ -44,36 +44,24 @@ template <int bits>
 void qsgd_encode_bits(const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed, uint8_t* payload) {
     const int levels = (1 << (bits - 1)) - 1;
     uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
-    float inverse = 0.0f, tail[64] = {0};
+    QsgdScale scale = {0.0f, 0.0f, true};
+    float tail[64] = {0};
     uint8_t codes[64];
-    bool finite = true;
     for (int64_t i = 0; i < n; i += 64) {
         if (i % bucket == 0) {
             const Magnitudes all = magnitudes_of(x + i, min64(bucket, n - i));
-            const float limit = 3.4e38f;
-            float norm = largest_norm ? bits_float((uint32_t)all.largest) : (float)__builtin_sqrt(all.squares);
-            norm = norm > limit ? limit : norm;
-            finite = all.largest < (int32_t)INFINITY_KEY;
-            float step = norm / (float)levels;
-            const bool usable = finite && step >= SMALLEST_NORMAL;
-            inverse = usable ? (float)levels / norm : 0.0f;
-            step = usable ? step : 0.0f;
-            store<float>(payload + 4 * (i / bucket), finite ? step : bits_float(0x7fc00000u));
+            scale = qsgd_scale(all.squares, all.largest, largest_norm, levels);
+            store<float>(payload + 4 * (i / bucket), qsgd_sent_step(scale));
         }
         const int64_t size = min64(64, n - i);
         const float* source = x + i;
-        if (size < 64 || !finite) {  // of a bucket that is not finite only the signs are coded
+        if (size < 64 || !scale.finite) {  // of a bucket that is not finite only the signs are coded
             for (int64_t j = 0; j < 64; ++j)
-                tail[j] = j < size ? (finite ? source[j] : bits_float(float_bits(source[j]) & 0x80000000u)) : 0.0f;
+                tail[j] = j < size ? (scale.finite ? source[j] : bits_float(float_bits(source[j]) & 0x80000000u)) : 0.0f;
             source = tail;
         }
-        for (int j = 0; j < 64; ++j) {  // vectorised
-            const float scaled = __builtin_fabsf(source[j]) * inverse;
-            int32_t m = (int32_t)floor_small(scaled + uniform((uint32_t)i + (uint32_t)j, seed));
-            m = m < levels ? m : levels;
-            const int32_t minus = (int32_t)float_bits(source[j]) >> 31;
-            codes[j] = (uint8_t)(levels + ((m ^ minus) - minus));
-        }
+        for (int j = 0; j < 64; ++j)  // vectorised
+            codes[j] = qsgd_code(source[j], scale.inverse, uniform((uint32_t)i + (uint32_t)j, seed), levels);
         if (i + 128 <= n)
             pack_64<bits>(codes, packed + i / 8 * bits);
         else
@@ -94,7 +82,7 @@ void qsgd_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* 
             unpack_64<bits>(packed + i / 8 * bits, codes);
         else
             unpack_tail<bits>(packed + i / 8 * bits, size, codes);
-        for (int j = 0; j < 64; ++j) values[j] = ((float)codes[j] - levels) * step;  // vectorised
+        for (int j = 0; j < 64; ++j) values[j] = qsgd_value(codes[j], levels, step);  // vectorised
         if (add)
             for (int64_t j = 0; j < size; ++j) out[i + j] += values[j];
         else

@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_RANDOMK_H
 #define GCOMPRESS_RANDOMK_H
 
+#include "arith/randomk.h"
 #include "select.h"
 #include "simd.h"
 
@@ -16,7 +17,7 @@ inline void for_each_drawn(int64_t n, int64_t k, uint32_t seed, const Place& pla
         carry += rest;
         const int64_t longer = length + (carry >= k);
         if (carry >= k) carry -= k;
-        place(run, first + (int64_t)((uint64_t)hashed((uint32_t)run, seed) * (uint64_t)longer >> 32), longer);
+        place(run, drawn_entry(run, first, longer, seed), longer);
         first += longer;
     }
 }
@@ -38,7 +39,7 @@ void randomk_encode(const float* x, int64_t n, int64_t k, int unbiased, uint32_t
         return;
     }
     for_each_drawn(n, k, seed, [&](int64_t run, int64_t index, int64_t length) {
-        store<float>(values + 4 * run, unbiased ? x[index] * (float)length : x[index]);
+        store<float>(values + 4 * run, drawn_value(x[index], length, unbiased != 0));
     });
 }
 

@@ -1,23 +1,10 @@
 // The k largest of n without sorting: exact, ties to the lowest index, one pass as a rule.
-//
-// An entry's key is its magnitude's bit pattern, which orders like the magnitude; NaN is
-// above infinity, so a non-finite entry is always among the largest. In the unsigned form
-// finite negative entries have key 0.
 #ifndef GCOMPRESS_SELECT_H
 #define GCOMPRESS_SELECT_H
 
 #include "simd.h"
 
 namespace {
-
-const uint32_t INFINITY_KEY = 0x7f800000u;
-
-template <bool is_signed>
-inline uint32_t key_of(float value) {
-    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
-    if (is_signed) return magnitude;
-    return (bits >> 31) && magnitude < INFINITY_KEY ? 0 : magnitude;
-}
 
 // Which entries are kept: all with a key above `threshold`, and the first `ties` equal to it.
 struct Selection {

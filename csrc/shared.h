@@ -3,7 +3,6 @@
 #define GCOMPRESS_SHARED_H
 
 #include "quantize.h"
-#include "random.h"
 #include "select.h"
 #include "simd.h"
 #include "topk.h"

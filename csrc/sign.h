@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_SIGN_H
 #define GCOMPRESS_SIGN_H
 
+#include "arith/sign.h"
 #include "gcompress.h"
 #include "sums.h"
 
@@ -48,12 +49,6 @@ inline void choose_64(uint64_t signs, float plus, float minus, float* out) {
         out[j] = add ? out[j] + value : value;
     }
 #endif
-}
-
-inline float mean_of(double sum, int64_t count) {
-    const float mean = (float)(sum / (double)(count > 0 ? count : 1));
-    if (!(mean <= LARGEST)) return bits_float(0x7fc00000u);
-    return mean < SMALLEST_NORMAL ? 0.0f : mean;
 }
 
 // The signs of a bucket of up to 4096 entries, and the sums behind its means.

@@ -5,18 +5,13 @@
 #ifndef GCOMPRESS_SIMD_H
 #define GCOMPRESS_SIMD_H
 
-#include <stdint.h>
-#include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-namespace {
+#include "arith/base.h"
 
-const float SMALLEST_NORMAL = 1.17549435e-38f;
-// Below 2^-110 a fixed-point scale of 65535 / magnitude overflows.
-const float SMALLEST_FIXED = 7.70371978e-34f;
-const float LARGEST = 3.40282347e38f;
+namespace {
 
 template <class T>
 inline T load(const void* p) {
@@ -27,24 +22,6 @@ inline T load(const void* p) {
 template <class T>
 inline void store(void* p, T value) {
     memcpy(p, &value, sizeof value);
-}
-inline uint32_t float_bits(float value) { return load<uint32_t>(&value); }
-inline float bits_float(uint32_t bits) { return load<float>(&bits); }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Nearest integer, ties to even, for |value| < 2^22: vectorises on every instruction set,
-// unlike rintf, and equals it.
-inline int32_t round_even(float value) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23
-    return (int32_t)(float_bits(value + magic) - float_bits(magic));
-}
-
-// The random numbers of all compressors: a 32-bit hash of an index.
-inline uint32_t hashed(uint32_t i, uint32_t seed) {
-    uint32_t h = i * 0x9E3779B9u + seed;
-    h = (h ^ h >> 16) * 0x7feb352du;
-    h = (h ^ h >> 15) * 0x846ca68bu;
-    return h ^ h >> 16;
 }
 
 // Bit j of the result: keys[j] >= bound, for 64 keys below 2^31 and a bound of at least 1.

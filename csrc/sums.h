@@ -7,9 +7,6 @@
 
 namespace {
 
-const int64_t SUM_BLOCK = 4096;
-const int SUM_LANES = 16;
-
 // gcc's and clang's vector types: they stay in registers, as arrays of sums do not always.
 typedef double FourDoubles __attribute__((vector_size(32)));
 

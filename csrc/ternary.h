@@ -2,15 +2,13 @@
 #ifndef GCOMPRESS_TERNARY_H
 #define GCOMPRESS_TERNARY_H
 
+#include "arith/ternary.h"
 #include "gcompress.h"
 #include "qsgd.h"
-#include "random.h"
 #include "select.h"
 #include "sums.h"
 
 namespace {
-
-const int64_t TRIT_GROUP = 320;  // entries in 64 bytes
 
 // The ordered sum of magnitudes above `bound` (all if it is negative), and how many there are.
 inline double sum_above(const float* x, int64_t count, float bound, int64_t* members) {
@@ -37,11 +35,6 @@ inline double sum_above(const float* x, int64_t count, float bound, int64_t* mem
     return total;
 }
 
-struct TernaryScale {
-    float scale, bound;  // bound: nearest rounding keeps what is above
-    bool finite;
-};
-
 inline TernaryScale ternary_scale(const float* x, int64_t count, bool stochastic, double clip) {
     TernaryScale result = {0.0f, 0.0f, true};
     const Magnitudes all = magnitudes_of(x, count);
@@ -49,19 +42,14 @@ inline TernaryScale ternary_scale(const float* x, int64_t count, bool stochastic
         result.finite = false;
         return result;
     }
-    double scale = (double)bits_float((uint32_t)all.largest);
     if (stochastic) {
-        const double limit = clip * __builtin_sqrt(all.squares / (double)count);
-        if (clip > 0.0 && limit < scale) scale = limit;
-    } else {
-        int64_t members;
-        const double mean = sum_above(x, count, -1.0f, &members) / (double)count;
-        result.bound = (float)(0.75 * mean);
-        const double above = sum_above(x, count, result.bound, &members);
-        scale = above / (double)(members > 0 ? members : 1);
+        result.scale = ternary_clipped(all.squares, all.largest, count, clip);
+        return result;
     }
-    result.scale = (float)scale;
-    if (!(result.scale >= SMALLEST_NORMAL)) result.scale = 0.0f;
+    int64_t members;
+    result.bound = ternary_bound(sum_above(x, count, -1.0f, &members), count);
+    const double above = sum_above(x, count, result.bound, &members);
+    result.scale = ternary_mean(above, members);
     return result;
 }
 
@@ -78,7 +66,7 @@ void ternary_encode(const float* x, int64_t n, int64_t bucket, int stochastic, d
             const int64_t i = group + run, size = min64(64, entries - run);
             if (i % bucket == 0) {
                 scale = ternary_scale(x + i, min64(bucket, n - i), stochastic != 0, clip);
-                store<float>(payload + 4 * (i / bucket), scale.finite ? scale.scale : bits_float(0x7fc00000u));
+                store<float>(payload + 4 * (i / bucket), ternary_sent(scale));
             }
             const float* source = x + i;
             if (size < 64) {
@@ -86,13 +74,11 @@ void ternary_encode(const float* x, int64_t n, int64_t bucket, int stochastic, d
                 source = tail;
             }
             uint8_t some[64];
-            const bool usable = scale.finite && scale.scale > 0.0f;
             for (int j = 0; j < 64; ++j) {  // vectorised
                 const float bound = stochastic ? uniform((uint32_t)i + (uint32_t)j, seed) * scale.scale : scale.bound;
-                const int32_t side = 1 - 2 * (int32_t)(float_bits(source[j]) >> 31);
-                some[j] = (uint8_t)(1 + (__builtin_fabsf(source[j]) > bound ? side : 0));
+                some[j] = trit_of(source[j], bound);
             }
-            if (!usable) memset(some, 1, sizeof some);
+            if (!ternary_usable(scale)) memset(some, 1, sizeof some);
             memcpy(trits + run, some, (size_t)size);
         }
         if (width == 64) {
@@ -134,12 +120,12 @@ void ternary_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, floa
             if (i % bucket == 0) scale = load<float>(payload + 4 * (i / bucket));
             if (size == 64) {
                 for (int j = 0; j < 64; ++j) {  // vectorised
-                    const float value = ((float)trits[run + j] - 1.0f) * scale;
+                    const float value = trit_value(trits[run + j], scale);
                     out[i + j] = add ? out[i + j] + value : value;
                 }
             } else {
                 for (int64_t j = 0; j < size; ++j) {
-                    const float value = ((float)trits[run + j] - 1.0f) * scale;
+                    const float value = trit_value(trits[run + j], scale);
                     out[i + j] = add ? out[i + j] + value : value;
                 }
             }

@@ -27,6 +27,7 @@ class ErrorFeedback:
     """
 
     kinds = ("residual",)  # of tensors that it remembers for a parameter
+    fuses = True  # whether an encoder may keep the residual, as the kernels of the GPU do
 
     def __init__(self):
         self._residuals = {}
@@ -43,6 +44,12 @@ class ErrorFeedback:
         Returns:
             (payload, ctx) as `Compressor.compress` does.
         """
+        if self.fuses:
+            owed = self._residual_for(name, gradient)
+            fused = compressor.compress_remembering(gradient, owed, seed=seed)
+            if fused:
+                payload, self._residuals[name] = fused
+                return payload, Context(gradient.shape, gradient.dtype)
         corrected = self.corrected(name, gradient)
         payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
         decoded = torch.empty_like(corrected)
@@ -53,12 +60,16 @@ class ErrorFeedback:
     def corrected(self, name, gradient):
         """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
         values = gradient.detach().reshape(-1).to(torch.float32)
+        residual = self._residual_for(name, gradient)
+        return values.clone() if residual is None else values + residual
+
+    def _residual_for(self, name, gradient):
         residual = self._residuals.get(name)
-        if residual is None:
-            return values.clone()
-        if residual.numel() != values.numel():
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
-        return values + residual
+        if residual is not None and residual.numel() != gradient.numel():
+            raise ConfigError(
+                f"gradient {name!r}: got {gradient.numel()} entries, expected {residual.numel()} as before"
+            )
+        return residual
 
     def keep(self, name, corrected, sent, *, sparse=False):
         """Remember corrected - sent, in place of corrected, unless it is not finite; returns whether it is.
@@ -111,6 +122,7 @@ class MomentumCorrection(ErrorFeedback):
     """
 
     kinds = ("residual", "velocity")
+    fuses = False
 
     def __init__(self, momentum=0.9, clip=None):
         super().__init__()

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 
+from . import cuda
 from .errors import ConfigError
 
 ABI_VERSION = 2
@@ -120,10 +121,10 @@ def backend():
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Run a block with another backend (not thread-safe; for tests and benchmarks)."""
+    """Run a block with another backend (not thread-safe; for tests and benchmarks): its name, or a table of kernels."""
     global _kernels, _name
     before = _kernels, _name
-    _kernels, _name = _select(name), name
+    _kernels, _name = (_select(name) if isinstance(name, str) else name), name
     try:
         yield
     finally:
@@ -134,6 +135,12 @@ _name = os.environ.get("GCOMPRESS_BACKEND") or os.environ.get("GCOMPRESS_ISA") o
 _kernels = _select(_name)
 
 
-def kernels(tensor):
-    """The C++ kernels to use on `tensor`, or None where the torch reference must run."""
-    return _kernels if tensor.device.type == "cpu" else None
+def kernels(tensor, method=None):
+    """The kernels to use on `tensor` for a compressor's name, or None where the torch reference must run."""
+    if tensor.device.type == "cpu":
+        found = _kernels
+    elif tensor.device.type == "cuda" and _name != "reference":
+        found = cuda.kernels(tensor.device)
+    else:
+        return None
+    return found if method is None or method in getattr(found, "methods", (method,)) else None

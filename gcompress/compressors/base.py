@@ -95,21 +95,48 @@ class Compressor:
             (payload, ctx): a 1-D uint8 tensor of `nbytes(tensor.numel())` bytes (at most so
             many if not `fixed_size`) on the tensor's device, and what `decompress` needs besides.
         """
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
-            got = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
-        values = tensor.detach().to(torch.float32).contiguous()
-        values = values if self.uses_shape else values.view(-1)
+        values = self._values_of(tensor)
         ctx = Context(tensor.shape, tensor.dtype)
         if values.numel() == 0:
             return torch.empty(0, dtype=torch.uint8, device=values.device), ctx
-        kernels = native.kernels(values)
+        kernels = native.kernels(values, self.name)
         if kernels is None:
             return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         size = self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
         # A slice would keep the memory of the largest possible payload.
         return (payload if self.fixed_size else payload[:size].clone()), ctx
+
+    def compress_remembering(self, tensor, owed, *, seed=0):
+        """Encode tensor + owed, and what the payload loses of it, in one go where a backend does that.
+
+        Args:
+            tensor, seed: see `compress`.
+            owed: the residual, 1-D float32 on the tensor's device, or None if there is none yet.
+
+        Returns:
+            (payload, the new residual), or None where no backend does. If tensor + owed is not finite the
+            new residual is the old one, found out without waiting for the device.
+        """
+        kernels = native.kernels(tensor, self.name)
+        if self.name not in getattr(kernels, "remembers", ()) or tensor.numel() == 0:
+            return None
+        values = self._values_of(tensor).view(-1)
+        payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
+        fresh, poisoned = torch.empty_like(values), torch.zeros(1, dtype=torch.int32, device=values.device)
+        before = 0 if owed is None else owed.data_ptr()
+        remembering = kernels.remembering(before, fresh.data_ptr(), poisoned.data_ptr())
+        self._encode_native(remembering, values, payload, seed & 0xFFFFFFFF)
+        kernels.feedback_restore(before, values.numel(), poisoned.data_ptr(), fresh.data_ptr())
+        return payload, fresh
+
+    def _values_of(self, tensor):
+        """The entries as contiguous float32; ConfigError if they are not floats of a dense tensor."""
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
+        values = tensor.detach().to(torch.float32).contiguous()
+        return values if self.uses_shape else values.view(-1)
 
     def decompress(self, payload, ctx):
         """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit."""
@@ -133,7 +160,7 @@ class Compressor:
             )
         if out.numel() == 0:
             return
-        kernels = native.kernels(out)
+        kernels = native.kernels(out, self.name)
         if kernels is None:
             values = self._decode_reference(payload, out.numel())
             out.add_(values) if add else out.copy_(values)

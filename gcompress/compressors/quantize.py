@@ -126,7 +126,7 @@ class Quantize(Compressor):
             step = torch.where(step >= packing.SMALLEST_NORMAL, step, 0.0)
             inverse = torch.where(step > 0, 1.0 / step, 0.0)
             below = -bottom * inverse
-            zero = torch.ceil(below) if self.unbiased else torch.round(below)
+            zero = (torch.ceil(below) if self.unbiased else torch.round(below)).clamp(max=levels)
         return torch.where(finite, step, float("nan")), zero, finite
 
     def _decode_reference(self, payload, numel):

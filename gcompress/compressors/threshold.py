@@ -77,12 +77,26 @@ class Threshold(Compressor):
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()
+        if hasattr(kernels, "count_large"):
+            return self._encode_device(kernels, values, payload)
         key = self._key(kernels.largest_key(values.data_ptr(), numel) if self.relative else 0)
         k = kernels.count_keys(values.data_ptr(), numel, key)
         payload[:4] = u32_bytes(k, payload.device)
         if k > 0:
             form, width, _ = index_layout(numel, k)
             kernels.keys_encode(values.data_ptr(), numel, k, key, FORMS.index(form), width, payload.data_ptr() + 4)
+        return self._size(numel, k)
+
+    def _encode_device(self, kernels, values, payload):
+        """As above, where the key is found by the device too, which is waited for once."""
+        numel = values.numel()
+        threshold = float(torch.tensor(self.threshold, dtype=torch.float32))
+        k, memo = kernels.count_large(values.data_ptr(), numel, threshold, self.relative)
+        payload[:4] = u32_bytes(k, payload.device)
+        if k > 0:
+            form, width, _ = index_layout(numel, k)
+            place = payload.data_ptr() + 4
+            kernels.large_encode(values.data_ptr(), numel, k, memo, FORMS.index(form), width, place)
         return self._size(numel, k)
 
     def _decode_native(self, kernels, payload, out, add):

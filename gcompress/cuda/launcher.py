@@ -1,0 +1,93 @@
+"""Launches on a CUDA device: CuPy compiles the sources once (NVRTC), torch has the memory and the stream.
+
+Tensors are not copied or converted: kernels get their addresses, outputs and workspaces come from torch's caching
+allocator, and every launch goes to torch's current stream, so that it stands in order with torch's own work and can
+be captured in a CUDA graph.
+"""
+
+import functools
+import logging
+
+import torch
+
+from . import sources
+from .kernels import THREADS, DeviceKernels
+
+OLDEST = (7, 0)  # compute capability: shuffles and ballots with masks, 96 KB of shared memory
+STATIC_SHARED = 48 << 10  # bytes that a kernel may use without asking
+
+
+class CupyLauncher:
+    """Launches of the kernels of csrc/cuda/ on one torch.device."""
+
+    def __init__(self, device):
+        import cupy
+
+        self._cupy, self._device = cupy, device
+        self._functions = {}
+
+    def empty(self, nbytes):
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def zeros(self, nbytes):
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+
+    def read(self, tensor):
+        """Bytes of the device as a list of numbers below 2^32: waits for the device."""
+        return tensor.view(torch.int32).tolist()
+
+    def launch(self, module, kernel, blocks, *arguments, shared=0):
+        function = self._functions.get(kernel) or self._compiled(module, kernel)
+        if shared > STATIC_SHARED:
+            function.max_dynamic_shared_size_bytes = shared
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        with self._cupy.cuda.Device(self._device.index), self._cupy.cuda.ExternalStream(stream, self._device.index):
+            # Python integers travel as 64 bits, floats as double: what every parameter is.
+            numbers = tuple(float(a) if isinstance(a, float) else int(a) for a in arguments)
+            function((blocks,), (THREADS,), numbers, shared_mem=shared)
+
+    def _compiled(self, module, kernel):
+        with self._cupy.cuda.Device(self._device.index):
+            raw = _module(self._device.index, module)
+            return self._functions.setdefault(kernel, raw.get_function(kernel))
+
+
+@functools.cache
+def _module(index, module):
+    import cupy
+
+    return cupy.RawModule(code=sources.source(module), options=sources.OPTIONS)
+
+
+def status(index=0):
+    """(whether the kernels run on CUDA device number `index`, a sentence that says what is there or missing)."""
+    if not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+        return False, f"torch finds no CUDA device; torch {torch.__version__} {built}"
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    what = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    if capability < OLDEST:
+        return False, f"{what}: expected at least 7.0"
+    try:
+        import cupy
+
+        compiler = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+        _module(index, "memory").get_function("feedback_restore")
+    except Exception as error:  # whatever keeps CuPy from working is no reason to stop
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return False, f"{what}: CuPy does not work, {reason} (pip install cupy-cuda13x; for CUDA 12, cupy-cuda12x)"
+    return True, f"{what}, CuPy {cupy.__version__}, NVRTC {compiler}"
+
+
+@functools.cache
+def _kernels(index):
+    active, reason = status(index)
+    if active:
+        return DeviceKernels(CupyLauncher(torch.device("cuda", index)))
+    logging.getLogger(__name__).warning("GPU kernels are not in use, the slower torch reference is: %s", reason)
+    return None
+
+
+def kernels(device):
+    """The kernels for a CUDA torch.device, or None, said once, where the torch reference must run on it."""
+    return _kernels(torch.cuda.current_device() if device.index is None else device.index)

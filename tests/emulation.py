@@ -1,0 +1,111 @@
+"""The kernels of csrc/cuda/ on the host (emulator/), behind the launcher that gcompress.cuda plans launches for."""
+
+import ctypes
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import torch
+
+from gcompress.cuda import sources
+from gcompress.cuda.kernels import THREADS
+
+EMULATOR = pathlib.Path(__file__).parent / "emulator"
+# What a GPU does otherwise than a PC ends a launch: words at odd addresses, shifts too far, floats out of an integer's
+# range. No fused multiply-add, as on the GPU.
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-w", "-DGC_EMULATED"]
+FLAGS += ["-fsanitize=alignment,shift-exponent,float-cast-overflow,integer-divide-by-zero"]
+FLAGS += ["-fsanitize-undefined-trap-on-error"]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+class EmulationError(AssertionError):
+    """A launch that a GPU would not have run, or not to this end."""
+
+
+def build(folder):
+    """Compile the emulator and all kernels to a shared library in `folder`; returns its path."""
+    csrc = sources.folder()
+    modules = [csrc / "cuda" / f"{name}.cu" for name in sources.MODULES]
+    inputs = [*modules, *csrc.glob("cuda/*.cuh"), *csrc.glob("arith/*.h"), *EMULATOR.glob("emulator.*")]
+    digest = hashlib.sha256(repr(FLAGS).encode() + b"".join(path.read_bytes() for path in sorted(inputs)))
+    library = pathlib.Path(folder) / f"emulation-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        commands = {}
+        for source in [*modules, EMULATOR / "emulator.cc"]:
+            target = pathlib.Path(scratch) / f"{source.stem}.o"
+            language = ["-x", "c++", "-c", str(source), "-o", str(target)]
+            commands[target] = subprocess.Popen([COMPILER, *FLAGS, f"-I{EMULATOR}", *language])
+        if any(process.wait() for process in commands.values()):
+            raise RuntimeError("the emulation of csrc/cuda/ does not compile")
+        finished = pathlib.Path(scratch) / library.name
+        subprocess.run([COMPILER, "-shared", *map(str, commands), "-o", str(finished)], check=True)
+        finished.replace(library)
+    return library
+
+
+class EmulatedLauncher:
+    """Runs launches at once, under the schedules in turn (see emulator.cc: 0 in order, 1 in reverse, others random)."""
+
+    def __init__(self, library, schedules=(0, 1, 2)):
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulator_launch.restype = ctypes.c_char_p
+        self._library.emulator_kernels.restype = ctypes.c_char_p
+        self._library.emulator_barriers.restype = ctypes.c_char_p
+        self._library.emulator_allocate.restype = ctypes.c_void_p
+        self.schedules, self.turn = schedules, 0
+        self.launched = set()
+
+    def kernels(self):
+        """The names of all kernels."""
+        return set(self._library.emulator_kernels().decode().split())
+
+    def barriers(self):
+        """The "file:line" of the barriers met so far under schedule 0."""
+        return self._library.emulator_barriers().decode().split()
+
+    def leave_out(self, where):
+        """Let the barrier at "file:line" do nothing; an empty string puts it back."""
+        self._library.emulator_leave_out(where.encode())
+
+    def empty(self, nbytes):
+        return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+
+    def zeros(self, nbytes):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def read(self, tensor):
+        return tensor.view(torch.int32).tolist()
+
+    def launch(self, module, kernel, blocks, *arguments, shared=0):
+        self.launched.add(kernel)
+        self.turn += 1
+        schedule = self.schedules[self.turn % len(self.schedules)]
+        schedule += self.turn if schedule > 1 else 0
+        slots = (ctypes.c_uint64 * len(arguments))(*(_slot(argument) for argument in arguments))
+        error = self._library.emulator_launch(
+            kernel.encode(), ctypes.c_int64(blocks), THREADS, ctypes.c_int64(shared), slots, len(arguments),
+            ctypes.c_int64(schedule),
+        )  # fmt: skip
+        if error:
+            raise EmulationError(f"{kernel}: {error.decode()}")
+
+    def guarded(self, tensor, alignment):
+        """A copy of a tensor whose memory ends where nobody may read on; `alignment` in bytes."""
+        size = max(1, tensor.numel() * tensor.element_size())
+        address = self._library.emulator_allocate(ctypes.c_int64(size), ctypes.c_int64(alignment))
+        buffer = (ctypes.c_uint8 * size).from_address(address)
+        copy = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel())
+        return copy.copy_(tensor)
+
+
+def _slot(argument):
+    if isinstance(argument, float):
+        return ctypes.c_uint64.from_buffer_copy(ctypes.c_double(argument)).value
+    return int(argument) & 0xFFFFFFFFFFFFFFFF

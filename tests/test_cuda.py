@@ -1,0 +1,212 @@
+"""The kernels of the GPU without a GPU: they compile for what they are for, and on the host make the CPU's bytes.
+
+With a GPU, `make test-gpu` runs the same laws on it (test_cuda_device.py).
+"""
+
+import os
+import pathlib
+import signal
+
+import pytest
+import torch
+
+import emulation
+import nvrtc
+from compressors import COMPRESSORS, SIZES, inputs, poisoned
+from gcompress import PayloadError, from_spec, native
+from gcompress.cuda import sources
+from gcompress.cuda.kernels import DeviceKernels
+from gcompress.feedback import ErrorFeedback
+
+ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
+BUILD = pathlib.Path(__file__).parent.parent / "build"
+ARCHITECTURES = (70, 80, 90, 100)
+every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
+needs_compiler = pytest.mark.skipif(not emulation.COMPILER, reason="the emulation needs a C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def library():
+    return emulation.build(BUILD)
+
+
+@pytest.fixture
+def launcher(library):
+    return emulation.EmulatedLauncher(library)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("module", sources.MODULES)
+def test_every_kernel_compiles_for(architecture, module):
+    """By the newest NVRTC that is installed and still knows the architecture: that of CUDA 13 ends at 75."""
+    installed = nvrtc.installed()
+    able = [library for library in installed if architecture in library.architectures]
+    if not able:
+        has = ", ".join(f"{major}.{minor}" for major, minor in (library.version for library in installed)) or "none"
+        pytest.skip(f"no NVRTC for sm_{architecture} is installed (found: {has}): pip install nvidia-cuda-nvrtc-cu12")
+    cubin = able[0].compile(module, architecture)
+    assert cubin[:4] == b"\x7fELF"
+
+
+def same(one, other):
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def check_bytes(compressor, table, tensor, where):
+    """Encoding, decoding and adding by `table` against the CPU backend."""
+    payload, ctx = compressor.compress(tensor, seed=7)
+    decoded, total = compressor.decompress(payload, ctx), torch.ones(tensor.numel())
+    compressor.decode_into(payload, total, add=True)
+    with native.use_backend(table):
+        assert torch.equal(compressor.compress(tensor, seed=7)[0], payload), where
+        assert same(compressor.decompress(payload, ctx), decoded), where
+        own_total = torch.ones(tensor.numel())
+        compressor.decode_into(payload, own_total, add=True)
+        assert same(own_total, total), where
+
+
+@needs_compiler
+@every_compressor
+def test_the_bytes_are_those_of_the_cpu(compressor, launcher):
+    """Whatever the input, and whichever thread comes first: schedules take turns."""
+    for numel in SIZES:
+        for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
+            check_bytes(compressor, DeviceKernels(launcher), tensor, (numel, name))
+
+
+@needs_compiler
+@every_compressor
+def test_the_order_of_threads_does_not_matter(compressor, library):
+    for schedule in (0, 1, 2, 3):
+        table = DeviceKernels(emulation.EmulatedLauncher(library, schedules=(schedule,)))
+        for numel in (65, 1023, 8200):
+            for name in ("gauss", "ties"):
+                check_bytes(compressor, table, inputs(numel)[name], (schedule, numel, name))
+
+
+@needs_compiler
+@every_compressor
+def test_nothing_beyond_a_tensor_is_touched_and_any_address_will_do(compressor, launcher):
+    """Memory ends at the tensors' last byte; floats lie at multiples of 4 bytes, payloads anywhere."""
+    for numel in (1, 7, 130, 4101):
+        tensor = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+        payload, _ = compressor.compress(tensor, seed=3)
+        expected = torch.empty(numel)
+        compressor.decode_into(payload, expected)
+        out = launcher.guarded(torch.zeros(numel), 4)
+        with native.use_backend(DeviceKernels(launcher)):
+            assert torch.equal(compressor.compress(launcher.guarded(tensor, 4), seed=3)[0], payload)
+            compressor.decode_into(launcher.guarded(payload, 1), out)
+        assert same(out, expected)
+        canary = torch.full((numel + 8,), 5.0)
+        with native.use_backend(DeviceKernels(launcher)):
+            compressor.decode_into(payload, canary[4:-4])
+        assert same(canary[4:-4], expected) and bool((canary[:4] == 5).all() and (canary[-4:] == 5).all())
+
+
+@needs_compiler
+@every_compressor
+def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, launcher):
+    generator = torch.Generator().manual_seed(3)
+    payload, _ = compressor.compress(torch.randn(333, generator=generator))
+    out = launcher.guarded(torch.empty(333), 4)
+    with native.use_backend(DeviceKernels(launcher)):
+        for trial in range(30):
+            damaged = payload.clone()
+            positions = torch.randint(0, len(payload), (1 + trial % 5,), generator=generator)
+            damaged[positions] = torch.randint(0, 256, positions.shape, generator=generator).to(torch.uint8)
+            for wrong in (damaged, torch.full_like(payload, 255 * (trial % 2))):
+                try:
+                    compressor.decode_into(wrong, out)
+                except PayloadError:
+                    pass
+
+
+REMEMBERING = [compressor for compressor in ON_DEVICE if compressor.name in DeviceKernels.remembers]
+
+
+@needs_compiler
+@pytest.mark.parametrize("compressor", REMEMBERING, ids=str)
+def test_error_feedback_in_the_encoder_is_that_of_the_cpu(compressor, launcher):
+    """Payloads and residuals of five steps, one of which is not finite, with a memory and without one."""
+    for numel in (5, 1023, 8200):
+        for poisoned_step in (0, 2):
+            expected, fused = ErrorFeedback(), ErrorFeedback()
+            for step in range(5):
+                gradient = inputs(numel, seed=step)["heavy"]
+                if step == poisoned_step:
+                    gradient[numel // 2] = float("nan")
+                payload, _ = expected.compress("w", gradient, compressor, seed=step)
+                with native.use_backend(DeviceKernels(launcher)):
+                    assert torch.equal(fused.compress("w", gradient, compressor, seed=step)[0], payload)
+                before = expected.residual("w")
+                assert same(fused.residual("w"), torch.zeros(numel) if before is None else before)
+    assert any(kernel.endswith("_restore") for kernel in launcher.launched)
+
+
+# A few launches of each kernel, with every branch that has a barrier; last what takes a large tensor.
+QUICK_SPECS = [
+    "quantize:bits=4",
+    "quantize:bits=1,bucket=0",
+    "onebit",
+    "bf16",
+    "fp16:bucket=0",
+    "fp8:bucket=0",
+    "mxfp4",
+    "qsgd:bits=4,bucket=0",
+    "ternary:rounding=nearest",
+    "natural",
+    "randomk:sparsity=0.9",
+    "topk:sparsity=0.9,index=fixed",
+    "topk:sparsity=0.9,index=bitmap",
+    "topk:sparsity=0.5,index=gaps",
+    "threshold:threshold=0.3,relative=true",
+    "mask:sparsity=0.9,bits=2",
+    "mask:sparsity=0.9,bits=6,levels=lloyd",
+    "hybrid:(topk:sparsity=0.99),(quantize:bits=2)",
+]
+QUICK = [(spec, numel, name) for spec in QUICK_SPECS for numel in (1023, 8200) for name in ("gauss", "ties")]
+QUICK += [("onebit:bucket=0", 2**20 + 5000, "gauss"), ("topk:sparsity=0.9", 2**20 + 5000, "gauss")]
+
+
+def quick_run(launcher):
+    feedback = ErrorFeedback()
+    with native.use_backend(DeviceKernels(launcher)):
+        feedback.compress("w", torch.randn(100), from_spec("bf16"))
+        feedback.compress("m", torch.randn(100), from_spec("mask:sparsity=0.9"))
+    for spec, numel, name in QUICK:
+        check_bytes(from_spec(spec), DeviceKernels(launcher), inputs(numel)[name], (spec, numel, name))
+
+
+@needs_compiler
+def test_every_kernel_is_run(launcher):
+    quick_run(launcher)
+    assert launcher.kernels() - launcher.launched == set()
+
+
+def ends_well(where, library, schedule):
+    """Whether all is as ever without one barrier, in a process of its own: anything may happen there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            signal.alarm(60)
+            launcher = emulation.EmulatedLauncher(library, schedules=(schedule,))
+            launcher.leave_out(where)
+            quick_run(launcher)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_compiler
+def test_a_barrier_left_out_is_noticed(library):
+    """Every single one: without it, some schedule makes other bytes or ends in an error."""
+    launcher = emulation.EmulatedLauncher(library, schedules=(0,))
+    quick_run(launcher)
+    barriers = launcher.barriers()
+    assert len(barriers) >= 15
+    for schedule in (0, 1, 2):
+        assert ends_well("", library, schedule)
+    assert [where for where in barriers if all(ends_well(where, library, schedule) for schedule in (1, 0, 2))] == []
