@@ -78,6 +78,13 @@ void polar_sums(const float* x, int64_t n, int64_t cols, float* row_sums, float*
     polar_sums_of(x, n, cols, row_sums, column_sums);
 }
 
+int64_t polar_beyond(const float* x, int64_t n, int64_t cols, const float* row_factors, int by_row,
+                     const float* column_factors, int by_column, float floor, float slope, float intercept,
+                     int64_t capacity, int64_t* places) {
+    return polar_places_beyond(x, n, cols, row_factors, by_row != 0, column_factors, by_column != 0, floor, slope,
+                               intercept, capacity, places);
+}
+
 void polar_energies(const float* x, const void* layout, float* row_buffer, int64_t* totals) {
     polar_class_energies(x, (const PolarLayout*)layout, row_buffer, totals);
 }
@@ -169,5 +176,5 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   lowrank_decode,  hybrid_split,    hybrid_merge,
                                                   eden_encode,     eden_decode,     qsgd_encode,
                                                   qsgd_decode,     ternary_encode,  ternary_decode,
-                                                  natural_encode,  natural_decode};
+                                                  natural_encode,  natural_decode,  polar_beyond};
 }

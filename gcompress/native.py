@@ -14,7 +14,7 @@ import pathlib
 
 from .errors import ConfigError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512")
 BACKENDS = ("native", "reference", *ISAS)
 
@@ -66,6 +66,11 @@ class Kernels(ctypes.Structure):
             ("ternary_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
             ("natural_encode", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER)),
             ("natural_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
+            (
+                "polar_beyond",
+                _SIZE,
+                (_POINTER, _SIZE, _SIZE, _POINTER, _INT, _POINTER, _INT, *(ctypes.c_float,) * 3, _SIZE, _POINTER),
+            ),
         )
     ]
 

@@ -50,6 +50,7 @@ class Polar(Compressor):
     scales: str = "rowcol"
     allocation: str = "waterfill"
     list_size: int = 1
+    outliers: float | str = "auto"
 
     def __post_init__(self):
         check_number("rate", self.rate, 0.05, 4)
@@ -59,6 +60,8 @@ class Polar(Compressor):
         check_choice("scales", self.scales, ("rowcol", "chunk", "tensor"))
         check_choice("allocation", self.allocation, ("waterfill", "flat"))
         check_choice("list_size", self.list_size, (1, 2, 4, 8))
+        if self.outliers != "auto":
+            check_number("outliers", self.outliers, 0, 0.5)
 
     def nbytes(self, numel):
         if numel == 0:
@@ -74,7 +77,7 @@ class Polar(Compressor):
     def _encode(self, backend, values):
         return codec.encode(
             backend, values, self.nbytes(values.numel()), block=self.block, scales=self.scales,
-            flat=self.allocation == "flat", list_size=self.list_size,
+            flat=self.allocation == "flat", share=self.outliers, list_size=self.list_size,
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):

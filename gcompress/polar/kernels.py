@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from . import plan
+from . import outliers, plan
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
 WORKSPACE = (7 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
@@ -33,6 +33,19 @@ class NativePolar:
         column_sums = np.empty(columns, np.float32) if by_column else None
         self._kernels.polar_sums(values.data_ptr(), values.numel(), columns, _address(row_sums), _address(column_sums))
         return row_sums, column_sums
+
+    def beyond(self, values, layout, limits, expected):
+        rows, columns = outliers.factors(layout)
+        capacity = 2 * expected + 1024
+        while True:
+            places = torch.empty(capacity, dtype=torch.int64)
+            count = self._kernels.polar_beyond(
+                values.data_ptr(), values.numel(), layout.columns, _address(rows), len(rows) > 1, _address(columns),
+                len(columns) > 1, limits.floor, limits.slope, limits.intercept, capacity, places.data_ptr(),
+            )  # fmt: skip
+            if count <= capacity:
+                return places[:count]
+            capacity = count
 
     def energies(self, values, layout, scales):
         totals = np.zeros(plan.CLASSES, np.int64)

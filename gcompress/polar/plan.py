@@ -30,7 +30,7 @@ from .tables import (
 HEADER = struct.Struct("<BBhIBBBB")
 CLASS = struct.Struct("<BBe")  # class, design, amplitude in 2^base
 TILE = struct.Struct("<H")  # words
-NOT_FINITE, ROWS, COLUMNS = 1, 2, 4
+NOT_FINITE, ROWS, COLUMNS, APART = 1, 2, 4, 8
 SMALLEST_PAYLOAD = HEADER.size + CLASS.size + 2 * TILE.size + 8
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -282,7 +282,7 @@ def choose_classes(counts, rates):
     return sorted(chosen, key=lambda c: -c.levels)
 
 
-def spend(layout, variances, nbytes, flat, block):
+def spend(layout, variances, nbytes, flat, block, apart=0, keep_codes=False):
     """The plan for a payload of `nbytes` bytes and the rates of all classes, or None if nothing can be coded.
 
     Args:
@@ -290,14 +290,17 @@ def spend(layout, variances, nbytes, flat, block):
         variances: see `class_rates`.
         flat: one rate for all entries instead of water-filling.
         block: the longest block of the code.
+        apart: bytes for outliers.
+        keep_codes: leave the layout's codes as they are.
     """
+    nbytes -= apart
     overhead = CLASS.size + TILE.size
     for _ in range(4):
         bits = 8 * (nbytes - HEADER.size - side_bytes(layout) - overhead)
         rates = class_rates(layout.histogram(), variances, bits, flat)
         if rates is None:
             return None
-        if not flat:
+        if not flat and not keep_codes:
             layout = without_idle_codes(layout, int(np.flatnonzero(rates)[0]))
         classes = choose_classes(layout.histogram(), rates)
         tiles = make_tiles(classes, block)
