@@ -92,6 +92,9 @@ typedef struct {
     int64_t (*polar_beyond)(const float* x, int64_t n, int64_t cols, const float* row_factors, int by_row,
                             const float* column_factors, int by_column, float floor, float slope, float intercept,
                             int64_t capacity, int64_t* places);
+    void (*polar_turn)(const float* x, int64_t n, uint32_t seed, float* y, double* lengths);
+    void (*polar_turn_scales)(const float* y, const float* decoded, int64_t n, const double* lengths, float* scales);
+    void (*polar_turn_back)(float* y, int64_t n, uint32_t seed, const float* scales, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

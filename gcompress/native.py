@@ -71,6 +71,9 @@ class Kernels(ctypes.Structure):
                 _SIZE,
                 (_POINTER, _SIZE, _SIZE, _POINTER, _INT, _POINTER, _INT, *(ctypes.c_float,) * 3, _SIZE, _POINTER),
             ),
+            ("polar_turn", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("polar_turn_scales", None, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
+            ("polar_turn_back", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _INT, _POINTER)),
         )
     ]
 

@@ -79,6 +79,8 @@ SPECS = [
     "polar:rate=0.3,block=256,list_size=8",
     "polar:rate=0.5,outliers=0.0",
     "polar:rate=2.0,block=1024,outliers=0.02",
+    "polar:rate=1.0,unbiased=true",
+    "polar:rate=0.2,block=512,unbiased=true",
     "eden:bits=1",
     "eden:bits=1,scale=unbiased",
     "eden:bits=2,block=1024",

@@ -11,7 +11,7 @@ import torch
 
 from .. import packing
 from ..errors import PayloadError
-from . import outliers, plan
+from . import outliers, plan, turning
 from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two
 
 CHUNK = 256
@@ -39,17 +39,19 @@ def encode(backend, values, nbytes, *, block, scales, flat, share, list_size):
         layout = plan.choose_layout(list(layouts), nbytes, flat)
         apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat)
         variances = _variances(backend, values, layout, total, measured=bool(apart))
-        spent = variances is not None and plan.spend(layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart))
+        spent = variances is not None and plan.spend(
+            layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
+        )
         if spent:
             return _encode_spending(backend, values, *spent, variances, apart, payload, list_size)
         if apart:
-            header = _pack_header(plan.Spending(layout, 0, [], []), apart)
+            header = _pack_header(plan.Spending(layout, 0, [], []), plan.APART, apart)
             payload[: len(header)] = np.frombuffer(header, np.uint8)
     return torch.from_numpy(payload).to(values.device)
 
 
 def _set_apart(backend, values, layout, total, nbytes, share, flat):
-    """(outliers' section of the payload or none, the layout that the payload will have, what remains of the entries)."""
+    """(section of the payload that holds outliers or none, its layout, what remains of the entries)."""
     left = nbytes - plan.HEADER.size - plan.side_bytes(layout) - plan.CLASS.size - plan.TILE.size
     if share == 0 or left < LEAST_FOR_OUTLIERS:
         return b"", layout, values
@@ -86,7 +88,9 @@ def _variances(backend, values, layout, total, measured):
     """
     variances = np.zeros(plan.CLASSES, np.int64)
     if layout.row_codes is None and layout.column_codes is None and not measured:
-        variances[2 * plan.NO_CODE] = octave_codes(np.array([(total / layout.numel * outliers.GAUSSIAN_RMS) ** 2]), 32)[0]
+        variances[2 * plan.NO_CODE] = octave_codes(np.array([(total / layout.numel * outliers.GAUSSIAN_RMS) ** 2]), 32)[
+            0
+        ]
         return variances
     counts = layout.histogram()
     unit = math.fsum(count * power_of_two(16 * k) for k, count in enumerate(counts.tolist()) if count)
@@ -102,18 +106,47 @@ def _variances(backend, values, layout, total, measured):
 
 
 def _encode_spending(backend, values, spending, rates, variances, apart, payload, list_size):
+    spending, words = _encode_words(backend, values, spending, rates, variances, list_size)
+    return _assembled(payload, _pack_header(spending, plan.APART if apart else 0, apart), words)
+
+
+def _encode_words(backend, values, spending, rates, variances, list_size):
+    """(spending with amplitudes, words)."""
     scales = plan.sample_scales(spending, variances, rates)
     words, products = [], np.zeros((len(spending.classes), 2), np.int64)
     for part_of_values, part in _in_parts(values, spending):
         part_words, part_products = backend.encode(backend.gather(part_of_values, part, scales), part, list_size)
         words.append(part_words)
         products += np.asarray(part_products, np.int64)
-    words = torch.cat(words)
-    header = _pack_header(plan.with_amplitudes(spending, scales, products), apart)
+    return plan.with_amplitudes(spending, scales, products), torch.cat(words)
+
+
+def _assembled(payload, header, words):
     payload[: len(header)] = np.frombuffer(header, np.uint8)
-    payload = torch.from_numpy(payload).to(values.device)
+    payload = torch.from_numpy(payload).to(words.device)
     payload[len(header) : len(header) + words.numel()] = words
     return payload
+
+
+def encode_unbiased(backend, values, nbytes, *, block, list_size, seed):
+    """Encode a contiguous float32 tensor, turned at random, to a uint8 tensor of `nbytes` bytes on its device."""
+    payload = np.zeros(nbytes, np.uint8)
+    values = values.view(-1)
+    numel = values.numel()
+    total = float(np.cumsum(backend.sums(values, min(CHUNK, numel), False)[0], dtype=np.float64)[-1])
+    if not math.isfinite(total):
+        payload[0] = plan.NOT_FINITE
+    if not math.isfinite(total) or total == 0:
+        return torch.from_numpy(payload).to(values.device)
+    turned, lengths = backend.turn(values, seed)
+    variances = np.zeros(plan.CLASSES, np.int64)
+    layout = plan.Layout(numel, numel, None, None)
+    spending, rates = plan.spend(layout, variances, nbytes, True, block, turning.section_bytes(numel))
+    spending, words = _encode_words(backend, turned, spending, rates, variances, list_size)
+    decoded = torch.empty_like(turned)
+    backend.decode(words, spending, decoded, False)
+    section = turning.pack(seed, backend.turn_scales(turned, decoded, lengths))
+    return _assembled(payload, _pack_header(spending, plan.TURNED, section), words)
 
 
 def _in_parts(values, spending):
@@ -134,8 +167,9 @@ def _in_parts(values, spending):
 # Bytes -------------------------------------------------------------------------------------
 
 
-def _pack_header(spending, apart):
-    layout, flags, forms, codes = spending.layout, plan.APART if apart else 0, [], b""
+def _pack_header(spending, flags, section):
+    """Everything before the words; `section` is what the flags APART or TURNED announce."""
+    layout, forms, codes = spending.layout, [], b""
     for flag, of in ((plan.ROWS, layout.row_codes), (plan.COLUMNS, layout.column_codes)):
         width, low = (0, 0) if of is None else plan.code_form(of)
         forms += [width, low]
@@ -146,14 +180,18 @@ def _pack_header(spending, apart):
     coded_columns = layout.columns if flags & (plan.ROWS | plan.COLUMNS) else 0
     head = plan.HEADER.pack(flags, len(spending.classes), spending.base, coded_columns, *forms)
     classes = b"".join(plan.CLASS.pack(c.of_class, c.design, c.amplitude) for c in spending.classes)
-    return head + codes + apart + classes + b"".join(plan.TILE.pack(tile.words) for tile in spending.tiles)
+    return head + codes + section + classes + b"".join(plan.TILE.pack(tile.words) for tile in spending.tiles)
 
 
 def _read_header(payload, numel, block):
-    """(spending, outliers or None, where the words begin); a float in place of the first if all entries are that."""
+    """(spending, Outliers or what turning.unpack finds or None, where the words begin).
+
+    A float in place of the first if all entries are that.
+    """
     data = payload.cpu().numpy().tobytes()
     flags, count, base, columns, *forms = plan.HEADER.unpack_from(data)
-    if flags & ~(plan.NOT_FINITE | plan.ROWS | plan.COLUMNS | plan.APART):
+    known = (plan.TURNED,) if flags & plan.TURNED else (plan.NOT_FINITE, plan.ROWS, plan.COLUMNS, plan.APART)
+    if flags & ~sum(known):
         raise PayloadError(f"payload: unknown flags {flags:#x}")
     if flags & plan.NOT_FINITE or (count == 0 and not flags & plan.APART):
         return (math.nan if flags & plan.NOT_FINITE else 0.0), None, 0
@@ -171,6 +209,8 @@ def _read_header(payload, numel, block):
     layout, apart = plan.Layout(numel, columns, *codes), None
     if flags & plan.APART:
         apart, at = outliers.unpack(payload, at, layout)
+    elif flags & plan.TURNED:
+        *apart, at = turning.unpack(payload, at, numel)
     if count == 0:
         return plan.Spending(layout, 0, [], []), apart, at
     classes, at = _read_classes(data, at, count, layout)
@@ -222,6 +262,11 @@ def _read_classes(data, at, count, layout):
 def decode_into(backend, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
     spending, apart, at = _read_header(payload, out.numel(), block)
+    if isinstance(apart, list):
+        turned = torch.empty_like(out)
+        _decode_spending(backend, payload[at:], spending, turned, False)
+        backend.turn_back(turned, *apart, out, add)
+        return
     if apart is not None and add:  # an entry's two parts are added to each other first
         before, out[apart.places] = out[apart.places], 0.0
     if isinstance(spending, float) or not spending.classes:

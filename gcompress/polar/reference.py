@@ -6,9 +6,10 @@ Rows of lanes, one block of the code a lane, as in csrc/polar.h.
 import numpy as np
 import torch
 
-from . import outliers, plan
+from . import outliers, plan, turning
 from .tables import ERASED, MAX_LEVELS, design_at, positions, rank
 
+turn, turn_scales, turn_back = turning.turn, turning.scales, turning.turn_back
 MAX_REPETITION, MAX_PARITY = 128, 64
 WORST = 2047  # of a path's metric
 
