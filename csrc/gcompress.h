@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define GC_ABI_VERSION 2
+#define GC_ABI_VERSION 3
 #define GC_EXPORT __attribute__((visibility("default")))
 
 enum {
@@ -89,6 +89,12 @@ typedef struct {
     void (*ternary_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out);
     void (*natural_encode)(const float* x, int64_t n, uint32_t seed, uint8_t* payload);
     void (*natural_decode)(const uint8_t* payload, int64_t n, int add, float* out);
+    int64_t (*polar_beyond)(const float* x, int64_t n, int64_t cols, const float* row_factors, int by_row,
+                            const float* column_factors, int by_column, float floor, float slope, float intercept,
+                            int64_t capacity, int64_t* places);
+    void (*polar_turn)(const float* x, int64_t n, uint32_t seed, float* y, double* lengths);
+    void (*polar_turn_scales)(const float* y, const float* decoded, int64_t n, const double* lengths, float* scales);
+    void (*polar_turn_back)(float* y, int64_t n, uint32_t seed, const float* scales, int add, float* out);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

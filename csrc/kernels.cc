@@ -9,6 +9,7 @@
 #include "natural.h"
 #include "polar.h"
 #include "polar_list.h"
+#include "polar_turn.h"
 #include "qsgd.h"
 #include "quantize.h"
 #include "randomk.h"
@@ -76,6 +77,28 @@ int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int widt
 
 void polar_sums(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
     polar_sums_of(x, n, cols, row_sums, column_sums);
+}
+
+int64_t polar_beyond(const float* x, int64_t n, int64_t cols, const float* row_factors, int by_row,
+                     const float* column_factors, int by_column, float floor, float slope, float intercept,
+                     int64_t capacity, int64_t* places) {
+    return polar_places_beyond(x, n, cols, row_factors, by_row != 0, column_factors, by_column != 0, floor, slope,
+                               intercept, capacity, places);
+}
+
+void polar_turn(const float* x, int64_t n, uint32_t seed, float* y, double* lengths) {
+    polar_turn_blocks(x, n, seed, y, lengths);
+}
+
+void polar_turn_scales(const float* y, const float* decoded, int64_t n, const double* lengths, float* scales) {
+    polar_turn_scales_of(y, decoded, n, lengths, scales);
+}
+
+void polar_turn_back(float* y, int64_t n, uint32_t seed, const float* scales, int add, float* out) {
+    if (add)
+        polar_turn_blocks_back<true>(y, n, seed, scales, out);
+    else
+        polar_turn_blocks_back<false>(y, n, seed, scales, out);
 }
 
 void polar_energies(const float* x, const void* layout, float* row_buffer, int64_t* totals) {
@@ -169,5 +192,7 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   lowrank_decode,  hybrid_split,    hybrid_merge,
                                                   eden_encode,     eden_decode,     qsgd_encode,
                                                   qsgd_decode,     ternary_encode,  ternary_decode,
-                                                  natural_encode,  natural_decode};
+                                                  natural_encode,  natural_decode,  polar_beyond,
+                                                  polar_turn,      polar_turn_scales,
+                                                  polar_turn_back};
 }

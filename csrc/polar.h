@@ -732,6 +732,46 @@ inline float clamped(float value, float limit) {
     return low > limit ? limit : low;
 }
 
+// Places of entries of at least max(floor, (row factor slope) column factor + intercept) in magnitude: all are
+// counted, the first `capacity` written. A factor that is the same everywhere is given once.
+inline int64_t polar_places_beyond(const float* x, int64_t n, int64_t cols, const float* row_factors, bool by_row,
+                                   const float* column_factors, bool by_column, float floor, float slope,
+                                   float intercept, int64_t capacity, int64_t* places) {
+    int64_t found = 0;
+    for (int64_t start = 0, row = 0; start < n; start += cols, ++row) {
+        const int64_t count = min64(cols, n - start);
+        const float of_row = row_factors[by_row ? row : 0] * slope;
+        const float product = of_row * column_factors[0], sum = product + intercept;
+        const float common = sum < floor ? floor : sum;
+        for (int64_t first = 0; first < count; first += 64) {
+            const float* entries = x + start + first;
+            const int64_t length = min64(64, count - first);
+            uint8_t over[64];
+            int32_t any = 0;
+            if (by_column) {
+                for (int64_t j = 0; j < length; ++j) {  // vectorised
+                    const float limit = of_row * column_factors[first + j] + intercept;
+                    const int32_t reaches = __builtin_fabsf(entries[j]) >= (limit < floor ? floor : limit);
+                    over[j] = (uint8_t)reaches;
+                    any |= reaches;
+                }
+            } else {
+                for (int64_t j = 0; j < length; ++j) {  // vectorised
+                    const int32_t reaches = __builtin_fabsf(entries[j]) >= common;
+                    over[j] = (uint8_t)reaches;
+                    any |= reaches;
+                }
+            }
+            for (int64_t j = 0; any && j < length; ++j) {
+                if (!over[j]) continue;
+                if (found < capacity) places[found] = start + first + j;
+                ++found;
+            }
+        }
+    }
+    return found;
+}
+
 // Per class the sum of squares of its scaled, rounded entries; slots are classes here.
 inline void polar_class_energies(const float* x, const PolarLayout* layout, float* row_buffer, int64_t* totals) {
     const float* scales = (const float*)layout->scale;

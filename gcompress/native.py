@@ -15,7 +15,7 @@ import pathlib
 from . import cuda
 from .errors import ConfigError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512")
 BACKENDS = ("native", "reference", *ISAS)
 
@@ -67,6 +67,14 @@ class Kernels(ctypes.Structure):
             ("ternary_decode", None, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)),
             ("natural_encode", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER)),
             ("natural_decode", None, (_POINTER, _SIZE, _INT, _POINTER)),
+            (
+                "polar_beyond",
+                _SIZE,
+                (_POINTER, _SIZE, _SIZE, _POINTER, _INT, _POINTER, _INT, *(ctypes.c_float,) * 3, _SIZE, _POINTER),
+            ),
+            ("polar_turn", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _POINTER)),
+            ("polar_turn_scales", None, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
+            ("polar_turn_back", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _INT, _POINTER)),
         )
     ]
 

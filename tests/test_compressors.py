@@ -266,7 +266,8 @@ def test_error_on_each_distribution_is_within_the_reference_figure(spec):
 @pytest.mark.parametrize(
     "spec",
     ["eden:bits=1,scale=unbiased", "eden:bits=3,scale=unbiased", "eden:bits=0.5,scale=unbiased", "qsgd:bits=4"]
-    + ["qsgd:bits=3,norm=max", "ternary:clip=0", "natural"],
+    + ["qsgd:bits=3,norm=max", "ternary:clip=0", "natural"]
+    + ["polar:rate=1.0,unbiased=true", "polar:rate=0.3,unbiased=true", "polar:rate=2.5,unbiased=true"],
 )
 def test_the_mean_over_seeds_is_the_input(spec):
     """The error of the mean of T trials is 1/T of that of one, up to chance: no bias is left over."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gcompress
-from gcompress import ConfigError, PayloadError, Polar, native
+from gcompress import ConfigError, PayloadError, Polar, native, packing
 from gcompress.polar import reference
 from gcompress.polar.code import PolarCode
 from gcompress.polar.tables import rank
@@ -166,7 +166,7 @@ def designs():
 
 def decoded_by_the_book(data, numel, block):
     flags, count, base, columns, row_width, row_low, column_width, column_low = struct.unpack("<BBhIBBBB", data[:12])
-    assert flags in (0, 2, 4, 6)
+    assert flags in (0, 2, 4, 6, 8, 10, 12, 14, 16)
     at, codes, columns = 12, [], columns or numel
     for flag, length, width, low in (
         (2, -(-numel // columns), row_width, row_low),
@@ -178,6 +178,10 @@ def decoded_by_the_book(data, numel, block):
             values = np.where(values > 0, values + low - 1, 0)
             at += -(-length * width // 8)
         codes.append(values)
+    outliers, at = outliers_by_the_book(data, at, numel, codes) if flags & 8 else ({}, at)
+    if flags & 16:
+        seed, *scales = struct.unpack_from(f"<I{-(-numel // 16384)}f", data, at)
+        at += 4 + 4 * len(scales)
     order = np.argsort(-codes[1], kind="stable")
     entries = (np.arange(len(codes[0]))[:, None] * columns + order).ravel()
     of_class = np.where((codes[0][:, None] > 0) & (codes[1][order] > 0), codes[0][:, None] + codes[1][order], 0).ravel()
@@ -207,7 +211,14 @@ def decoded_by_the_book(data, numel, block):
         ranks, place = order_of(size, real)
         m = designs()[classes[rows[0][0]][1]][0]
         carried = [sum(designs()[classes[k][1]][2][level] for k, _ in rows) for level in range(m)]
-        shares = [min(real, sent * bits // sum(carried)) for bits in carried]
+        shares = [0] * m
+        for level in reversed(range(m)):
+            if carried[level] >= 4063 * real:
+                shares[level] = min(real, sent - sum(shares))
+        others = [level for level in range(m) if carried[level] < 4063 * real]
+        remain = sent - sum(shares)
+        for level in others:
+            shares[level] = min(real, remain * carried[level] // sum(carried[k] for k in others))
         for level in reversed(range(m)):
             shares[level] += min(sent - sum(shares), real - shares[level])
         labels = np.zeros((size, lanes), int)
@@ -223,7 +234,81 @@ def decoded_by_the_book(data, numel, block):
     for c, of in zip(classes, values, strict=True):
         mine = entries[of_class == c[0]]
         out[mine] = np.concatenate(of)[: len(mine)]
+    for place, value in outliers.items():
+        out[place] += value
+    if flags & 16:
+        for block, scale in enumerate(scales):
+            turn_back_by_the_book(out[16384 * block :][:16384], 512 * block, seed, np.float32(scale))
     return out
+
+
+def outliers_by_the_book(data, at, numel, codes):
+    """({place: value}, end)."""
+    floor, slope, offset, depth = struct.unpack_from("<ffBB", data, at)
+    floor, slope = np.float32(floor), np.float32(slope)
+    layers = struct.unpack_from(f"<{depth}I", data, at + 10)
+    at += 10 + 4 * depth
+    levels, before = {}, list(range(numel))  # the candidates of a layer, by their place
+    members = []
+    for layer in layers:
+        count, width = layer & (2**27 - 1), layer >> 27
+        low = bit_stream(data[at : at + -(-count * width // 8)], count, width) if width else [0] * count
+        at += -(-count * width // 8)
+        here, number, bit = [], -1, 0
+        for gap in low:
+            high = 0
+            while not data[at + bit // 8] >> bit % 8 & 1:
+                high, bit = high + 1, bit + 1
+            bit += 1
+            number += 1 + (high << width) + int(gap)
+            here.append(before[number])
+        at += -(-bit // 8)
+        members.append(here)
+        before = here
+    signs = bit_stream(data[at : at + -(-len(members[0]) // 8)], len(members[0]), 1)
+    at += -(-len(members[0]) // 8)
+    for d, here in enumerate(members):
+        alone = sorted(set(here) - set(members[d + 1] if d + 1 < depth else []))
+        size = -(-len(alone) * d // 8)
+        mantissas = bit_stream(data[at : at + size], len(alone), d) if d else [0] * len(alone)
+        at += size
+        levels.update((place, 2**d + int(mantissa)) for place, mantissa in zip(alone, mantissas, strict=True))
+    values = {}
+    for place, sign in zip(members[0], signs, strict=True):
+        row, column = divmod(place, len(codes[1]))
+        r, c = (np.float32(2 ** (code / 4)) if code else np.float32(0) for code in (codes[0][row], codes[1][column]))
+        limit = max(floor, (slope * r) * c + np.float32(0.4) * floor)
+        size = (np.float32(levels[place]) + np.float32(offset / 256)) * limit
+        values[place] = -size if sign else size
+    return values, at
+
+
+def turn_back_by_the_book(y, word, seed, scale):
+    """In place, by the steps of eden's decoding."""
+
+    def flip(part, first):
+        words = packing.hashed(torch.arange(-(-len(part) // 32)) + first, seed).numpy()
+        bits = words[np.arange(len(part)) // 32] >> np.arange(len(part)) % 32 & 1
+        part[bits == 1] *= -1
+
+    def transform(part):
+        h = 1
+        while h < len(part):
+            pairs = part.reshape(-1, 2, h)
+            part[:] = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1).ravel()
+            h *= 2
+
+    q = 1 << (len(y).bit_length() - 1)
+    if q == len(y):
+        transform(y)
+    else:
+        for part, first in ((y[-q:], word + 0x80000000), (y[:q], None)):
+            transform(part)
+            part *= np.float32(1 / np.sqrt(q))
+            if first is not None:
+                flip(part, first)
+    y *= scale
+    flip(y, word)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0, 3.0])
@@ -231,8 +316,13 @@ def decoded_by_the_book(data, numel, block):
 def test_the_format_document_suffices_to_decode(rate, shape):
     generator = torch.Generator().manual_seed(7)
     spread = torch.exp(torch.randn(shape[:1] + (1,) * (len(shape) - 1), generator=generator).sort(0).values)
-    for tensor in (torch.randn(shape, generator=generator), spread * torch.randn(shape, generator=generator)):
-        compressor = Polar(rate=rate, block=1024)
-        payload, ctx = compressor.compress(tensor)
+    gauss = torch.randn(shape, generator=generator)
+    heavy = gauss / torch.randn((3, *shape), generator=generator).square().mean(0).sqrt()
+    flags = []
+    for tensor, options in ((gauss, {}), (spread * gauss, {}), (spread * heavy, {}), (gauss, {"unbiased": True})):
+        compressor = Polar(rate=rate, block=1024, **options)
+        payload, ctx = compressor.compress(tensor, seed=3)
+        flags.append(int(payload[0]))
         expected = decoded_by_the_book(payload.numpy().tobytes(), tensor.numel(), 1024)
         assert torch.equal(compressor.decompress(payload, ctx).view(-1), torch.from_numpy(expected))
+    assert flags[3] == 16 and (flags[2] & 8 or rate == 0.1)

@@ -53,6 +53,94 @@ def test_scales_of_chunks_follow_a_vector_that_fades():
     assert fine < 0.5 * coarse
 
 
+def student(*shape):
+    """Student's t of 3 degrees of freedom."""
+    return gauss(*shape, seed=4) / gauss(3, *shape, seed=5).square().mean(0).sqrt()
+
+
+def laplace(*shape):
+    half = torch.rand(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64) - 0.5
+    return (-half.sign() * torch.log1p(-2 * half.abs().clamp(max=0.4999999))).float()
+
+
+# A scalar quantizer with ideal entropy coding: .52, .38, .21, .062; .67, .49, .26, .074. Polar without outliers:
+# .80, .68, .42, .24; .76, .61, .32, .11.
+@pytest.mark.parametrize(
+    "source, rate, most",
+    [(student, 0.25, 0.55), (student, 0.5, 0.39), (student, 1, 0.21), (student, 2, 0.056),
+     (laplace, 0.25, 0.70), (laplace, 0.5, 0.51), (laplace, 1, 0.275), (laplace, 2, 0.074)],
+)  # fmt: skip
+def test_outliers_go_apart_where_tails_are_heavy(source, rate, most):
+    assert relative_error(source(2**18), Polar(rate=rate))[0] < most
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1, 2, 4])
+@pytest.mark.parametrize("shape", [(300,), (5000,), (200_000,), (300, 400)])
+def test_choosing_outliers_by_the_data_never_costs_more_than_noise(shape, rate):
+    scales = torch.exp(gauss(*shape[:1], *[1] * (len(shape) - 1), seed=8))
+    one_huge = gauss(*shape)
+    one_huge.view(-1)[17] = 1e6
+    sparse = gauss(*shape) * (gauss(*shape, seed=9) > 1)
+    for tensor in (gauss(*shape), laplace(*shape), student(*shape), scales * gauss(*shape), one_huge, sparse):
+        plain, _ = relative_error(tensor, Polar(rate=rate, outliers=0.0))
+        assert relative_error(tensor, Polar(rate=rate))[0] < 1.03 * plain
+
+
+def test_one_huge_entry_does_not_hide_the_others():
+    tensor = gauss(2**16)
+    tensor[1234] = 1e6
+    payload, ctx = Polar(rate=1).compress(tensor)
+    error = Polar(rate=1).decompress(payload, ctx) - tensor
+    error[1234] /= 1e6
+    assert error.square().mean() < 0.31
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05])
+def test_a_share_of_outliers_is_about_that(share):
+    tensor = student(2**17)
+    payload, _ = Polar(rate=2, outliers=share).compress(tensor)
+    assert payload[0] & 8
+    layer = int.from_bytes(bytes(payload[22:26].tolist()), "little")  # after the headers of payload and outliers
+    assert 0.8 * share < (layer & (2**27 - 1)) / tensor.numel() < 1.05 * share
+
+
+@pytest.mark.parametrize("backend", native.available_backends())
+def test_damaged_outliers_decode_or_are_refused(backend):
+    compressor, generator = Polar(rate=1, outliers=0.03), torch.Generator().manual_seed(1)
+    with native.use_backend(backend):
+        payload, ctx = compressor.compress(student(2000))
+        assert payload[0] & 8
+        refused = 0
+        for position in range(12, 120):
+            damaged = payload.clone()
+            damaged[position] = torch.randint(0, 256, (), generator=generator)
+            try:
+                compressor.decompress(damaged, ctx)
+            except PayloadError:
+                refused += 1
+        assert refused > 5
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 1, 2])
+def test_unbiased_errs_as_a_shorter_vector_made_long_again(rate):
+    """Of a least error D an unbiased one is D / (1 - D): the same direction at full length."""
+    for source in (gauss, student):
+        least = relative_error(gauss(2**17), Polar(rate=rate))[0]
+        error, spent = relative_error(source(2**17), Polar(rate=rate, unbiased=True))
+        assert spent == pytest.approx(rate, abs=1e-3)
+        assert error < 1.05 * least / (1 - least)
+
+
+def test_unbiased_is_exact_along_the_input():
+    """Every decoded block has its input as its component along it, whatever the seed."""
+    for tensor in (student(5000), torch.nn.functional.one_hot(torch.tensor(7), 300).float(), gauss(40_000) * 1e-20):
+        for seed in range(5):
+            compressor = Polar(rate=0.5, unbiased=True)
+            decoded = compressor.decompress(*compressor.compress(tensor, seed=seed)).double()
+            for part, whole in zip(decoded.split(16384), tensor.double().split(16384), strict=True):
+                assert float(part @ whole / (whole @ whole)) == pytest.approx(1, abs=1e-5)
+
+
 def test_longer_blocks_err_less():
     errors = [relative_error(gauss(2**19), Polar(rate=0.5, block=block))[0] for block in (64, 512, 4096)]
     assert errors == sorted(errors, reverse=True)
@@ -87,7 +175,8 @@ def test_bytes_that_contradict_themselves_are_refused(backend):
 @pytest.mark.parametrize(
     "arguments",
     [{"rate": 0.01}, {"rate": 5}, {"rate": "1"}, {"block": 100}, {"block": 32}, {"scales": "rows"},
-     {"allocation": "best"}, {"list_size": 3}],
+     {"allocation": "best"}, {"list_size": 3}, {"outliers": "few"}, {"outliers": 0.7}, {"outliers": True},
+     {"unbiased": "yes"}],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ConfigError, match=f"^{next(iter(arguments))}: got"):

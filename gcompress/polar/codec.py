@@ -1,6 +1,6 @@
 """A tensor to the bytes of a polar payload and back, on either backend (docs/FORMAT.md).
 
-A backend is a module or object with the six functions of reference.py: `sums`, `energies`,
+A backend is a module or object with the seven functions of reference.py: `sums`, `beyond`, `energies`,
 `gather`, `encode`, `decode` and `scatter`. Everything else, here and in plan.py, is common to all.
 """
 
@@ -11,19 +11,21 @@ import torch
 
 from .. import packing
 from ..errors import PayloadError
-from . import plan
+from . import outliers, plan, turning
 from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two
 
 CHUNK = 256
 TILES_AT_ONCE = 8
 SMALLEST_SIDE = 16  # a matrix with fewer rows or columns is taken as chunks
 SUM_SCALE = 2.0**24  # the sums of |x| come divided by it
+NOTHING = 4096  # 1/32 octaves below the largest variance: that of a class of zeros
 ENERGY_STEPS = 64.0  # per modelled standard deviation, where energies of classes are measured
+LEAST_FOR_OUTLIERS = 32  # bytes
+RETRIES = 6
 SMALLEST_DEVIATION = 2.0**-88
-GAUSSIAN_RMS = 1.2533141373155001  # root mean square over mean magnitude
 
 
-def encode(backend, values, nbytes, *, block, scales, flat, list_size):
+def encode(backend, values, nbytes, *, block, scales, flat, share, list_size):
     """Encode a contiguous float32 tensor of any shape to a uint8 tensor of `nbytes` bytes on its device."""
     payload = np.zeros(nbytes, np.uint8)
     columns, by_column = _matrix(values.shape, scales)
@@ -35,11 +37,40 @@ def encode(backend, values, nbytes, *, block, scales, flat, list_size):
     elif total / values.numel() >= SMALLEST_DEVIATION:
         layouts = plan.candidate_layouts(values.numel(), columns, None if scales == "tensor" else row_sums, column_sums)
         layout = plan.choose_layout(list(layouts), nbytes, flat)
-        variances = _variances(backend, values, layout, total)
-        spent = plan.spend(layout, variances, nbytes, flat, block)
-        if spent is not None:
-            return _encode_spending(backend, values, *spent, variances, payload, list_size)
+        apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat)
+        variances = _variances(backend, values, layout, total, measured=bool(apart))
+        spent = variances is not None and plan.spend(
+            layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
+        )
+        if spent:
+            return _encode_spending(backend, values, *spent, variances, apart, payload, list_size)
+        if apart:
+            header = _pack_header(plan.Spending(layout, 0, [], []), plan.APART, apart)
+            payload[: len(header)] = np.frombuffer(header, np.uint8)
     return torch.from_numpy(payload).to(values.device)
+
+
+def _set_apart(backend, values, layout, total, nbytes, share, flat):
+    """(section of the payload that holds outliers or none, its layout, what remains of the entries)."""
+    left = nbytes - plan.HEADER.size - plan.side_bytes(layout) - plan.CLASS.size - plan.TILE.size
+    if share == 0 or left < LEAST_FOR_OUTLIERS:
+        return b"", layout, values
+    found = outliers.histogram(values, layout, total)
+    option = outliers.choose(found, left, share, flat)
+    for _ in range(RETRIES):
+        if option is None:
+            break
+        kept = layout if flat else plan.without_idle_codes(layout, option.lowest)  # now: limits depend on codes
+        places = backend.beyond(values, kept, option.limits, int(option.outliers))
+        if len(places) == 0:
+            break
+        if 3 * len(places) < 8 * left:  # a sample may mislead
+            entries, rest = outliers.split(values, places, option.limits, kept)
+            section = outliers.pack(entries, values.numel())
+            if len(section) <= left:
+                return section, kept, rest
+        option = outliers.weaker(found, left, flat, option)
+    return b"", layout, values
 
 
 def _matrix(shape, scales):
@@ -50,11 +81,16 @@ def _matrix(shape, scales):
     return min(CHUNK, numel), False
 
 
-def _variances(backend, values, layout, total):
-    """Logarithms of the classes' variances in 1/32 octaves: measured, or for a single class from its mean magnitude."""
+def _variances(backend, values, layout, total, measured):
+    """Logarithms of the classes' variances in 1/32 octaves: measured, or for a single class from its mean magnitude.
+
+    None if there is nothing: all entries are 0.
+    """
     variances = np.zeros(plan.CLASSES, np.int64)
-    if layout.row_codes is None and layout.column_codes is None:
-        variances[2 * plan.NO_CODE] = octave_codes(np.array([(total / layout.numel * GAUSSIAN_RMS) ** 2]), 32)[0]
+    if layout.row_codes is None and layout.column_codes is None and not measured:
+        variances[2 * plan.NO_CODE] = octave_codes(np.array([(total / layout.numel * outliers.GAUSSIAN_RMS) ** 2]), 32)[
+            0
+        ]
         return variances
     counts = layout.histogram()
     unit = math.fsum(count * power_of_two(16 * k) for k, count in enumerate(counts.tolist()) if count)
@@ -62,24 +98,55 @@ def _variances(backend, values, layout, total):
     energies = np.asarray(backend.energies(values, layout, scales), np.float64)
     used = (counts > 0) & (energies > 0)
     means = energies[used] / counts[used] / scales[used].astype(np.float64) ** 2
-    variances[:] = -(1 << 20)
+    if not used.any():
+        return None
     variances[used] = octave_codes(means, 32)
+    variances[~used] = variances[used].max() - NOTHING
     return variances
 
 
-def _encode_spending(backend, values, spending, rates, variances, payload, list_size):
+def _encode_spending(backend, values, spending, rates, variances, apart, payload, list_size):
+    spending, words = _encode_words(backend, values, spending, rates, variances, list_size)
+    return _assembled(payload, _pack_header(spending, plan.APART if apart else 0, apart), words)
+
+
+def _encode_words(backend, values, spending, rates, variances, list_size):
+    """(spending with amplitudes, words)."""
     scales = plan.sample_scales(spending, variances, rates)
     words, products = [], np.zeros((len(spending.classes), 2), np.int64)
     for part_of_values, part in _in_parts(values, spending):
         part_words, part_products = backend.encode(backend.gather(part_of_values, part, scales), part, list_size)
         words.append(part_words)
         products += np.asarray(part_products, np.int64)
-    words = torch.cat(words)
-    header = _pack_header(plan.with_amplitudes(spending, scales, products))
+    return plan.with_amplitudes(spending, scales, products), torch.cat(words)
+
+
+def _assembled(payload, header, words):
     payload[: len(header)] = np.frombuffer(header, np.uint8)
-    payload = torch.from_numpy(payload).to(values.device)
+    payload = torch.from_numpy(payload).to(words.device)
     payload[len(header) : len(header) + words.numel()] = words
     return payload
+
+
+def encode_unbiased(backend, values, nbytes, *, block, list_size, seed):
+    """Encode a contiguous float32 tensor, turned at random, to a uint8 tensor of `nbytes` bytes on its device."""
+    payload = np.zeros(nbytes, np.uint8)
+    values = values.view(-1)
+    numel = values.numel()
+    total = float(np.cumsum(backend.sums(values, min(CHUNK, numel), False)[0], dtype=np.float64)[-1])
+    if not math.isfinite(total):
+        payload[0] = plan.NOT_FINITE
+    if not math.isfinite(total) or total == 0:
+        return torch.from_numpy(payload).to(values.device)
+    turned, lengths = backend.turn(values, seed)
+    variances = np.zeros(plan.CLASSES, np.int64)
+    layout = plan.Layout(numel, numel, None, None)
+    spending, rates = plan.spend(layout, variances, nbytes, True, block, turning.section_bytes(numel))
+    spending, words = _encode_words(backend, turned, spending, rates, variances, list_size)
+    decoded = torch.empty_like(turned)
+    backend.decode(words, spending, decoded, False)
+    section = turning.pack(seed, backend.turn_scales(turned, decoded, lengths))
+    return _assembled(payload, _pack_header(spending, plan.TURNED, section), words)
 
 
 def _in_parts(values, spending):
@@ -100,8 +167,9 @@ def _in_parts(values, spending):
 # Bytes -------------------------------------------------------------------------------------
 
 
-def _pack_header(spending):
-    layout, flags, forms, codes = spending.layout, 0, [], b""
+def _pack_header(spending, flags, section):
+    """Everything before the words; `section` is what the flags APART or TURNED announce."""
+    layout, forms, codes = spending.layout, [], b""
     for flag, of in ((plan.ROWS, layout.row_codes), (plan.COLUMNS, layout.column_codes)):
         width, low = (0, 0) if of is None else plan.code_form(of)
         forms += [width, low]
@@ -109,19 +177,24 @@ def _pack_header(spending):
             flags |= flag
             packed = np.where(of > 0, of - np.int64(low) + 1, 0).astype(np.uint8)
             codes += packing.pack_bits(torch.from_numpy(packed), width).numpy().tobytes() if width else b""
-    head = plan.HEADER.pack(flags, len(spending.classes), spending.base, layout.columns if flags else 0, *forms)
+    coded_columns = layout.columns if flags & (plan.ROWS | plan.COLUMNS) else 0
+    head = plan.HEADER.pack(flags, len(spending.classes), spending.base, coded_columns, *forms)
     classes = b"".join(plan.CLASS.pack(c.of_class, c.design, c.amplitude) for c in spending.classes)
-    return head + codes + classes + b"".join(plan.TILE.pack(tile.words) for tile in spending.tiles)
+    return head + codes + section + classes + b"".join(plan.TILE.pack(tile.words) for tile in spending.tiles)
 
 
 def _read_header(payload, numel, block):
-    """(spending, where the words begin); a float in place of the first if all entries are that."""
+    """(spending, Outliers or what turning.unpack finds or None, where the words begin).
+
+    A float in place of the first if all entries are that.
+    """
     data = payload.cpu().numpy().tobytes()
     flags, count, base, columns, *forms = plan.HEADER.unpack_from(data)
-    if flags & ~(plan.NOT_FINITE | plan.ROWS | plan.COLUMNS):
+    known = (plan.TURNED,) if flags & plan.TURNED else (plan.NOT_FINITE, plan.ROWS, plan.COLUMNS, plan.APART)
+    if flags & ~sum(known):
         raise PayloadError(f"payload: unknown flags {flags:#x}")
-    if flags & plan.NOT_FINITE or count == 0:
-        return (math.nan if flags & plan.NOT_FINITE else 0.0), 0
+    if flags & plan.NOT_FINITE or (count == 0 and not flags & plan.APART):
+        return (math.nan if flags & plan.NOT_FINITE else 0.0), None, 0
     if not -200 <= base <= 200:
         raise PayloadError(f"payload: a scale of 2^{base}")
     at = plan.HEADER.size
@@ -133,7 +206,13 @@ def _read_header(payload, numel, block):
     for k, (flag, length) in enumerate(((plan.ROWS, -(-numel // columns)), (plan.COLUMNS, columns))):
         if flags & flag:
             codes[k], at = _read_codes(data, at, length, *forms[2 * k : 2 * k + 2])
-    layout = plan.Layout(numel, columns, *codes)
+    layout, apart = plan.Layout(numel, columns, *codes), None
+    if flags & plan.APART:
+        apart, at = outliers.unpack(payload, at, layout)
+    elif flags & plan.TURNED:
+        *apart, at = turning.unpack(payload, at, numel)
+    if count == 0:
+        return plan.Spending(layout, 0, [], []), apart, at
     classes, at = _read_classes(data, at, count, layout)
     tiles = plan.make_tiles(classes, block)
     if len(data) < at + plan.TILE.size * len(tiles):
@@ -146,7 +225,7 @@ def _read_header(payload, numel, block):
     at += plan.TILE.size * len(tiles)
     if len(data) < at + sum(tile.nbytes for tile in tiles):
         raise PayloadError(f"payload: {sum(tile.nbytes for tile in tiles)} bytes of code do not fit {len(data)}")
-    return plan.Spending(layout, base, classes, tiles), at
+    return plan.Spending(layout, base, classes, tiles), apart, at
 
 
 def _read_codes(data, at, length, width, low):
@@ -182,11 +261,26 @@ def _read_classes(data, at, count, layout):
 
 def decode_into(backend, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
-    spending, at = _read_header(payload, out.numel(), block)
-    if isinstance(spending, float):
-        out.add_(spending) if add else out.fill_(spending)
+    spending, apart, at = _read_header(payload, out.numel(), block)
+    if isinstance(apart, list):
+        turned = torch.empty_like(out)
+        _decode_spending(backend, payload[at:], spending, turned, False)
+        backend.turn_back(turned, *apart, out, add)
         return
-    words = payload[at : at + sum(tile.nbytes for tile in spending.tiles)]
+    if apart is not None and add:  # an entry's two parts are added to each other first
+        before, out[apart.places] = out[apart.places], 0.0
+    if isinstance(spending, float) or not spending.classes:
+        value = spending if isinstance(spending, float) else 0.0
+        out.add_(value) if add else out.fill_(value)
+    else:
+        _decode_spending(backend, payload[at:], spending, out, add)
+    if apart is not None:
+        whole = out[apart.places] + apart.coarse(spending.layout)
+        out[apart.places] = before + whole if add else whole
+
+
+def _decode_spending(backend, payload, spending, out, add):
+    words = payload[: sum(tile.nbytes for tile in spending.tiles)]
     if spending.layout.row_codes is None and spending.layout.column_codes is None:
         backend.decode(words, spending, out, add)
     else:

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from . import plan
+from . import outliers, plan, turning
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
 WORKSPACE = (7 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
@@ -33,6 +33,19 @@ class NativePolar:
         column_sums = np.empty(columns, np.float32) if by_column else None
         self._kernels.polar_sums(values.data_ptr(), values.numel(), columns, _address(row_sums), _address(column_sums))
         return row_sums, column_sums
+
+    def beyond(self, values, layout, limits, expected):
+        rows, columns = outliers.factors(layout)
+        capacity = 2 * expected + 1024
+        while True:
+            places = torch.empty(capacity, dtype=torch.int64)
+            count = self._kernels.polar_beyond(
+                values.data_ptr(), values.numel(), layout.columns, _address(rows), len(rows) > 1, _address(columns),
+                len(columns) > 1, limits.floor, limits.slope, limits.intercept, capacity, places.data_ptr(),
+            )  # fmt: skip
+            if count <= capacity:
+                return places[:count]
+            capacity = count
 
     def energies(self, values, layout, scales):
         totals = np.zeros(plan.CLASSES, np.int64)
@@ -77,6 +90,32 @@ class NativePolar:
             words.data_ptr(), len(tiles), _address(tiles), _address(slots), _address(values), out.numel(), add,
             _workspace(), out.data_ptr(),
         )  # fmt: skip
+
+    def turn(self, values, seed):
+        blocks = -(-values.numel() // turning.BLOCK)
+        turned, lengths = _with_zeros(values.numel()), torch.empty(blocks, dtype=torch.float64)
+        self._kernels.polar_turn(values.data_ptr(), values.numel(), seed, turned.data_ptr(), lengths.data_ptr())
+        return turned, lengths
+
+    def turn_scales(self, turned, decoded, lengths):
+        scales, padded = torch.empty(len(lengths), dtype=torch.float32), _with_zeros(decoded.numel())
+        padded.copy_(decoded)
+        self._kernels.polar_turn_scales(
+            turned.data_ptr(), padded.data_ptr(), turned.numel(), lengths.data_ptr(), scales.data_ptr()
+        )
+        return scales
+
+    def turn_back(self, decoded, seed, of_blocks, out, add):
+        self._kernels.polar_turn_back(
+            decoded.data_ptr(), decoded.numel(), seed, of_blocks.data_ptr(), add, out.data_ptr()
+        )
+
+
+def _with_zeros(numel):
+    """A float32 vector behind which 16 zeros lie."""
+    memory = torch.empty(numel + 16, dtype=torch.float32)
+    memory[numel:] = 0
+    return memory[:numel]
 
 
 def _workspace():

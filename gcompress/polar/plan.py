@@ -30,7 +30,7 @@ from .tables import (
 HEADER = struct.Struct("<BBhIBBBB")
 CLASS = struct.Struct("<BBe")  # class, design, amplitude in 2^base
 TILE = struct.Struct("<H")  # words
-NOT_FINITE, ROWS, COLUMNS = 1, 2, 4
+NOT_FINITE, ROWS, COLUMNS, APART, TURNED = 1, 2, 4, 8, 16
 SMALLEST_PAYLOAD = HEADER.size + CLASS.size + 2 * TILE.size + 8
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -41,6 +41,7 @@ LOWEST_RATE = 2  # 1/64 bit: classes with less are not coded
 PLAIN_RATE = 384  # 1/64 bit: classes of more are sent as plain samples of eight bits
 PLAIN_COST = 512
 LEAST_GAIN = 0.96  # finer scales must lower the modelled error to this: less is the noise of their estimates
+NEARLY_ALL = 4063  # of 4096
 LONG_ENOUGH = 1024  # rows, of which longer blocks are made only when all lanes are in use
 # Classes that share one code, by its levels: with one level there is no loss in it, with more some.
 MIXED = {1: 64, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 64}
@@ -154,6 +155,12 @@ def make_tiles(classes, block):
     return tiles
 
 
+def lone_class_bytes(numel, block):
+    """Bytes before the words of a payload whose entries are all of one class, and room for some words."""
+    tiles = make_tiles([CodedClass(2 * NO_CODE, numel, 0)], block)
+    return HEADER.size + CLASS.size + TILE.size * len(tiles) + 8
+
+
 def row_classes(spending):
     """Per row of all tiles the position of its class in `spending.classes`, 255 for a padding row: uint8."""
     slots = []
@@ -208,11 +215,20 @@ def share_bits(spending, rates, nbytes):
 
 
 def level_shares(spending):
-    """Per tile, the information bits of a block of every level: in proportion to what the levels carry."""
+    """Per tile, the information bits of a block of every level: in proportion to what the levels carry.
+
+    Levels that carry nearly all come first and are sent whole: a wrong bit there is a large error.
+    """
     information = np.array([_information(c) for c in spending.classes])
     for tile, carried in zip(spending.tiles, (tile_counts(spending) @ information).tolist(), strict=True):
-        total = sum(carried)
-        shares = [min(tile.real, tile.words * bits // total) for bits in carried[: tile.levels]]
+        carried, left, shares = carried[: tile.levels], tile.words, [0] * tile.levels
+        for level in reversed(range(tile.levels)):
+            if carried[level] >= NEARLY_ALL * tile.real:
+                shares[level], carried[level] = min(left, tile.real), 0
+                left -= shares[level]
+        words, total = left, max(sum(carried), 1)
+        for level, bits in enumerate(carried):
+            shares[level] += min(tile.real - shares[level], words * bits // total)
         left = tile.words - sum(shares)
         for level in reversed(range(tile.levels)):
             more = min(left, tile.real - shares[level])
@@ -282,7 +298,7 @@ def choose_classes(counts, rates):
     return sorted(chosen, key=lambda c: -c.levels)
 
 
-def spend(layout, variances, nbytes, flat, block):
+def spend(layout, variances, nbytes, flat, block, apart=0, keep_codes=False):
     """The plan for a payload of `nbytes` bytes and the rates of all classes, or None if nothing can be coded.
 
     Args:
@@ -290,14 +306,17 @@ def spend(layout, variances, nbytes, flat, block):
         variances: see `class_rates`.
         flat: one rate for all entries instead of water-filling.
         block: the longest block of the code.
+        apart: bytes for outliers.
+        keep_codes: leave the layout's codes as they are.
     """
+    nbytes -= apart
     overhead = CLASS.size + TILE.size
     for _ in range(4):
         bits = 8 * (nbytes - HEADER.size - side_bytes(layout) - overhead)
         rates = class_rates(layout.histogram(), variances, bits, flat)
         if rates is None:
             return None
-        if not flat:
+        if not flat and not keep_codes:
             layout = without_idle_codes(layout, int(np.flatnonzero(rates)[0]))
         classes = choose_classes(layout.histogram(), rates)
         tiles = make_tiles(classes, block)

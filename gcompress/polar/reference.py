@@ -6,9 +6,10 @@ Rows of lanes, one block of the code a lane, as in csrc/polar.h.
 import numpy as np
 import torch
 
-from . import plan
+from . import outliers, plan, turning
 from .tables import ERASED, MAX_LEVELS, design_at, positions, rank
 
+turn, turn_scales, turn_back = turning.turn, turning.scales, turning.turn_back
 MAX_REPETITION, MAX_PARITY = 128, 64
 WORST = 2047  # of a path's metric
 
@@ -34,6 +35,14 @@ def sums(values, columns, by_column):
             column_sums = column_sums + row
         column_sums = column_sums.cpu().numpy()
     return lanes[:, 0].cpu().numpy(), column_sums
+
+
+def beyond(values, layout, limits, expected):
+    """The places of entries whose magnitude reaches their limit: int64, rising. About `expected` are likely."""
+    rows, columns = (torch.from_numpy(part).to(values.device) for part in outliers.factors(layout))
+    entries = layout.rows * layout.columns
+    matrix = torch.nn.functional.pad(values.abs(), (0, entries - values.numel())).view(layout.rows, layout.columns)
+    return torch.nonzero((matrix >= limits.at(rows.unsqueeze(1), columns)).view(-1)[: values.numel()]).view(-1)
 
 
 def energies(values, layout, scales):

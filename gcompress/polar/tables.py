@@ -21,6 +21,7 @@ SIGN_STEPS = 16  # the root mean square of samples of a code of one level
 INPUT_RMS = 20  # of the log-likelihoods of a level, in steps, at the design in the middle:
 MIDDLE_RATES = {2: 6, 3: 8, 4: 12, 5: 16, 6: 24, 7: 30}  # eighths of a bit
 POINT_ONE = 4096
+LOG_TWO = 0.6931471805599453
 WEIGHTS = [math.isqrt(math.isqrt(1 << (96 + j))) for j in range(16)]  # floor(2^(24 + j/4))
 
 
@@ -173,7 +174,7 @@ def _log(y):
     square, series = t * t, 0.0
     for odd in range(31, 0, -2):
         series = series * square + 1.0 / odd
-    return exponent * 0.6931471805599453 + 2.0 * t * series
+    return exponent * LOG_TWO + 2.0 * t * series
 
 
 @functools.cache

@@ -1,0 +1,419 @@
+"""Entries far beyond what their class's code reaches, sent apart: where they are, and in whole steps how large.
+
+An entry is an outlier if its magnitude reaches the limit T of its place, which grows with the
+modelled deviation and with the water level: what it costs must be less than what it spares.
+The whole number |x| / T is sent exactly, with sign and place. What remains of the entry, less
+than a step, is coded in its place like every other entry.
+
+All decisions are integers, or floats combined in a fixed order, so that every machine decides alike.
+"""
+
+import math
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .. import packing
+from ..errors import PayloadError
+from . import plan
+from .tables import LOG_TWO, POINT_ONE, _exp, _log, design_at, design_index, levels_for, power_of_two
+
+HEADER = struct.Struct("<ffBB")  # limits: floor and slope; offset in 1/256 of a limit; layers of levels
+LAYER = struct.Struct("<I")  # members, and above them 5 bits: the low bits of a gap
+COUNT_BITS = 27
+MOST_LAYERS = 24
+GAUSSIAN_RMS = 1.2533141373155001  # root mean square over mean magnitude
+SAMPLE = 1 << 18  # entries that decisions are made by
+BINS, LOWEST_OCTAVE = 128, -4  # of magnitudes over modelled deviations: eight to an octave
+# The limit is strength max(root of water, SLOPE deviation + INTERCEPT root of water): a code of two bits
+# reaches about two deviations, and an entry's bits must spare as much as they would elsewhere.
+SLOPE, INTERCEPT = 0.69, 0.4
+STRONGEST, WEAKEST = 40, 320  # limits' strengths, from 1.5 to 32, as logarithms in 1/64 octave
+STARTS = 128, 192  # strengths 4 and 8: where neither gains, none does
+STEPS = 32, -32, 16, -16, 8, -8, 4, -4
+LOWEST_RATE = 1 / 32  # bits: classes with less are not coded
+LEAST_GAIN = 0.985  # the modelled error must fall to this
+SMALLEST_LIMIT = 2.0**-100
+GAP_LOSS = 0.06  # bits of an outlier's gap over the entropy
+EXCESS_SHARE = 0.35  # of the squares of what lies beyond the last point, by measurement
+# Mean of (|z| - reach)^2 over a Gaussian's entries beyond it, reach in halves of a deviation.
+GAUSSIAN_TAIL = (1.0, 0.4191, 0.1507, 0.0461, 0.0115, 0.0024, 0.0004, 0.0)
+
+
+class Limits(NamedTuple):
+    """The limit of an entry is max(floor, slope r c + INTERCEPT floor) with the factors r, c of its row and column."""
+
+    floor: float
+    slope: float
+
+    def at(self, rows, columns):
+        """float32 limits for the factors of rows and columns, float32 tensors that broadcast."""
+        slopes = rows * float(np.float32(self.slope))
+        return (slopes * columns + self.intercept).clamp(min=self.floor)
+
+    @property
+    def intercept(self):
+        return float(np.float32(INTERCEPT) * np.float32(self.floor))
+
+
+def factors(layout):
+    """What row and column codes stand for in a limit: 2^(code / 4), 0 for a code 0; float32 arrays."""
+    table = np.array([0.0] + [power_of_two(16 * k) for k in range(1, plan.CODES + 1)], np.float32)
+    lone = table[plan.NO_CODE : plan.NO_CODE + 1]
+    rows, columns = (lone if codes is None else table[codes] for codes in (layout.row_codes, layout.column_codes))
+    return rows, columns
+
+
+# Choosing limits ---------------------------------------------------------------------------
+
+
+class Histogram(NamedTuple):
+    """A sample of the entries of every class by magnitude, in deviations that the class's code stands for."""
+
+    classes: np.ndarray  # int64 [classes with entries]
+    counts: np.ndarray  # int64, the same: entries of the tensor
+    unit: float  # the deviation of class 0
+    above: np.ndarray  # float64 [3, classes, BINS + 1]: share, sum of magnitudes, of squares in a bin and higher ones
+
+    def beyond(self, limits):
+        """[3, classes] for magnitudes of at least `limits` deviations."""
+        mantissa, exponent = np.frexp(limits)
+        place = (exponent - 1 - LOWEST_OCTAVE + 2 * mantissa - 1) * 8  # linear within an octave
+        place = np.clip(place, 0.0, BINS)
+        low = np.minimum(place.astype(np.int64), BINS - 1)
+        part = place - low
+        k = np.arange(len(self.classes))
+        return self.above[:, k, low] * (1 - part) + self.above[:, k, low + 1] * part
+
+
+def histogram(values, layout, total):
+    """The Histogram of a float32 vector whose magnitudes sum to `total`."""
+    counts = layout.histogram()
+    classes = np.flatnonzero(counts)
+    unit = math.fsum(int(counts[k]) * power_of_two(16 * int(k)) for k in classes)
+    unit = total * GAUSSIAN_RMS / unit
+    magnitudes, of_class = _sampled(values, layout)
+    scales = np.array([1.0 / (unit * power_of_two(16 * k)) for k in range(plan.CLASSES)], np.float32)
+    scaled = magnitudes * torch.from_numpy(scales).to(values.device)[of_class]
+    bins = ((scaled.view(torch.int32) >> 20) - ((127 + LOWEST_OCTAVE) << 3)).clamp(0, BINS - 1)
+    members = torch.bincount(of_class * BINS + bins, minlength=plan.CLASSES * BINS).view(-1, BINS)
+    members = members.cpu().numpy()[classes].astype(np.float64)
+    members /= np.maximum(members.sum(1, keepdims=True), 1.0)  # whole numbers: any order gives their sum
+    edges = np.arange(BINS)
+    middle = np.ldexp(1 + (edges % 8 + 0.5) / 8, edges // 8 + LOWEST_OCTAVE)
+    middle[0] = 0.0
+    sums = np.stack([members, members * middle, members * middle * middle])
+    above = np.zeros((3, len(classes), BINS + 1))
+    above[:, :, :BINS] = np.cumsum(sums[:, :, ::-1], 2)[:, :, ::-1]
+    return Histogram(classes, counts[classes], unit, above)
+
+
+def _sampled(values, layout):
+    """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out."""
+    step = -(-values.numel() // SAMPLE)
+    if layout.row_codes is None and layout.column_codes is None:
+        whole = values.numel() // 256 * 256
+        taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
+        return taken.abs(), torch.full(taken.shape, 2 * plan.NO_CODE, device=values.device)
+    rows = np.full(layout.rows, plan.NO_CODE) if layout.row_codes is None else layout.row_codes
+    columns = np.full(layout.columns, plan.NO_CODE) if layout.column_codes is None else layout.column_codes
+    rows, columns = (torch.from_numpy(codes.astype(np.int64)).to(values.device) for codes in (rows, columns))
+    rows = rows[::step].unsqueeze(1)
+    coded = (rows > 0) & (columns > 0)
+    of_class = torch.where(coded, rows + columns, 0)
+    index = torch.arange(0, layout.rows, step, device=values.device).unsqueeze(1) * layout.columns
+    index = index + torch.arange(layout.columns, device=values.device)
+    there = coded & (index < values.numel())
+    return values[index[there]].abs(), of_class[there]
+
+
+def choose(found, nbytes, share, flat):
+    """The Limits of least modelled error (or for about a share of the entries), and rates; None for no outliers.
+
+    Args:
+        found: the Histogram.
+        nbytes: for outliers and all that comes after the scale codes.
+        share: "auto", or of the entries.
+        flat: see plan.class_rates.
+    """
+    if share != "auto":
+        return _for_share(found, nbytes, share, flat)
+    none, best = _modelled(found, nbytes, flat, None), None
+    for first in STARTS:
+        option = _modelled(found, nbytes, flat, first)
+        if option and (none is None or option.error < LEAST_GAIN * none.error):
+            best = option
+            break
+    for step in STEPS if best else ():
+        while STRONGEST <= best.strength + step <= WEAKEST:
+            option = _modelled(found, nbytes, flat, best.strength + step)
+            if option is None or option.error >= best.error:
+                break
+            best = option
+    return best
+
+
+def _for_share(found, nbytes, share, flat):
+    """The Option with the strongest limits that about `share` of the entries reach, or fewer; None if none does."""
+    strong, weak = STRONGEST - 4, WEAKEST
+    while weak - strong > 4:
+        middle = (strong + weak) // 2
+        option = _modelled(found, nbytes, flat, middle)
+        fits = option and option.outliers <= share * int(found.counts.sum())
+        strong, weak = (strong, middle) if fits else (middle, weak)
+    option = _modelled(found, nbytes, flat, weak)
+    return option if option and option.outliers >= 1 else None
+
+
+def weaker(found, nbytes, flat, option):
+    """The Option with the next weaker limits, for when outliers took more bytes than modelled."""
+    return _modelled(found, nbytes, flat, option.strength + STEPS[2])
+
+
+class Option(NamedTuple):
+    """What limits of some strength would do."""
+
+    strength: int
+    limits: Limits | None
+    lowest: int  # class that would be coded
+    error: float
+    outliers: float
+
+
+def _modelled(found, nbytes, flat, strength):
+    """The Option, after three rounds in which water level and limits find each other; None if nothing can be coded."""
+    deviations = np.array([power_of_two(16 * int(k)) for k in found.classes])
+    energy, magnitude = found.above[2, :, 0], found.above[1, :, 0]
+    limits, outliers, spent = np.full(len(deviations), np.inf), 0.0, 0.0
+    for turn in range(1 if strength is None else 4):
+        first_guess = np.ones(len(deviations)) if turn == 0 and strength else energy
+        logarithms = _log(np.maximum(first_guess, 1e-12) * deviations**2) / (2 * LOG_TWO)
+        rates, water = _water_filling(found.counts, logarithms, 8 * nbytes - spent, flat)
+        if rates is None:
+            return None
+        if turn == 3 or strength is None:
+            break
+        weights = np.where(rates > 0, found.counts * deviations**2, 1e-300)
+        relative = math.sqrt(math.fsum(weights * first_guess) / math.fsum(weights))
+        factor = power_of_two(strength)
+        floor, slope = factor * water, factor * SLOPE * relative
+        limits = np.maximum(floor, slope * deviations + INTERCEPT * floor) / deviations
+        outside = found.beyond(limits)
+        outliers = math.fsum(found.counts * outside[0])
+        energy = found.above[2, :, 0] - outside[2] + outside[0] * limits * limits / 12
+        magnitude = found.above[1, :, 0] - outside[1] + outside[0] * limits / 4
+        spent = _bits(found, limits, outliers)
+    error = _error(found, deviations, rates, energy, magnitude, limits)
+    lowest = int(found.classes[rates > 0][0]) if rates.any() else plan.CLASSES
+    if strength is None:
+        return Option(0, None, lowest, error, 0.0)
+    chosen = Limits(*(float(np.float32(min(limit * found.unit, plan.LARGEST))) for limit in (floor, slope)))
+    if chosen.floor < SMALLEST_LIMIT:
+        return None
+    return Option(strength, chosen, lowest, error, outliers)
+
+
+def _water_filling(counts, logarithms, bits, flat):
+    """(rates of the classes in bits, root of the mean error of what is coded), logarithms to 2 being of deviations."""
+    if bits <= 0:
+        return None, 0.0
+    if flat:
+        rates = np.full(len(counts), bits / int(counts.sum()))
+        level = (_ordered_sum(counts * (logarithms - rates))) / int(counts.sum())
+        return rates, _power_of_two(level)
+    order = np.argsort(-logarithms, kind="stable")
+    levels = (np.cumsum(counts[order] * logarithms[order]) - bits) / np.cumsum(counts[order])
+    fits = np.flatnonzero(logarithms[order] - levels >= LOWEST_RATE)
+    if not len(fits):  # too little for any: all is for outliers
+        return np.zeros(len(counts)), _power_of_two(float(logarithms[order[0]]))
+    rates = logarithms - levels[fits[-1]]
+    return np.where(rates >= LOWEST_RATE, rates, 0.0), _power_of_two(levels[fits[-1]])
+
+
+def _ordered_sum(terms):
+    return float(np.cumsum(terms)[-1])
+
+
+def _power_of_two(exponent):
+    """2^x as a double."""
+    whole = math.floor(exponent)
+    return math.ldexp(1 / float(_exp(np.float64(-(exponent - whole) * LOG_TWO))), whole)
+
+
+def _error(found, deviations, rates, energy, magnitude, limits):
+    """The modelled squared error of every class: what a real code makes of a Gaussian, and what it loses otherwise."""
+    ideal = np.array([1 / float(_exp(np.float64(-2 * LOG_TWO * rate))) if rate else 1.0 for rate in rates])
+    loss = np.minimum(1.012 + rates / 8, 1.2)  # of the code against the bound, by its figures
+    gain = 1 - np.minimum(loss / ideal, 1.0)
+    # Signs alone make less of entries whose mean magnitude is small.
+    peaked = np.clip(1 - magnitude**2 / np.maximum(energy, 1e-300) * GAUSSIAN_RMS**2, 0.0, 1.0)
+    gain *= 1 - peaked * np.where(rates <= 0.6, 0.3 + 0.9 * rates, 0.25)
+    parts = energy * (1 - gain)
+    reaches = np.array([_reach(int(64 * rate)) for rate in rates])
+    reach = reaches * np.sqrt(energy)
+    n, s1, s2 = found.beyond(np.minimum(reach, limits)) - found.beyond(limits)
+    excess = s2 - 2 * reach * s1 + reach * reach * n - np.array([_gaussian_tail(r) for r in reaches]) * energy
+    parts = parts + np.where(rates > 1, EXCESS_SHARE * np.maximum(excess, 0.0), 0.0)
+    return math.fsum(found.counts * parts * deviations**2)
+
+
+def _reach(rate):
+    """The largest reproduction point for a rate in 1/64 bit, in deviations."""
+    levels = levels_for(rate)
+    return int(design_at(design_index(levels, (rate + 4) // 8)).points.max()) / (1 if levels == 1 else POINT_ONE)
+
+
+def _gaussian_tail(reach):
+    place = min(2 * reach, len(GAUSSIAN_TAIL) - 1.001)
+    low = int(place)
+    return GAUSSIAN_TAIL[low] + (place - low) * (GAUSSIAN_TAIL[low + 1] - GAUSSIAN_TAIL[low])
+
+
+def _bits(found, limits, outliers):
+    """About what `pack` takes for so many outliers: layers of gaps, signs, mantissas."""
+    bits, universe, factor, layers = 8.0 * HEADER.size + outliers, float(found.counts.sum()), 1.0, 0
+    members = outliers
+    while members > 0.5 and layers < MOST_LAYERS:
+        bits += 8 * LAYER.size + universe * _entropy(members / universe) + GAP_LOSS * members
+        universe, factor, layers = members, 2 * factor, layers + 1
+        members = math.fsum(found.counts * found.beyond(factor * limits)[0])
+        bits += members
+    return bits
+
+
+def _entropy(share):
+    """-p log2 p - (1 - p) log2(1 - p), by + - * / alone."""
+    if not 0 < share < 1:
+        return 0.0
+    logarithms = _log(np.array([share, 1 - share]))
+    return -(share * float(logarithms[0]) + (1 - share) * float(logarithms[1])) / LOG_TWO
+
+
+# Splitting and joining ---------------------------------------------------------------------
+
+
+class Outliers(NamedTuple):
+    """Places in rising order and signed whole levels: the steps |x| / limit, cut off."""
+
+    limits: Limits
+    offset: int  # 1/256 limit: where within their step entries lie on average
+    places: torch.Tensor  # int64
+    levels: torch.Tensor  # int64, 1 and more
+    negative: torch.Tensor  # bool
+
+    def coarse(self, layout):
+        """What of every outlier is sent here: float32, in the order of places."""
+        limits = _limits_at(self.limits, layout, self.places)
+        sizes = (self.levels.to(torch.float32) + self.offset / 256) * limits
+        sizes = sizes.clamp(max=plan.LARGEST)
+        return torch.where(self.negative, -sizes, sizes)
+
+
+def _limits_at(limits, layout, places):
+    rows, columns = (torch.from_numpy(part).to(places.device) for part in factors(layout))
+    row = places // layout.columns if len(rows) > 1 else torch.zeros_like(places)
+    column = places % layout.columns if len(columns) > 1 else torch.zeros_like(places)
+    return limits.at(rows[row], columns[column])
+
+
+def split(values, places, limits, layout):
+    """(Outliers, float32 vector of what remains) for a vector and the places of its outliers."""
+    entries = values[places]
+    ratios = entries.abs() / _limits_at(limits, layout, places)
+    levels = ratios.clamp(max=float((1 << MOST_LAYERS) - 1)).to(torch.int64)
+    parts = ((ratios - levels).clamp(max=1.0) * 256).to(torch.int64)
+    offset = min(int(parts.sum()) // max(len(places), 1), 255)
+    found = Outliers(limits, offset, places, levels, entries < 0)
+    rest = values.clone()
+    rest[places] = entries - found.coarse(layout)
+    return found, rest
+
+
+# Bytes -------------------------------------------------------------------------------------
+
+
+def pack(found, numel):
+    """The section of the payload that holds them."""
+    layers, members, streams, mantissas = [], found.places, [], []
+    universe, levels = numel, found.levels
+    while len(members) and len(layers) < MOST_LAYERS:
+        width, packed = _pack_gaps(members, universe)
+        layers.append(LAYER.pack(len(members) | width << COUNT_BITS))
+        streams.append(packed)
+        depth = len(layers)
+        higher = levels >> depth > 0
+        if depth > 1:
+            mantissas.append(packing.pack_bits(levels[~higher] & ((1 << (depth - 1)) - 1), depth - 1))
+        universe, members, levels = len(levels), torch.nonzero(higher).view(-1), levels[higher]
+    head = HEADER.pack(found.limits.floor, found.limits.slope, found.offset, len(layers)) + b"".join(layers)
+    body = torch.cat([*streams, packing.pack_bits(found.negative, 1), *mantissas])
+    return head + body.cpu().numpy().tobytes()
+
+
+def _pack_gaps(places, universe):
+    """(width, bytes): the low `width` bits of every gap, then the rest of it in unary."""
+    gaps = torch.diff(places, prepend=places.new_full((1,), -1)) - 1
+    around = max((universe // len(places)).bit_length() - 1, 0)
+    sizes = {w: len(places) * w + int((gaps >> w).sum()) for w in range(max(around - 1, 0), min(around + 2, 31))}
+    width = min(sizes, key=sizes.get)
+    ends = torch.cumsum((gaps >> width) + 1, 0)
+    unary = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=places.device)
+    unary[ends - 1] = 1
+    low = packing.pack_bits(gaps & ((1 << width) - 1), width) if width else unary[:0]
+    return width, torch.cat([low, packing.pack_bits(unary, 1)])
+
+
+def unpack(data, at, layout):
+    """(Outliers, where the section ends) from a uint8 tensor; PayloadError if it contradicts itself."""
+    head = bytes(data[at : at + HEADER.size + MOST_LAYERS * LAYER.size].tolist())
+    if len(head) < HEADER.size:
+        raise PayloadError(f"payload: outliers do not fit {data.numel()} bytes")
+    floor, slope, offset, count = HEADER.unpack_from(head)
+    if count > MOST_LAYERS or len(head) < HEADER.size + LAYER.size * count:
+        raise PayloadError(f"payload: {count} layers of outliers do not fit {data.numel()} bytes")
+    layers = [LAYER.unpack_from(head, HEADER.size + LAYER.size * k)[0] for k in range(count)]
+    at += HEADER.size + LAYER.size * count
+    universe, chosen = layout.numel, []
+    for layer in layers:
+        places, at = _unpack_gaps(data, at, layer & ((1 << COUNT_BITS) - 1), layer >> COUNT_BITS, universe)
+        chosen.append(places)
+        universe = len(places)
+    places = chosen[0] if chosen else torch.zeros(0, dtype=torch.int64, device=data.device)
+    negative, at = _unpack_stream(data, at, len(places), 1)
+    levels = torch.ones_like(places)
+    members = torch.arange(len(places), device=data.device)
+    for depth in range(1, count):
+        members = members[chosen[depth]]
+        alone = torch.ones_like(members, dtype=torch.bool)
+        if depth + 1 < count:
+            alone[chosen[depth + 1]] = False
+        mantissas, at = _unpack_stream(data, at, int(alone.sum()), depth)
+        levels[members[alone]] = (1 << depth) + mantissas.to(torch.int64)
+    return Outliers(Limits(floor, slope), offset, places, levels, negative.bool()), at
+
+
+def _unpack_gaps(data, at, count, width, universe):
+    if not 1 <= count <= universe:
+        raise PayloadError(f"payload: {count} outliers among {universe} entries")
+    gaps = 0
+    if width:
+        gaps, at = _unpack_stream(data, at, count, width)
+    longest = min(8 * (data.numel() - at), count + (universe >> width) + 1)
+    unary = packing.unpack_bits(data[at : at + packing.packed_bytes(max(longest, 0), 1)], max(longest, 0), 1)
+    ends = torch.nonzero(unary).view(-1)[:count]
+    if len(ends) < count:
+        raise PayloadError(f"payload: {len(ends)} outliers are marked, expected {count}")
+    high = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
+    places = torch.cumsum((high << width | gaps) + 1, 0) - 1
+    if int(places[-1]) >= universe:
+        raise PayloadError(f"payload: an outlier at {int(places[-1])} of {universe} entries")
+    return places, at + packing.packed_bytes(int(ends[-1]) + 1, 1)
+
+
+def _unpack_stream(data, at, count, width):
+    size = packing.packed_bytes(count, width)
+    if data.numel() < at + size:
+        raise PayloadError(f"payload: {count} outliers do not fit {data.numel()} bytes")
+    return packing.unpack_bits(data[at : at + size], count, width).to(torch.int64), at + size
