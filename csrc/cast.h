@@ -65,6 +65,53 @@ inline CastScale scale_of(const float* x, int64_t count) {
     return cast_scale<form>(largest, top);
 }
 
+#if defined(__AVX512BW__)
+// Codes of 16 scaled finite entries, as finite_code has them, with their signs.
+inline __m128i mxfp4_codes(__m512 scaled) {
+    const __m512i pattern = _mm512_castps_si512(scaled), smallest = _mm512_set1_epi32(127 << 23);
+    const __m512i key = _mm512_and_si512(pattern, _mm512_set1_epi32(0x7fffffff));
+    const __m512i exponent = _mm512_max_epi32(_mm512_and_si512(key, _mm512_set1_epi32(INFINITY_KEY)), smallest);
+    const __m512i unit = _mm512_add_epi32(exponent, _mm512_set1_epi32(22 << 23));
+    const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(key), _mm512_castsi512_ps(unit));
+    const __m512i units = _mm512_sub_epi32(_mm512_castps_si512(sum), unit);
+    __m512i code = _mm512_add_epi32(units, _mm512_srli_epi32(_mm512_sub_epi32(exponent, smallest), 22));
+    code = _mm512_min_epi32(code, _mm512_set1_epi32(Cast<GC_MXFP4>::TOP));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(pattern, 28), _mm512_set1_epi32(8));
+    return _mm512_cvtepi32_epi8(_mm512_or_si512(code, sign));
+}
+
+// Two buckets of 32 entries; false, and nothing done, if one of them is not ordinary.
+inline bool encode_ordinary_mxfp4(const float* x, uint8_t* scales, uint8_t* packed) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    uint8_t codes[64];
+    CastScale scale[2];
+    for (int half = 0; half < 2; ++half) {
+        const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x + 32 * half), magnitude);
+        const __m512i b = _mm512_and_si512(_mm512_loadu_si512(x + 32 * half + 16), magnitude);
+        const int32_t top = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+        scale[half] = cast_scale<GC_MXFP4>(top, top);
+    }
+    if (!scale[0].ordinary || !scale[1].ordinary) return false;
+    for (int j = 0; j < 64; j += 16) {
+        const __m512 factor = _mm512_set1_ps(scale[j / 32].factor);
+        _mm_storeu_si128((__m128i*)(codes + j), mxfp4_codes(_mm512_mul_ps(_mm512_loadu_ps(x + j), factor)));
+    }
+    scales[0] = scale[0].byte;
+    scales[1] = scale[1].byte;
+    pack_64<4>(codes, packed);
+    return true;
+}
+
+inline void decode_mxfp4(const uint8_t* codes, const uint8_t* scales, bool add, float* out) {
+    const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    for (int j = 0; j < 64; j += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + j)));
+        const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(code, values), _mm512_set1_ps(cast_back(scales[j / 32])));
+        _mm512_storeu_ps(out + j, add ? _mm512_add_ps(_mm512_loadu_ps(out + j), value) : value);
+    }
+}
+#endif
+
 template <int form>
 void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
     typedef Cast<form> C;
@@ -75,6 +122,12 @@ void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payloa
     typename C::Code codes[64];
     for (int64_t i = 0; i < n; i += 64) {
         const int64_t size = min64(64, n - i);
+#if defined(__AVX512BW__)
+        if (form == GC_MXFP4 && bucket == 32 && i + 128 <= n && encode_ordinary_mxfp4(x + i, payload, packed + i / 2)) {
+            payload += 2;
+            continue;
+        }
+#endif
         if (bucket < 64 || i % bucket == 0) {
             for (int64_t j = 0; j < size; j += bucket) {  // more than one bucket only if they are small
                 const CastScale scale = scale_of<form>(x + i + j, min64(bucket, n - i - j));
@@ -125,6 +178,12 @@ void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* 
         else
             unpack_tail<4>(source, size, (uint8_t*)codes);
         if (size == 64) {
+#if defined(__AVX512BW__)
+            if (form == GC_MXFP4 && bucket == 32) {
+                decode_mxfp4((const uint8_t*)codes, payload - 2, add, out + i);
+                continue;
+            }
+#endif
 #if defined(__F16C__)
             if (form == GC_FP16) {
                 for (int j = 0; j < 64; j += 8) {
