@@ -164,8 +164,13 @@ QUICK_SPECS = [
     "mask:sparsity=0.9,bits=2",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
     "hybrid:(topk:sparsity=0.99),(quantize:bits=2)",
+    "eden:bits=2",
+    "eden:bits=0.5,block=16384",
+    "shared:bits=4",
+    "lowrank:rank=1",
 ]
 QUICK = [(spec, numel, name) for spec in QUICK_SPECS for numel in (1023, 8200) for name in ("gauss", "ties")]
+QUICK += [("eden:bits=2", 8200, "one nan")]
 QUICK += [("onebit:bucket=0", 2**20 + 5000, "gauss"), ("topk:sparsity=0.9", 2**20 + 5000, "gauss")]
 
 
@@ -175,7 +180,8 @@ def quick_run(launcher):
         feedback.compress("w", torch.randn(100), from_spec("bf16"))
         feedback.compress("m", torch.randn(100), from_spec("mask:sparsity=0.9"))
     for spec, numel, name in QUICK:
-        check_bytes(from_spec(spec), DeviceKernels(launcher), inputs(numel)[name], (spec, numel, name))
+        tensor = {**inputs(numel), **poisoned(numel)}[name]
+        check_bytes(from_spec(spec), DeviceKernels(launcher), tensor, (spec, numel, name))
 
 
 @needs_compiler

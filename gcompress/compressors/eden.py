@@ -91,14 +91,14 @@ class Eden(Compressor):
         tail = values.numel() % self.block
         kernels.eden_encode(
             values.data_ptr(), values.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
-            self.unbiased, seed, _levels(self._width).data_ptr(), payload.data_ptr(),
+            self.unbiased, seed, _levels(self._width, values.device).data_ptr(), payload.data_ptr(),
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):
         tail = out.numel() % self.block
         kernels.eden_decode(
             payload.data_ptr(), out.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
-            _levels(self._width).data_ptr(), add, out.data_ptr(),
+            _levels(self._width, out.device).data_ptr(), add, out.data_ptr(),
         )  # fmt: skip
 
     def _encode_reference(self, values, seed):
@@ -126,7 +126,7 @@ class Eden(Compressor):
         power = packing.ordered_sum(rotated.double().square()).unsqueeze(1)
         to_units = (UNIT / torch.sqrt(power / rows.shape[1])).to(torch.float32)
         sent = rotated.gather(1, self._positions(*rows.shape, first, seed, rows.device))
-        levels = _levels(self._width).to(rows.device)
+        levels = _levels(self._width, rows.device)
         borders = (levels[1:] + levels[:-1]) / 2
         classes = torch.bucketize(sent.abs() * to_units, borders, right=True)
         chosen = levels[classes].double()
@@ -152,7 +152,7 @@ class Eden(Compressor):
         seed = int.from_bytes(bytes(payload[:4].tolist()), "little")
         blocks = -(-numel // self.block)
         scales = packing.bytes_to_float(payload[4 : 4 + 4 * blocks])
-        levels = _levels(self._width).to(payload.device)
+        levels = _levels(self._width, payload.device)
         table = torch.cat([levels, -levels])
         out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
         whole = numel // self.block * self._sent(self.block)
@@ -170,9 +170,9 @@ class Eden(Compressor):
 
 
 @functools.lru_cache
-def _levels(bits):
+def _levels(bits, device):
     """The positive levels of a number of bits, float32."""
-    return torch.tensor(LEVELS[bits], dtype=torch.float32)
+    return torch.tensor(LEVELS[bits], dtype=torch.float32, device=device)
 
 
 def _part(entries):

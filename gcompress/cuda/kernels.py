@@ -54,12 +54,28 @@ class DeviceKernels:
     methods = frozenset(
         (
             *("bf16", "chain", "fp16", "fp8", "hybrid", "mask", "mxfp4", "natural", "onebit", "qsgd", "quantize"),
-            *("randomk", "sign", "ternary", "threshold", "topk"),
+            *("eden", "lowrank", "randomk", "shared", "sign", "ternary", "threshold", "topk"),
         )
     )
     # Those whose encoder keeps the new residual of error feedback as well.
     remembers = frozenset(
-        {"bf16", "fp16", "fp8", "mask", "mxfp4", "onebit", "qsgd", "quantize", "sign", "ternary", "topk"}
+        {
+            *(
+                "bf16",
+                "eden",
+                "fp16",
+                "fp8",
+                "mask",
+                "mxfp4",
+                "onebit",
+                "qsgd",
+                "quantize",
+                "shared",
+                "sign",
+                "ternary",
+            ),
+            "topk",
+        }
     )
 
     def __init__(self, launcher):
@@ -87,6 +103,11 @@ class DeviceKernels:
 
     def _zeros_into(self, target, nbytes):
         self._launch("memory", "fill_zeros", ceil_div(nbytes, 16 * THREADS), target, nbytes)
+
+    def _keep_left(self, x, n, sent):
+        """The new residual, for an encoder that could not keep it: by what it decodes to."""
+        owed, fresh, poisoned = self._feedback
+        self._launch("memory", "feedback_left", ceil_div(n, FOUR), x, owed, sent.data_ptr(), n, poisoned, fresh)
 
     def _copy(self, source, nbytes, target):
         if nbytes:
@@ -277,7 +298,7 @@ class DeviceKernels:
         self._launch("topk", "hybrid_merge", ceil_div(n, THREADS), outliers, n, rest)
 
     def mask_encode(self, x, n, k, bits, signed, lloyd, workspace, capacity, payload):
-        owed, fresh, poisoned = self._feedback
+        owed, fresh, _ = self._feedback
         selected = self._select(x, n, k, signed, (owed, 0, 0))
         selection, _, _, above, equal = selected.places()
         chosen = selection, above, equal
@@ -291,8 +312,7 @@ class DeviceKernels:
         if fresh:  # what a level stands for is known only now
             sent = self._launcher.empty(4 * n)
             self.mask_decode(payload, n, k, bits, signed, False, sent.data_ptr())
-            arguments = x, owed, sent.data_ptr(), n, poisoned, fresh
-            self._launch("memory", "feedback_left", ceil_div(n, FOUR), *arguments)
+            self._keep_left(x, n, sent)
 
     def _lloyd_classes(self, x, owed, n, bits, signed, tiles, chosen):
         histogram, classes = self._launcher.zeros(4 * LLOYD_BINS), self._launcher.empty(LLOYD_BINS)
@@ -312,3 +332,45 @@ class DeviceKernels:
         self._launch("mask", "mask_decode", tiles, payload, n, k, bits, signed, *places)
         self._launch("memory", "poison", ceil_div(n, FOUR), wrong.data_ptr(), n, out)
         return 0
+
+    def shared_scales(self, x, n, bucket, scales):
+        self._zeros_into(scales, 4 * ceil_div(n, bucket))
+        warps = ceil_div(n, bucket) * ceil_div(bucket, TILE)
+        self._launch("shared", "shared_scales", ceil_div(warps, THREADS // 32), x, self._feedback[0], n, bucket, scales)
+
+    def shared_encode(self, x, n, bucket, limit, width, stochastic, seed, scales, payload):
+        words = _word_count(n, width)
+        arguments = x, *self._feedback, n, bucket, limit, width, stochastic, seed, scales, words, payload
+        self._launch("shared", "shared_encode", ceil_div(words, THREADS), *arguments)
+
+    def shared_decode(self, payload, n, bucket, limit, width, scales, add, out):
+        words = _word_count(n, width)
+        arguments = payload, n, bucket, limit, width, scales, words, add, out
+        self._launch("shared", "shared_decode", ceil_div(words, THREADS), *arguments)
+
+    def lowrank_decode(self, left, right, rows, columns, rank, n, add, out):
+        self._launch("shared", "lowrank_decode", ceil_div(n, THREADS), left, right, columns, rank, n, add, out)
+
+    def eden_encode(self, x, n, bits, block, sent, sent_tail, unbiased, seed, levels, payload):
+        owed, fresh, _ = self._feedback
+        shape = n, bits, block, sent, sent_tail
+        places = x, owed, *shape, unbiased, seed, levels, payload
+        self._launch("eden", "eden_encode", ceil_div(n, block), *places, shared=_eden_shared(block))
+        if fresh:
+            decoded = self._launcher.empty(4 * n)
+            self.eden_decode(payload, *shape, levels, False, decoded.data_ptr())
+            self._keep_left(x, n, decoded)
+
+    def eden_decode(self, payload, n, bits, block, sent, sent_tail, levels, add, out):
+        places = payload, n, bits, block, sent, sent_tail, levels, add, out
+        self._launch("eden", "eden_decode", ceil_div(n, block), *places, shared=_eden_shared(block))
+
+
+def _eden_shared(block):
+    """Bytes: the entries, with a gap behind every 32, and their codes."""
+    return 4 * (block + block // 32) + block
+
+
+def _word_count(n, width):
+    whole = 64 * (64 // width)
+    return n // whole * 64 + ceil_div(n % whole, 64 // width)

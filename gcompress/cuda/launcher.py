@@ -14,7 +14,7 @@ from . import sources
 from .kernels import THREADS, DeviceKernels
 
 OLDEST = (7, 0)  # compute capability: shuffles and ballots with masks, 96 KB of shared memory
-STATIC_SHARED = 48 << 10  # bytes that a kernel may use without asking
+UNASKED = 40 << 10  # bytes of shared memory that a launch may ask for and stay, with the kernel's own, within 48 KB
 
 
 class CupyLauncher:
@@ -38,7 +38,7 @@ class CupyLauncher:
 
     def launch(self, module, kernel, blocks, *arguments, shared=0):
         function = self._functions.get(kernel) or self._compiled(module, kernel)
-        if shared > STATIC_SHARED:
+        if shared > UNASKED:
             function.max_dynamic_shared_size_bytes = shared
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with self._cupy.cuda.Device(self._device.index), self._cupy.cuda.ExternalStream(stream, self._device.index):
