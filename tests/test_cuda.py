@@ -167,6 +167,8 @@ QUICK_SPECS = [
     "eden:bits=2",
     "eden:bits=0.5,block=16384",
     "shared:bits=4",
+    "entropy:(quantize:bits=3)",
+    "entropy:(topk:sparsity=0.5)",
     "lowrank:rank=1",
 ]
 QUICK = [(spec, numel, name) for spec in QUICK_SPECS for numel in (1023, 8200) for name in ("gauss", "ties")]

@@ -24,13 +24,19 @@ class CupyLauncher:
         import cupy
 
         self._cupy, self._device = cupy, device
-        self._functions = {}
+        self._functions, self._numbers = {}, {}
 
     def empty(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def zeros(self, nbytes):
         return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+
+    def numbers(self, values):
+        """A tuple of integers, or of tuples, as int64 on the device."""
+        if values not in self._numbers:
+            self._numbers[values] = torch.tensor(values, device=self._device)
+        return self._numbers[values]
 
     def read(self, tensor):
         """Bytes of the device as a list of numbers below 2^32: waits for the device."""

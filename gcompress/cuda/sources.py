@@ -5,7 +5,20 @@ import pathlib
 import re
 
 MODULES = (
-    *("cast", "eden", "mask", "memory", "natural", "qsgd", "quantize", "randomk", "select", "shared", "sign"),
+    *(
+        "cast",
+        "eden",
+        "entropy",
+        "mask",
+        "memory",
+        "natural",
+        "qsgd",
+        "quantize",
+        "randomk",
+        "select",
+        "shared",
+        "sign",
+    ),
     *("ternary", "topk"),
 )
 # No fused multiply-add and nothing approximate: bytes must be those of the CPU.
