@@ -25,7 +25,7 @@ class CupyLauncher:
         import numpy
 
         self._cupy, self._numpy, self._device = cupy, numpy, device
-        self._functions, self._numbers = {}, {}
+        self._functions, self._numbers, self._asked = {}, {}, {}
 
     def empty(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -45,10 +45,12 @@ class CupyLauncher:
 
     def launch(self, module, kernel, blocks, *arguments, shared=0):
         function = self._functions.get(kernel) or self._compiled(module, kernel)
-        if shared > UNASKED:
-            function.max_dynamic_shared_size_bytes = shared
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        with self._cupy.cuda.Device(self._device.index), self._cupy.cuda.ExternalStream(stream, self._device.index):
+        if shared > max(UNASKED, self._asked.get(kernel, 0)):
+            function.max_dynamic_shared_size_bytes = self._asked[kernel] = shared
+        address = torch.cuda.current_stream(self._device).cuda_stream
+        own = self._cupy.cuda
+        stream = own.ExternalStream(address, self._device.index) if address else own.Stream.null
+        with own.Device(self._device.index), stream:
             # Every parameter has 64 bits.
             kinds = (self._numpy.float64 if isinstance(a, float) else self._numpy.int64 for a in arguments)
             numbers = tuple(kind(a) for kind, a in zip(kinds, arguments, strict=True))
