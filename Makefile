@@ -19,10 +19,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train split test bench lint clean
+.PHONY: help setup venv engines data train split test test-gpu bench lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo '  variables: PYTHON=$(PYTHON) NP=$(NP) COMPRESSOR=$(COMPRESSOR) ARGS="--epochs 3"'
 
 setup: $(READY) ## create .venv with torch, Horovod and gcompress (10 minutes the first time, then nothing)
@@ -39,6 +39,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildc
 	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
 	$(BIN)/python tools/build_horovod.py
+	@$(PIP) install -q nvidia-cuda-nvrtc-cu12 || echo 'make: no NVRTC for this machine: the GPU kernels are not compiled in tests'
 	@touch $@
 
 data: $(READY) ## put Fashion-MNIST into data/ (from Debian's package or torchvision's download)
@@ -64,6 +65,12 @@ $(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edi
 
 test: data $(ENGINES) ## run all tests (ARGS= for pytest's options)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(READY) ## run the laws on this machine's GPU (adds CuPy the first time)
+	@$(BIN)/python -c 'import cupy' 2>/dev/null || $(PIP) install -q \
+		$$($(BIN)/python -c 'import torch; print(f"cupy-cuda{(torch.version.cuda or str(13)).split(chr(46))[0]}x")')
+	$(BIN)/python -m gcompress.cli doctor
+	GCOMPRESS_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/test_cuda_device.py $(ARGS)
 
 bench: $(READY) ## measure the compressors' speed against a plain copy
 	$(BIN)/python benchmarks/compressors.py $(ARGS)

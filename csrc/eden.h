@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_EDEN_H
 #define GCOMPRESS_EDEN_H
 
+#include "arith/eden.h"
 #include "gcompress.h"
 #include "hadamard.h"
 #include "select.h"
@@ -9,19 +10,16 @@
 
 namespace {
 
-enum { EDEN_LARGEST_BLOCK = 16384 };
-const uint32_t EDEN_TAIL_WORDS = 0x80000000u, EDEN_PART_WORDS = 0x40000000u;
-
 // Signs change where the bit of an entry is set, 32 a word.
 inline void flip_signs(float* y, int64_t count, uint32_t word, uint32_t seed) {
     for (int64_t i = 0; i < count; i += 32, ++word) {
         const uint32_t bits = hashed(word, seed);
         if (count - i >= 32) {
             for (int j = 0; j < 32; ++j)  // vectorised
-                store<uint32_t>(y + i + j, load<uint32_t>(y + i + j) ^ (bits >> j << 31));
+                y[i + j] = flipped(y[i + j], bits, j);
         } else {
             for (int64_t j = 0; j < count - i; ++j)
-                store<uint32_t>(y + i + j, load<uint32_t>(y + i + j) ^ (bits >> j << 31));
+                y[i + j] = flipped(y[i + j], bits, j);
         }
     }
 }
@@ -32,7 +30,7 @@ struct EdenBlock {
     float root;
     EdenBlock(int64_t first, int64_t entries_, uint32_t seed_)
         : entries(entries_), part((int64_t)1 << (63 - __builtin_clzll((uint64_t)entries_))), word((uint32_t)(first / 32)),
-          seed(seed_), root((float)(1.0 / __builtin_sqrt((double)part))) {}
+          seed(seed_), root(eden_root(part)) {}
     bool whole() const { return part == entries; }
     void transform(float* y) const {
         hadamard(y, part);
@@ -53,14 +51,13 @@ struct EdenBlock {
     }
 };
 
-// The rotated entries that are sent, when not all are: every prime-th, from a random one on.
+// The rotated entries that are sent, when not all are.
 struct EdenPositions {
     int64_t entries, step, next;
     EdenPositions(int64_t entries_, uint32_t block, uint32_t seed) : entries(entries_) {
-        const int64_t primes[8] = {16411, 16417, 16421, 16427, 16433, 16447, 16451, 16453};
         const uint32_t word = hashed(block + EDEN_PART_WORDS, seed);
-        step = primes[word & 7] % entries;
-        next = (int64_t)(word >> 3) % entries;
+        step = eden_step(word, entries);
+        next = eden_start(word, entries);
     }
     int64_t take() {
         const int64_t position = next;
@@ -80,7 +77,7 @@ struct EdenLevels {
     explicit EdenLevels(const float* levels) {
         for (int m = 0; m < CLASSES; ++m) {
             level[m] = levels[m];
-            border[m] = m + 1 < CLASSES ? (levels[m] + levels[m + 1]) * 0.5f : bits_float(INFINITY_KEY);
+            border[m] = m + 1 < CLASSES ? eden_border(levels[m], levels[m + 1]) : bits_float(INFINITY_KEY);
         }
         if (bits < 5) return;
         for (int bin = 0, m = 0; bin < BIN_COUNT; ++bin) {
@@ -130,11 +127,6 @@ inline double ordered_products(const float* a, const float* b, int64_t count) {
     return total;
 }
 
-inline double two_to_the(int exponent) {
-    const uint64_t pattern = (uint64_t)(exponent + 1023) << 52;
-    return load<double>(&pattern);
-}
-
 // Codes of one block; returns its scale.
 template <int bits>
 float eden_encode_block(const float* x, const EdenBlock& block, int64_t sent, uint32_t number, bool unbiased,
@@ -156,7 +148,7 @@ float eden_encode_block(const float* x, const EdenBlock& block, int64_t sent, ui
     memset(y + entries, 0, 64 * sizeof(float));
     block.rotate(y);
     const double power = ordered_products(y, y, entries);
-    const float to_units = (float)(8192.0 / __builtin_sqrt(power / (double)entries));
+    const float to_units = eden_units(power, entries);
     const float* values = y;
     if (sent < entries) {
         EdenPositions positions(entries, number, block.seed);
@@ -173,12 +165,8 @@ float eden_encode_block(const float* x, const EdenBlock& block, int64_t sent, ui
     float* magnitudes = values == y ? y : part;
     for (int64_t i = 0; i < sent; ++i) magnitudes[i] = __builtin_fabsf(magnitudes[i]);
     const double dot = ordered_products(magnitudes, chosen, sent);
-    if (!(dot > 0.0)) return 0.0f;
-    double scale = unbiased ? power / dot : dot / ordered_products(chosen, chosen, sent);
-    scale = scale * two_to_the(exponent - 128) / (block.whole() ? (double)entries : 1.0);
-    if (scale >= (double)LARGEST) return LARGEST;
-    const float rounded = (float)scale;
-    return rounded >= SMALLEST_NORMAL ? rounded : 0.0f;
+    const double squares = unbiased ? 0.0 : ordered_products(chosen, chosen, sent);
+    return eden_scale(power, dot, squares, unbiased, exponent, block.whole(), entries);
 }
 
 // Codes to bytes; `following` more codes of the payload lie behind them.
@@ -242,11 +230,7 @@ void eden_decode_bits(const uint8_t* payload, int64_t n, int64_t block, int64_t 
         }
         turned.rotate_back(y);
         const float scale = load<float>(payload + 4 + 4 * (int64_t)number);
-        for (int64_t i = 0; i < entries; ++i) {  // vectorised
-            float value = y[i] * scale;
-            value = value > LARGEST ? LARGEST : value;
-            y[i] = value < -LARGEST ? -LARGEST : value;
-        }
+        for (int64_t i = 0; i < entries; ++i) y[i] = eden_clamped(y[i] * scale);  // vectorised
         flip_signs(y, entries, turned.word, seed);
         if (add)
             for (int64_t i = 0; i < entries; ++i) out[first + i] += y[i];

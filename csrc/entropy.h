@@ -5,24 +5,12 @@
 #ifndef GCOMPRESS_ENTROPY_H
 #define GCOMPRESS_ENTROPY_H
 
+#include "arith/entropy.h"
 #include "gcompress.h"
 #include "simd.h"
 #include "topk.h"
 
 namespace {
-
-const int STATES = 32;
-const int PROBABILITY_BITS = 12;
-const int TOTAL = 1 << PROBABILITY_BITS;
-const uint32_t LOWEST_STATE = 1u << 15;  // states stay in [2^15, 2^31): signed arithmetic vectorises
-const int MAX_PLANES = 128;
-const int64_t SMALLEST_CODED = 64;
-const int64_t STATE_BYTES = 4 * STATES;
-
-// Every stride-th byte of a section.
-struct Plane {
-    int64_t offset, stride, count;
-};
 
 int64_t planes_of(const int64_t* sections, int64_t count, Plane* planes) {
     int64_t total = 0, offset = 0;
@@ -57,38 +45,6 @@ void histogram_of(const uint8_t* bytes, const Plane& plane, int64_t* histogram) 
     }
 }
 
-// Frequencies that sum to 4096, at least 1 for what occurs.
-void frequencies_of(const int64_t* histogram, int64_t count, uint16_t* frequency) {
-    int sum = 0;
-    for (int s = 0; s < 256; ++s) {
-        const int64_t rounded = (histogram[s] * TOTAL + count / 2) / count;
-        frequency[s] = (uint16_t)(histogram[s] > 0 && rounded == 0 ? 1 : rounded);
-        sum += frequency[s];
-    }
-    while (sum != TOTAL) {
-        int most = 0;
-        for (int s = 1; s < 256; ++s)
-            if (frequency[s] > frequency[most]) most = s;
-        const int change = sum < TOTAL ? 1 : -1;
-        frequency[most] = (uint16_t)(frequency[most] + change);
-        sum += change;
-    }
-}
-
-// 256 log2(value), rounded down, for a value from 1 to 4096.
-int64_t log2_fixed(uint32_t value) {
-    const int exponent = 31 - __builtin_clz(value);
-    uint32_t mantissa = value << (16 - exponent);
-    int64_t result = exponent;
-    for (int bit = 0; bit < 8; ++bit) {
-        mantissa = (uint32_t)((uint64_t)mantissa * mantissa >> 16);
-        const uint32_t carry = mantissa >> 17;
-        mantissa >>= carry;
-        result = 2 * result + carry;
-    }
-    return result;
-}
-
 // Elias's gamma code of every frequency plus 1.
 int64_t write_table(const uint16_t* frequency, uint8_t* target) {
     BitWriter writer = {target, 0, 0};
@@ -100,12 +56,6 @@ int64_t write_table(const uint16_t* frequency, uint8_t* target) {
     }
     writer.finish();
     return writer.target - target;
-}
-
-int64_t table_bytes(const uint16_t* frequency) {
-    int64_t bits = 0;
-    for (int s = 0; s < 256; ++s) bits += 2 * (31 - __builtin_clz((uint32_t)frequency[s] + 1)) + 1;
-    return bytes_of_bits(bits);
 }
 
 // Returns the bytes read, or 0 if they are no table.
@@ -259,10 +209,7 @@ int64_t entropy_encode(const uint8_t* bytes, const int64_t* sections, int64_t se
         if (plane.count < SMALLEST_CODED) continue;
         histogram_of(bytes, plane, histogram);
         frequencies_of(histogram, plane.count, frequency[p]);
-        int64_t cost = 0;  // in 1 / 256 bit
-        for (int s = 0; s < 256; ++s)
-            if (histogram[s]) cost += histogram[s] * (256 * PROBABILITY_BITS - log2_fixed(frequency[p][s]));
-        const int64_t saved = plane.count - table_bytes(frequency[p]) - (cost + 2047) / 2048;
+        const int64_t saved = bytes_saved(histogram, frequency[p], plane.count);
         if (saved <= 0) continue;
         modes[p] = 1;
         gain += saved;
@@ -302,11 +249,7 @@ int64_t entropy_encode(const uint8_t* bytes, const int64_t* sections, int64_t se
 void decoding_table(const uint16_t* frequency, uint32_t* table) {
     for (int s = 0, slot = 0; s < 256; ++s)
         for (int i = 0; i < frequency[s]; ++i)
-            table[slot++] = (uint32_t)s | (uint32_t)(frequency[s] - 1) << 8 | (uint32_t)i << 20;
-}
-
-inline uint32_t next_state(uint32_t state, uint32_t entry) {
-    return ((entry >> 8 & 4095) + 1) * (state >> PROBABILITY_BITS) + (entry >> 20);
+            table[slot++] = slot_of(s, frequency[s], (uint32_t)i);
 }
 
 // 32 symbols, of stride 1 to `symbols`; at least 64 bytes of words must be there.

@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_SHARED_H
 #define GCOMPRESS_SHARED_H
 
+#include "arith/shared.h"
 #include "quantize.h"
 #include "select.h"
 #include "simd.h"
@@ -9,7 +10,6 @@
 
 namespace {
 
-const int64_t WORDS = 64;           // of a block; field f of word j is its entry 64 f + j
 const int64_t MOST_FIELDS = 32;     // two bits each
 const int64_t BLOCK = WORDS * MOST_FIELDS;
 
@@ -21,31 +21,16 @@ void shared_scales(const float* x, int64_t n, int64_t bucket, float* scales) {
     }
 }
 
-inline float shared_step(float scale, int limit) {
-    if (float_bits(scale) >= INFINITY_KEY) return bits_float(0x7fc00000u);
-    const float step = scale / (float)limit;
-    return step >= SMALLEST_NORMAL ? step : 0.0f;
-}
-
 // The codes of one run within a bucket, plus `half`.
 template <bool stochastic>
 void shared_codes(const float* x, int64_t count, uint32_t index, float step, int limit, uint32_t seed, int32_t half,
                   uint32_t* codes) {
-    const float inverse = step >= SMALLEST_NORMAL ? 1.0f / step : 0.0f, top = (float)limit;
+    const float inverse = shared_inverse(step), top = (float)limit;
     const bool finite = step == step;
     for (int64_t i = 0; i < count; ++i) {  // vectorised
-        float scaled = finite ? x[i] * inverse : 0.0f;
-        scaled = stochastic ? floor_small(scaled + uniform(index + (uint32_t)i, seed)) : scaled;
-        scaled = scaled < -top ? -top : scaled;
-        scaled = scaled > top ? top : scaled;
-        codes[i] = (uint32_t)(round_even(scaled) + half);
+        const float draw = stochastic ? uniform(index + (uint32_t)i, seed) : 0.0f;
+        codes[i] = (uint32_t)(shared_code(finite ? x[i] : 0.0f, inverse, top, stochastic, draw) + half);
     }
-}
-
-inline uint64_t bias_of(int width, int fields) {
-    uint64_t bias = 0;
-    for (int f = 0; f < fields; ++f) bias |= 1ull << (width * f + width - 1);
-    return bias;
 }
 
 // Codes in -limit … limit, `64 / width` to a word, whose sums over ranks must fit `width` bits.

@@ -35,6 +35,26 @@ def certificates(arguments):
     print(f"{folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
+def doctor(arguments):
+    """what runs the compressors here, on the CPU and on each GPU, and why"""
+    argparse.ArgumentParser(prog="gcompress doctor", description=doctor.__doc__).parse_args(arguments)
+    import torch
+
+    from . import REGISTRY, cuda, native
+    from .cuda.kernels import DeviceKernels
+
+    built = ", ".join(native.available_backends())
+    print(f"CPU    {native.backend()} (there are: {built}; GCOMPRESS_BACKEND chooses)")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(max(1, count)):
+        active, reason = cuda.status(index)
+        name = f"GPU {index}" if count else "GPU"
+        print(f"{name:6} {'kernels' if active else 'torch reference' if count else 'none'}: {reason}")
+    kernels = sorted(DeviceKernels.methods)
+    print(f"       with kernels: {', '.join(kernels)}")
+    print(f"       by the torch reference: {', '.join(sorted(set(REGISTRY) - set(kernels)))}")
+
+
 def run_example(name, arguments):
     """Run a program of examples/ as if it had been started by its file name."""
     spec = importlib.util.find_spec("gcompress.examples")
@@ -44,7 +64,7 @@ def run_example(name, arguments):
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"split": split}
+COMMANDS = {"doctor": doctor, "split": split}
 
 
 def main(argv=None):

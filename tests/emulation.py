@@ -80,6 +80,9 @@ class EmulatedLauncher:
     def zeros(self, nbytes):
         return torch.zeros(nbytes, dtype=torch.uint8)
 
+    def numbers(self, values):
+        return torch.tensor(values)
+
     def read(self, tensor):
         return tensor.view(torch.int32).tolist()
 

@@ -57,6 +57,14 @@ class Nvrtc:
         return text.raw
 
 
+def preload(library):
+    """Let CuPy find a library where only this file looks (it looks into its own environment)."""
+    for path in library.path.parent.glob("libnvrtc-builtins.so.*"):
+        if ".alt." not in path.name:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library.path), mode=ctypes.RTLD_GLOBAL)
+
+
 def installed():
     """One Nvrtc for each version that is installed, the newest first."""
     spec = importlib.util.find_spec("nvidia")

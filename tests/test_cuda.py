@@ -3,6 +3,8 @@
 With a GPU, `make test-gpu` runs the same laws on it (test_cuda_device.py).
 """
 
+import concurrent.futures
+import faulthandler
 import os
 import pathlib
 import signal
@@ -13,8 +15,8 @@ import torch
 import emulation
 import nvrtc
 from compressors import COMPRESSORS, SIZES, inputs, poisoned
-from gcompress import PayloadError, from_spec, native
-from gcompress.cuda import sources
+from gcompress import PayloadError, cuda, from_spec, native
+from gcompress.cuda import compiler, sources
 from gcompress.cuda.kernels import DeviceKernels
 from gcompress.feedback import ErrorFeedback
 
@@ -35,17 +37,49 @@ def launcher(library):
     return emulation.EmulatedLauncher(library)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("module", sources.MODULES)
-def test_every_kernel_compiles_for(architecture, module):
-    """By the newest NVRTC that is installed and still knows the architecture: that of CUDA 13 ends at 75."""
+def the_compiler_for(architecture):
+    """(compile(module, architecture), None), or (None, what is missing).
+
+    CuPy's, which is that of run time, if it is installed and its NVRTC knows the architecture; or another NVRTC.
+    That of CUDA 13 begins with 75.
+    """
     installed = nvrtc.installed()
     able = [library for library in installed if architecture in library.architectures]
     if not able:
         has = ", ".join(f"{major}.{minor}" for major, minor in (library.version for library in installed)) or "none"
-        pytest.skip(f"no NVRTC for sm_{architecture} is installed (found: {has}): pip install nvidia-cuda-nvrtc-cu12")
-    cubin = able[0].compile(module, architecture)
-    assert cubin[:4] == b"\x7fELF"
+        return None, f"no NVRTC for sm_{architecture} is installed (found: {has}): pip install nvidia-cuda-nvrtc-cu12"
+    if able[0] is installed[0]:
+        try:
+            nvrtc.preload(able[0])
+            from cupy.cuda import nvrtc as of_cupy
+
+            if of_cupy.getVersion() == able[0].version:
+                return compiler.cubin, None
+        except Exception:  # no CuPy, or one that finds no NVRTC: the same compiler without it
+            pass
+    return able[0].compile, None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_for(architecture):
+    compile_module, missing = the_compiler_for(architecture)
+    if missing:
+        pytest.skip(missing)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        cubins = pool.map(lambda module: compile_module(module, architecture), sources.MODULES)
+        assert all(cubin[:4] == b"\x7fELF" for cubin in cubins)
+
+
+@pytest.mark.parametrize("option", ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"])
+def test_nothing_approximate_is_compiled(option):
+    assert option in sources.OPTIONS
+
+
+def test_without_a_device_the_reason_is_known():
+    active, reason = cuda.status()
+    if active:
+        pytest.skip("there is a device")
+    assert "CUDA" in reason or "CuPy" in reason or "capability" in reason
 
 
 def same(one, other):
@@ -164,8 +198,15 @@ QUICK_SPECS = [
     "mask:sparsity=0.9,bits=2",
     "mask:sparsity=0.9,bits=6,levels=lloyd",
     "hybrid:(topk:sparsity=0.99),(quantize:bits=2)",
+    "eden:bits=2",
+    "eden:bits=0.5,block=16384",
+    "shared:bits=4",
+    "entropy:(quantize:bits=3)",
+    "entropy:(topk:sparsity=0.5)",
+    "lowrank:rank=1",
 ]
 QUICK = [(spec, numel, name) for spec in QUICK_SPECS for numel in (1023, 8200) for name in ("gauss", "ties")]
+QUICK += [("eden:bits=2", 8200, "one nan")]
 QUICK += [("onebit:bucket=0", 2**20 + 5000, "gauss"), ("topk:sparsity=0.9", 2**20 + 5000, "gauss")]
 
 
@@ -175,7 +216,8 @@ def quick_run(launcher):
         feedback.compress("w", torch.randn(100), from_spec("bf16"))
         feedback.compress("m", torch.randn(100), from_spec("mask:sparsity=0.9"))
     for spec, numel, name in QUICK:
-        check_bytes(from_spec(spec), DeviceKernels(launcher), inputs(numel)[name], (spec, numel, name))
+        tensor = {**inputs(numel), **poisoned(numel)}[name]
+        check_bytes(from_spec(spec), DeviceKernels(launcher), tensor, (spec, numel, name))
 
 
 @needs_compiler
@@ -189,6 +231,7 @@ def ends_well(where, library, schedule):
     child = os.fork()
     if child == 0:
         try:
+            faulthandler.disable()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             signal.alarm(60)
             launcher = emulation.EmulatedLauncher(library, schedules=(schedule,))

@@ -88,7 +88,7 @@ class Eden(Compressor):
         return 4 + 4 * (blocks + (tail > 0)) + packing.packed_bytes(codes, self._width)
 
     def _encode_native(self, kernels, values, payload, seed):
-        levels = _levels(self._width)  # held here: of two threads' first tables the cache keeps one
+        levels = _levels(self._width, values.device)  # held here: of two threads' first tables the cache keeps one
         tail = values.numel() % self.block
         kernels.eden_encode(
             values.data_ptr(), values.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
@@ -96,7 +96,7 @@ class Eden(Compressor):
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):
-        levels = _levels(self._width)
+        levels = _levels(self._width, out.device)
         tail = out.numel() % self.block
         kernels.eden_decode(
             payload.data_ptr(), out.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
@@ -128,7 +128,7 @@ class Eden(Compressor):
         power = packing.ordered_sum(rotated.double().square()).unsqueeze(1)
         to_units = (UNIT / torch.sqrt(power / rows.shape[1])).to(torch.float32)
         sent = rotated.gather(1, self._positions(*rows.shape, first, seed, rows.device))
-        levels = _levels(self._width).to(rows.device)
+        levels = _levels(self._width, rows.device)
         borders = (levels[1:] + levels[:-1]) / 2
         classes = torch.bucketize(sent.abs() * to_units, borders, right=True)
         chosen = levels[classes].double()
@@ -154,7 +154,7 @@ class Eden(Compressor):
         seed = int.from_bytes(bytes(payload[:4].tolist()), "little")
         blocks = -(-numel // self.block)
         scales = packing.bytes_to_float(payload[4 : 4 + 4 * blocks])
-        levels = _levels(self._width).to(payload.device)
+        levels = _levels(self._width, payload.device)
         table = torch.cat([levels, -levels])
         out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
         whole = numel // self.block * self._sent(self.block)
@@ -172,9 +172,9 @@ class Eden(Compressor):
 
 
 @functools.lru_cache
-def _levels(bits):
+def _levels(bits, device):
     """The positive levels of a number of bits, float32."""
-    return torch.tensor(LEVELS[bits], dtype=torch.float32)
+    return torch.tensor(LEVELS[bits], dtype=torch.float32, device=device)
 
 
 def _part(entries):

@@ -101,16 +101,29 @@ class Entropy(Compressor):
 
     def _encode_native(self, kernels, values, payload, seed):
         inner, _ = self.inner.compress(values, seed=seed)
+        if hasattr(kernels, "entropy_payload"):
+            sections = [section[:2] for section in self.inner.sections(values.numel())]
+            return kernels.entropy_payload(inner.data_ptr(), inner.numel(), sections, payload.data_ptr())
         workspace = torch.empty(inner.numel() + 2 * LANES, dtype=torch.uint8)
         sections, count = self._native_sections(values.numel())
         return kernels.entropy_encode(inner.data_ptr(), sections, count, workspace.data_ptr(), payload.data_ptr())
 
     def _decode_native(self, kernels, payload, out, add):
-        inner = torch.empty(self.inner.nbytes(out.numel()), dtype=torch.uint8)
+        inner = torch.empty(self.inner.nbytes(out.numel()), dtype=torch.uint8, device=out.device)
+        if hasattr(kernels, "entropy_inner"):
+            return self._decode_device(kernels, payload, inner, out, add)
         sections, count = self._native_sections(out.numel())
         if kernels.entropy_decode(payload.data_ptr(), payload.numel(), sections, count, inner.data_ptr()):
             raise PayloadError(f"payload: no entropy coding of {inner.numel()} bytes of {self.inner}")
         self.inner.decode_into(inner, out, add)
+
+    def _decode_device(self, kernels, payload, inner, out, add):
+        """What is no coding becomes NaN: an error would have to wait for the device."""
+        inner.zero_()
+        sections = [section[:2] for section in self.inner.sections(out.numel())]
+        wrong = kernels.entropy_inner(payload.data_ptr(), payload.numel(), sections, inner.data_ptr())
+        self.inner.decode_into(inner, out, add)
+        kernels.poison(wrong, out.numel(), out.data_ptr())
 
     def _encode_reference(self, values, seed):
         payload, _ = self.inner.compress(values, seed=seed)

@@ -106,7 +106,7 @@ class SharedScale(Compressor):
         kernels = native.kernels(values)
         bucket = self._bucket(values.numel())
         if kernels:
-            scales = torch.empty(self._buckets(values.numel()))
+            scales = torch.empty(self._buckets(values.numel()), device=values.device)
             kernels.shared_scales(values.data_ptr(), values.numel(), bucket, scales.data_ptr())
             return scales
         rows = torch.nn.functional.pad(values.abs(), (0, -values.numel() % bucket)).view(-1, bucket)
@@ -116,7 +116,7 @@ class SharedScale(Compressor):
     def _words(self, values, scales, width, seed):
         kernels, numel = native.kernels(values), values.numel()
         if kernels:
-            words = torch.empty(word_count(numel, width), dtype=torch.int64)
+            words = torch.empty(word_count(numel, width), dtype=torch.int64, device=values.device)
             kernels.shared_encode(
                 values.data_ptr(), numel, self._bucket(numel), self._limit, width, self.unbiased, seed,
                 scales.data_ptr(), words.data_ptr(),

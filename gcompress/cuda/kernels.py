@@ -22,6 +22,7 @@ HISTOGRAM_BYTES = 4 << max(DIGIT_BITS)
 MOST_HISTOGRAM_BLOCKS = 1024
 BITMAP, FIXED, GAPS = range(3)  # forms of topk's index
 LLOYD_BINS = 4096
+ENTROPY_STATE_BYTES, ENTROPY_STATES, ENTROPY_CHUNK = 176, 32, 1 << 16
 
 
 def ceil_div(a, b):
@@ -54,12 +55,15 @@ class DeviceKernels:
     methods = frozenset(
         (
             *("bf16", "chain", "fp16", "fp8", "hybrid", "mask", "mxfp4", "natural", "onebit", "qsgd", "quantize"),
-            *("randomk", "sign", "ternary", "threshold", "topk"),
+            *("eden", "entropy", "lowrank", "randomk", "shared", "sign", "ternary", "threshold", "topk"),
         )
     )
     # Those whose encoder keeps the new residual of error feedback as well.
     remembers = frozenset(
-        {"bf16", "fp16", "fp8", "mask", "mxfp4", "onebit", "qsgd", "quantize", "sign", "ternary", "topk"}
+        (
+            *("bf16", "eden", "fp16", "fp8", "mask", "mxfp4", "onebit", "qsgd", "quantize", "shared", "sign"),
+            *("ternary", "topk"),
+        )
     )
 
     def __init__(self, launcher):
@@ -87,6 +91,11 @@ class DeviceKernels:
 
     def _zeros_into(self, target, nbytes):
         self._launch("memory", "fill_zeros", ceil_div(nbytes, 16 * THREADS), target, nbytes)
+
+    def _keep_left(self, x, n, sent):
+        """The new residual, for an encoder that could not keep it: by what it decodes to."""
+        owed, fresh, poisoned = self._feedback
+        self._launch("memory", "feedback_left", ceil_div(n, FOUR), x, owed, sent.data_ptr(), n, poisoned, fresh)
 
     def _copy(self, source, nbytes, target):
         if nbytes:
@@ -239,7 +248,7 @@ class DeviceKernels:
         total = selection.data_ptr() if selection is not None else 0
         arguments = payload, places.data_ptr(), n, k, total, add, wrong.data_ptr(), out
         self._launch("topk", "topk_place", ceil_div(k, THREADS), *arguments)
-        self._launch("memory", "poison", ceil_div(n, FOUR), wrong.data_ptr(), n, out)
+        self.poison(wrong, n, out)
         return 0
 
     def _counted(self, module, kernel, tiles, *arguments):
@@ -277,7 +286,7 @@ class DeviceKernels:
         self._launch("topk", "hybrid_merge", ceil_div(n, THREADS), outliers, n, rest)
 
     def mask_encode(self, x, n, k, bits, signed, lloyd, workspace, capacity, payload):
-        owed, fresh, poisoned = self._feedback
+        owed, fresh, _ = self._feedback
         selected = self._select(x, n, k, signed, (owed, 0, 0))
         selection, _, _, above, equal = selected.places()
         chosen = selection, above, equal
@@ -291,8 +300,7 @@ class DeviceKernels:
         if fresh:  # what a level stands for is known only now
             sent = self._launcher.empty(4 * n)
             self.mask_decode(payload, n, k, bits, signed, False, sent.data_ptr())
-            arguments = x, owed, sent.data_ptr(), n, poisoned, fresh
-            self._launch("memory", "feedback_left", ceil_div(n, FOUR), *arguments)
+            self._keep_left(x, n, sent)
 
     def _lloyd_classes(self, x, owed, n, bits, signed, tiles, chosen):
         histogram, classes = self._launcher.zeros(4 * LLOYD_BINS), self._launcher.empty(LLOYD_BINS)
@@ -310,5 +318,91 @@ class DeviceKernels:
         before, selection = self._counted("mask", "mask_count", tiles, packed, n, bits)
         places = before.data_ptr(), selection.data_ptr(), add, wrong.data_ptr(), out
         self._launch("mask", "mask_decode", tiles, payload, n, k, bits, signed, *places)
-        self._launch("memory", "poison", ceil_div(n, FOUR), wrong.data_ptr(), n, out)
+        self.poison(wrong, n, out)
         return 0
+
+    def shared_scales(self, x, n, bucket, scales):
+        self._zeros_into(scales, 4 * ceil_div(n, bucket))
+        warps = ceil_div(n, bucket) * ceil_div(bucket, TILE)
+        self._launch("shared", "shared_scales", ceil_div(warps, THREADS // 32), x, self._feedback[0], n, bucket, scales)
+
+    def shared_encode(self, x, n, bucket, limit, width, stochastic, seed, scales, payload):
+        words = _word_count(n, width)
+        arguments = x, *self._feedback, n, bucket, limit, width, stochastic, seed, scales, words, payload
+        self._launch("shared", "shared_encode", ceil_div(words, THREADS), *arguments)
+
+    def shared_decode(self, payload, n, bucket, limit, width, scales, add, out):
+        words = _word_count(n, width)
+        arguments = payload, n, bucket, limit, width, scales, words, add, out
+        self._launch("shared", "shared_decode", ceil_div(words, THREADS), *arguments)
+
+    def lowrank_decode(self, left, right, rows, columns, rank, n, add, out):
+        self._launch("shared", "lowrank_decode", ceil_div(n, THREADS), left, right, columns, rank, n, add, out)
+
+    def eden_encode(self, x, n, bits, block, sent, sent_tail, unbiased, seed, levels, payload):
+        owed, fresh, _ = self._feedback
+        shape = n, bits, block, sent, sent_tail
+        places = x, owed, *shape, unbiased, seed, levels, payload
+        self._launch("eden", "eden_encode", ceil_div(n, block), *places, shared=_eden_shared(block))
+        if fresh:
+            decoded = self._launcher.empty(4 * n)
+            self.eden_decode(payload, *shape, levels, False, decoded.data_ptr())
+            self._keep_left(x, n, decoded)
+
+    def eden_decode(self, payload, n, bits, block, sent, sent_tail, levels, add, out):
+        places = payload, n, bits, block, sent, sent_tail, levels, add, out
+        self._launch("eden", "eden_decode", ceil_div(n, block), *places, shared=_eden_shared(block))
+
+    def _planes(self, sections):
+        """(offset, stride, bytes) of every plane of (bytes, stride) sections: a tensor, their number, the blocks."""
+        planes, offset = [], 0
+        for nbytes, stride in sections:
+            planes += [(offset + p, stride, ceil_div(nbytes - p, stride)) for p in range(min(stride, nbytes))]
+            offset += nbytes
+        longest = max(count for _, _, count in planes)
+        return self._launcher.numbers(tuple(planes)), len(planes), len(planes) * ceil_div(longest, ENTROPY_CHUNK)
+
+    def entropy_payload(self, inner, size, sections, payload):
+        """Encode `size` bytes; returns the payload's, for which it waits for the device, once."""
+        planes, count, blocks = self._planes(sections)
+        histograms, frequencies = self._launcher.zeros(8 * 256 * count), self._launcher.empty(2 * 256 * count)
+        state, capacity = self._launcher.zeros(ENTROPY_STATE_BYTES), size + 2 * ENTROPY_STATES
+        words, places = self._launcher.empty(capacity), self._launcher.empty(8 * count)
+        modes, which, at = payload + 4, (planes.data_ptr(), count), state.data_ptr()
+        codes = frequencies.data_ptr()
+
+        def launch(kernel, blocks, *arguments):
+            self._launch("entropy", kernel, blocks, *arguments)
+
+        launch("entropy_histogram", blocks, inner, *which, histograms.data_ptr())
+        launch("entropy_plan", 1, *which, histograms.data_ptr(), codes, at, modes)
+        launch("entropy_code", 1, inner, *which, modes, codes, words.data_ptr(), capacity, at)
+        launch("entropy_layout", 1, *which, size, codes, places.data_ptr(), at, payload)
+        launch("entropy_raw", blocks, inner, *which, modes, places.data_ptr(), at, 0, payload)
+        launch("entropy_words", ceil_div(capacity, FOUR), words.data_ptr(), capacity, at, payload)
+        return self._launcher.read(state)[8] & 0xFFFFFFFF
+
+    def entropy_inner(self, payload, size, sections, inner):
+        """Decode to the bytes of the inner payload; returns a memo for `poison` of whether they are any."""
+        planes, count, blocks = self._planes(sections)
+        frequencies, places = self._launcher.empty(2 * 256 * count), self._launcher.empty(8 * count)
+        state = self._launcher.zeros(ENTROPY_STATE_BYTES)
+        which, codes, at = (planes.data_ptr(), count), frequencies.data_ptr(), state.data_ptr()
+        self._launch("entropy", "entropy_parse", 1, payload, size, *which, codes, places.data_ptr(), at)
+        self._launch("entropy", "entropy_raw", blocks, inner, *which, payload + 4, places.data_ptr(), at, 1, payload)
+        self._launch("entropy", "entropy_decode", 1, payload, size, *which, codes, at, inner)
+        return state[4:8]
+
+    def poison(self, wrong, n, out):
+        """Make all of `out` NaN if a memo says so."""
+        self._launch("memory", "poison", ceil_div(n, FOUR), wrong.data_ptr(), n, out)
+
+
+def _eden_shared(block):
+    """Bytes: the entries, with a gap behind every 32, and their codes."""
+    return 4 * (block + block // 32) + block
+
+
+def _word_count(n, width):
+    whole = 64 * (64 // width)
+    return n // whole * 64 + ceil_div(n % whole, 64 // width)

@@ -1,4 +1,4 @@
-"""Launches on a CUDA device: CuPy compiles the sources once (NVRTC), torch has the memory and the stream.
+"""Launches on a CUDA device: CuPy compiles and loads the kernels once, torch has the memory and the stream.
 
 Tensors are not copied or converted: kernels get their addresses, outputs and workspaces come from torch's caching
 allocator, and every launch goes to torch's current stream, so that it stands in order with torch's own work and can
@@ -10,11 +10,11 @@ import logging
 
 import torch
 
-from . import sources
+from .compiler import cached_cubin
 from .kernels import THREADS, DeviceKernels
 
 OLDEST = (7, 0)  # compute capability: shuffles and ballots with masks, 96 KB of shared memory
-STATIC_SHARED = 48 << 10  # bytes that a kernel may use without asking
+UNASKED = 40 << 10  # bytes of shared memory that a launch may ask for and stay, with the kernel's own, within 48 KB
 
 
 class CupyLauncher:
@@ -22,9 +22,10 @@ class CupyLauncher:
 
     def __init__(self, device):
         import cupy
+        import numpy
 
-        self._cupy, self._device = cupy, device
-        self._functions = {}
+        self._cupy, self._numpy, self._device = cupy, numpy, device
+        self._functions, self._numbers, self._asked = {}, {}, {}
 
     def empty(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -32,18 +33,27 @@ class CupyLauncher:
     def zeros(self, nbytes):
         return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
 
+    def numbers(self, values):
+        """A tuple of integers, or of tuples, as int64 on the device."""
+        if values not in self._numbers:
+            self._numbers[values] = torch.tensor(values, device=self._device)
+        return self._numbers[values]
+
     def read(self, tensor):
         """Bytes of the device as a list of numbers below 2^32: waits for the device."""
         return tensor.view(torch.int32).tolist()
 
     def launch(self, module, kernel, blocks, *arguments, shared=0):
         function = self._functions.get(kernel) or self._compiled(module, kernel)
-        if shared > STATIC_SHARED:
-            function.max_dynamic_shared_size_bytes = shared
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        with self._cupy.cuda.Device(self._device.index), self._cupy.cuda.ExternalStream(stream, self._device.index):
-            # Python integers travel as 64 bits, floats as double: what every parameter is.
-            numbers = tuple(float(a) if isinstance(a, float) else int(a) for a in arguments)
+        if shared > max(UNASKED, self._asked.get(kernel, 0)):
+            function.max_dynamic_shared_size_bytes = self._asked[kernel] = shared
+        address = torch.cuda.current_stream(self._device).cuda_stream
+        own = self._cupy.cuda
+        stream = own.ExternalStream(address, self._device.index) if address else own.Stream.null
+        with own.Device(self._device.index), stream:
+            # Every parameter has 64 bits.
+            kinds = (self._numpy.float64 if isinstance(a, float) else self._numpy.int64 for a in arguments)
+            numbers = tuple(kind(a) for kind, a in zip(kinds, arguments, strict=True))
             function((blocks,), (THREADS,), numbers, shared_mem=shared)
 
     def _compiled(self, module, kernel):
@@ -56,7 +66,8 @@ class CupyLauncher:
 def _module(index, module):
     import cupy
 
-    return cupy.RawModule(code=sources.source(module), options=sources.OPTIONS)
+    major, minor = torch.cuda.get_device_capability(index)
+    return cupy.RawModule(path=str(cached_cubin(module, 10 * major + minor)))
 
 
 def status(index=0):
@@ -72,7 +83,8 @@ def status(index=0):
         import cupy
 
         compiler = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
-        _module(index, "memory").get_function("feedback_restore")
+        with cupy.cuda.Device(index):
+            _module(index, "memory").get_function("feedback_restore")
     except Exception as error:  # whatever keeps CuPy from working is no reason to stop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return False, f"{what}: CuPy does not work, {reason} (pip install cupy-cuda13x; for CUDA 12, cupy-cuda12x)"

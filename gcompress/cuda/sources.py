@@ -4,7 +4,23 @@ import functools
 import pathlib
 import re
 
-MODULES = ("cast", "mask", "memory", "natural", "qsgd", "quantize", "randomk", "select", "sign", "ternary", "topk")
+MODULES = (
+    *(
+        "cast",
+        "eden",
+        "entropy",
+        "mask",
+        "memory",
+        "natural",
+        "qsgd",
+        "quantize",
+        "randomk",
+        "select",
+        "shared",
+        "sign",
+    ),
+    *("ternary", "topk"),
+)
 # No fused multiply-add and nothing approximate: bytes must be those of the CPU.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 

@@ -19,7 +19,7 @@ emulator::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 namespace {
 
-const int MOST_THREADS = 1024, STACK = 64 << 10, SHARED = 256 << 10;
+const int MOST_THREADS = 1024, STACK = 64 << 10, SHARED = 256 << 10, MOST_SHARED = 96 << 10;
 enum Order { FIRST = 0, LAST = 1, RANDOM = 2 };
 
 struct KernelEntry {
@@ -257,7 +257,7 @@ void* shared_memory(const void* site, uint64_t bytes) {
     if (!place) {
         place = shared_bytes + shared_used;
         shared_used += (bytes + 15) / 16 * 16;
-        if (shared_used > dynamic_bytes + (48 << 10) || shared_used > SHARED) fail("more shared memory than a block has");
+        if (shared_used - dynamic_bytes > (48 << 10) || shared_used > MOST_SHARED) fail("more shared memory than sm_70 has");
         memset(place, 0xa5, bytes);
     }
     return place;

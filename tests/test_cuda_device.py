@@ -1,0 +1,124 @@
+"""The laws on this machine's GPU: `make test-gpu`. Without one they are skipped, saying why."""
+
+import os
+
+import pytest
+import torch
+
+from compressors import COMPRESSORS, SIZES, inputs, poisoned
+from gcompress import PayloadError, cuda, from_spec, native
+from gcompress.cuda.kernels import DeviceKernels
+from gcompress.feedback import ErrorFeedback
+
+ACTIVE, REASON = cuda.status()
+REQUIRED = bool(os.environ.get("GCOMPRESS_REQUIRE_GPU"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ACTIVE and not REQUIRED, reason=REASON)]
+every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
+# Those that never ask the device for a size; the encoder of lowrank is torch's.
+ASYNCHRONOUS = [
+    compressor
+    for compressor in ON_DEVICE
+    if compressor.fixed_size and not any(name in str(compressor) for name in ("threshold", "entropy", "lowrank"))
+]
+
+
+def same(one, other):
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def test_the_kernels_are_in_use():
+    assert ACTIVE, REASON
+    assert native.kernels(torch.zeros(1, device="cuda"), "quantize") is not None
+
+
+@every_compressor
+def test_the_bytes_are_those_of_the_cpu(compressor):
+    for numel in SIZES:
+        for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
+            payload, ctx = compressor.compress(tensor, seed=7)
+            decoded, total = compressor.decompress(payload, ctx), torch.ones(numel)
+            compressor.decode_into(payload, total, add=True)
+            on_device, _ = compressor.compress(tensor.cuda(), seed=7)
+            assert on_device.is_cuda and torch.equal(on_device.cpu(), payload), (numel, name)
+            assert same(compressor.decompress(payload.cuda(), ctx).cpu(), decoded), (numel, name)
+            own_total = torch.ones(numel, device="cuda")
+            compressor.decode_into(payload.cuda(), own_total, add=True)
+            assert same(own_total.cpu(), total), (numel, name)
+
+
+@pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
+def test_sixteen_million_entries_and_seven(compressor):
+    tensor = torch.randn(2**24 + 7, generator=torch.Generator().manual_seed(5))
+    payload, ctx = compressor.compress(tensor, seed=7)
+    on_device, _ = compressor.compress(tensor.cuda(), seed=7)
+    assert torch.equal(on_device.cpu(), payload)
+    assert same(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
+
+
+@pytest.mark.parametrize("compressor", ASYNCHRONOUS, ids=str)
+def test_nothing_waits_for_the_device(compressor):
+    tensor, out = torch.randn(70001, device="cuda"), torch.empty(70001, device="cuda")
+    payload, _ = compressor.compress(tensor)  # compiles
+    compressor.decode_into(payload, out)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        payload, _ = compressor.compress(tensor)
+        compressor.decode_into(payload, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compressor", ASYNCHRONOUS, ids=str)
+def test_encoding_and_decoding_are_captured_in_a_graph(compressor):
+    tensor, out = torch.randn(70001, device="cuda"), torch.empty(70001, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles, on the stream that is captured
+        compressor.decode_into(compressor.compress(tensor)[0], out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        payload, _ = compressor.compress(tensor)
+        compressor.decode_into(payload, out)
+    tensor.copy_(torch.randn(70001, generator=torch.Generator().manual_seed(9)))
+    graph.replay()
+    torch.cuda.synchronize()
+    expected, ctx = compressor.compress(tensor.cpu())
+    assert torch.equal(payload.cpu(), expected)
+    assert same(out.cpu(), compressor.decompress(expected, ctx))
+
+
+@pytest.mark.parametrize("spec", sorted(DeviceKernels.remembers))
+def test_error_feedback_is_that_of_the_cpu(spec):
+    compressor, expected, fused = from_spec(spec), ErrorFeedback(), ErrorFeedback()
+    for step in range(5):
+        gradient = inputs(8200, seed=step)["heavy"]
+        if step == 2:
+            gradient[17] = float("inf")
+        payload, _ = expected.compress("w", gradient, compressor, seed=step)
+        on_device, _ = fused.compress("w", gradient.cuda(), compressor, seed=step)
+        assert torch.equal(on_device.cpu(), payload)
+        assert same(fused.residual("w").cpu(), expected.residual("w"))
+
+
+@every_compressor
+def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor):
+    generator = torch.Generator().manual_seed(3)
+    payload, _ = compressor.compress(torch.randn(333, generator=generator))
+    out = torch.empty(333, device="cuda")
+    for trial in range(60):
+        damaged = payload.clone()
+        positions = torch.randint(0, len(payload), (1 + trial % 5,), generator=generator)
+        damaged[positions] = torch.randint(0, 256, positions.shape, generator=generator).to(torch.uint8)
+        try:
+            compressor.decode_into(damaged.cuda(), out)
+        except PayloadError:
+            pass
+    torch.cuda.synchronize()
+
+
+def test_half_precision_and_strides_come_back():
+    base = torch.randn(6, 50, device="cuda").half()
+    for tensor in (base, base.t(), base[:, ::3], base[:0]):
+        decoded = from_spec("quantize:bits=8").decompress(*from_spec("quantize:bits=8").compress(tensor))
+        assert decoded.shape == tensor.shape and decoded.dtype == tensor.dtype and decoded.is_cuda
