@@ -305,6 +305,78 @@ inline void transform(uint64_t* words, int rows) {
             for (int j = i; j < i + half; ++j) words[j] ^= words[j + half];  // vectorised
 }
 
+// round(x scale) clamped to -127 … 127, for 64 entries.
+inline Bytes samples_of(const float* x, float scale) {
+#if defined(__AVX512BW__)
+    const __m512 factor = _mm512_set1_ps(scale), top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f);
+    __m512i part[4];
+    for (int k = 0; k < 4; ++k) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * k), factor);
+        part[k] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, bottom), top));
+    }
+    const __m512i low = _mm512_packs_epi32(part[0], part[1]), high = _mm512_packs_epi32(part[2], part[3]);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+#elif defined(__AVX2__)
+    const __m256 factor = _mm256_set1_ps(scale), top = _mm256_set1_ps(127.0f), bottom = _mm256_set1_ps(-127.0f);
+    __m256i part[8];
+    for (int k = 0; k < 8; ++k) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * k), factor);
+        part[k] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, bottom), top));
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i half[2];
+    for (int k = 0; k < 2; ++k) {
+        const __m256i low = _mm256_packs_epi32(part[4 * k], part[4 * k + 1]);
+        const __m256i high = _mm256_packs_epi32(part[4 * k + 2], part[4 * k + 3]);
+        half[k] = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    }
+    Bytes result = {half[0], half[1]};
+    return result;
+#else
+    int8_t bytes[LANES];
+    for (int j = 0; j < LANES; ++j) {  // vectorised
+        const float value = x[j] * scale, low = value < -127.0f ? -127.0f : value;
+        bytes[j] = (int8_t)round_even(low > 127.0f ? 127.0f : low);
+    }
+    return load_bytes(bytes);
+#endif
+}
+
+// The sum of 64 signed bytes, in parts that `folded` adds up.
+#if defined(__AVX512BW__)
+typedef __m512i ByteSum;
+inline ByteSum no_sum() { return _mm512_setzero_si512(); }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {  // 128 more for every byte
+    return _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_xor_si512(a, _mm512_set1_epi8(-128)), zero_bytes()));
+}
+inline int64_t folded(ByteSum sum, int64_t rows) { return _mm512_reduce_add_epi64(sum) - 128 * LANES * rows; }
+#elif defined(__AVX2__)
+typedef __m256i ByteSum;
+inline ByteSum no_sum() { return _mm256_setzero_si256(); }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {
+    const __m256i zero = _mm256_setzero_si256(), top = _mm256_set1_epi8(-128);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(a.low ^ top, zero));
+    return _mm256_add_epi64(sum, _mm256_sad_epu8(a.high ^ top, zero));
+}
+inline int64_t folded(ByteSum sum, int64_t rows) {
+    int64_t parts[4];
+    memcpy(parts, &sum, sizeof parts);
+    return parts[0] + parts[1] + parts[2] + parts[3] - 128 * LANES * rows;
+}
+#else
+typedef int64_t ByteSum;
+inline ByteSum no_sum() { return 0; }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {
+    int8_t bytes[LANES];
+    int16_t total = 0;
+    store_bytes(bytes, a);
+    for (int j = 0; j < LANES; ++j) total = (int16_t)(total + bytes[j]);  // vectorised
+    return sum + total;
+}
+inline int64_t folded(ByteSum sum, int64_t) { return sum; }
+#endif
+
 // A row of `lanes` bytes, the rest 0; and its first `lanes` bytes to memory.
 inline Bytes load_lanes(const int8_t* p, int lanes) {
     if (lanes == LANES) return load_bytes(p);
@@ -408,7 +480,7 @@ struct PolarDesign {
 struct PolarWorkspace {
     Bytes *inputs, *scratch, *list;
     Signs* code;
-    int8_t* labels;
+    int8_t *labels, *samples;
     uint64_t* words;
     uint8_t* types;
     uint16_t* counts;
@@ -425,7 +497,8 @@ inline PolarWorkspace polar_workspace(uint8_t* memory) {
     work.types = memory + (4 * LANES + 8) * MAX_BLOCK;
     work.counts = (uint16_t*)(memory + (4 * LANES + 10) * MAX_BLOCK);
     work.list = (Bytes*)(memory + (4 * LANES + 14) * MAX_BLOCK);
-    return work;  // (7 LANES + 14) MAX_BLOCK + 64 bytes
+    work.samples = (int8_t*)(memory + (7 * LANES + 14) * MAX_BLOCK);
+    return work;  // (8 LANES + 14) MAX_BLOCK + 64 bytes
 }
 
 // Adds <samples, points of their labels> and <points, points> over the samples that matter.
@@ -474,15 +547,10 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
 // The same with one level: the sum of samples, each by the sign of its codeword's bit.
 inline void sign_products(const int8_t* samples, int rows, int lanes, const uint16_t* positions, const Signs* code,
                           int64_t* products) {
-    for (int start = 0; start < rows; start += MAX_REPETITION) {
-        int16_t sums[LANES] = {0};
-        int8_t signed_row[LANES];
-        for (int i = start; i < start + MAX_REPETITION && i < rows; ++i) {
-            store_bytes(signed_row, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
-            for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + signed_row[j]);  // vectorised
-        }
-        for (int j = 0; j < LANES; ++j) products[0] += sums[j];
-    }
+    ByteSum sum = no_sum();
+    for (int i = 0; i < rows; ++i)
+        sum = with_bytes(sum, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
+    products[0] += folded(sum, rows);
 }
 
 struct PolarTables {
@@ -494,7 +562,8 @@ struct PolarTables {
 inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const Bytes* l, Signs* code,
                               Bytes* memory);
 
-// Writes a tile's words and returns their end. `slots` gives every row's class, and `products`
+// Writes a tile's words and returns their end. Without `samples` the tile has one level and one class and its inputs
+// are in place. `slots` gives every row's class, and `products`
 // per class: <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
 inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
                                   const PolarTables* tables, int list_size, PolarWorkspace work, uint8_t* words,
@@ -506,7 +575,7 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
         const int free = (int)tile->free[level];
         if (levels > 1)
             level_inputs(samples, rows, lanes, level, slots, tables->levels, positions, work.labels, work.inputs);
-        else
+        else if (samples)
             for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
         subtree_types(rank, rows, free, work.types, work.counts);
         if (list_size > 1 && levels < MAX_LEVELS)
@@ -526,6 +595,12 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
             }
         }
     }
+    if (!samples) {  // absent rows are 0
+        ByteSum sum = no_sum();
+        for (int i = 0; i < rows; ++i) sum = with_bytes(sum, negate_where(work.inputs[i], work.code[i]));
+        products[2 * slots[0]] += folded(sum, rows);
+        return words;
+    }
     for (int i = 0, end; i < rows && slots[i] != PADDING_ROW; i = end) {
         end = i + 1;
         while (end < rows && slots[end] == slots[i]) ++end;
@@ -537,6 +612,34 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
             sign_products(first, end - i, lanes, positions + i, work.code, mine);
     }
     return words;
+}
+
+// The same for the next `count` entries of a vector whose entries are all of one class, which become samples here.
+inline uint8_t* polar_encode_entries(const float* x, int64_t count, float scale, const PolarTile* tile,
+                                     const uint8_t* slots, const PolarTables* tables, int list_size,
+                                     PolarWorkspace work, uint8_t* words, int64_t* products) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes;
+    const uint16_t* positions = (const uint16_t*)tile->positions;
+    const bool signs = tile->levels == 1;
+    float last[LANES];
+    for (int i = 0; i < rows; ++i) {
+        const int64_t start = (int64_t)lanes * i, left = count - start < lanes ? count - start : lanes;
+        Bytes row = zero_bytes();
+        if (left == LANES) {
+            row = samples_of(x + start, scale);
+        } else if (left > 0) {
+            memset(last, 0, sizeof last);
+            memcpy(last, x + start, (size_t)left * sizeof(float));
+            row = samples_of(last, scale);
+        }
+        if (signs) {
+            work.inputs[positions[i]] = row;
+        } else {
+            store_lanes(work.samples + start, row, lanes);
+            for (int64_t j = left > 0 ? left : 0; j < lanes; ++j) work.samples[start + j] = ERASED;
+        }
+    }
+    return polar_encode_tile(signs ? 0 : work.samples, tile, slots, tables, list_size, work, words, products);
 }
 
 // Signs from a word, the inverse of word_of.
