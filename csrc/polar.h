@@ -435,6 +435,25 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) void level_inputs_vbmi(co
 }
 #endif
 
+#if defined(__AVX2__)
+// inputs[j] = table[256 labels[j] + samples[j] as a byte], for 64 of them: places by vectors, loads one by one.
+inline void look_up_samples(const int8_t* table, const int8_t* samples, const int8_t* labels, int8_t* inputs) {
+    uint16_t places[LANES];
+    for (int part = 0; part < LANES; part += 32) {
+        const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + part));
+        const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + part));
+        const __m256i low = _mm256_unpacklo_epi8(sample, label), high = _mm256_unpackhi_epi8(sample, label);
+        _mm256_storeu_si256((__m256i*)(places + part), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i*)(places + part + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+    for (int j = 0; j < LANES; j += 8) {
+        uint64_t eight = 0;
+        for (int k = 0; k < 8; ++k) eight |= (uint64_t)(uint8_t)table[places[j + k]] << (8 * k);  // unrolled
+        store(inputs + j, eight);
+    }
+}
+#endif
+
 inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, const uint8_t* slots,
                          const int8_t* const* tables, const uint16_t* positions, const int8_t* labels, Bytes* l) {
     const bool plain = tables[slots[0]] == 0;
@@ -454,6 +473,10 @@ inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, 
         int8_t inputs[LANES] = {0};
         if (slots[i] != PADDING_ROW && plain) {
             for (int j = 0; j < lanes; ++j) inputs[j] = (int8_t)(1 - 2 * (samples[lanes * i + j] >> level & 1));
+#if defined(__AVX2__)
+        } else if (slots[i] != PADDING_ROW && lanes == LANES) {
+            look_up_samples(tables[slots[i]] + 256 * ((1 << level) - 1), samples + LANES * i, labels + LANES * i, inputs);
+#endif
         } else if (slots[i] != PADDING_ROW) {
             const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
             for (int j = 0; j < lanes; ++j)
@@ -531,6 +554,50 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
         dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(dots, 1)));
     }
     norm = _mm512_reduce_add_epi64(norms);
+#elif defined(__AVX2__)
+    // Points of up to 32 labels by byte shuffles, their lower and upper bytes apart.
+    __m256i low_bytes[2], high_bytes[2];
+    for (int half = 0; half < 2; ++half) {
+        int8_t bytes[2][16] = {{0}, {0}};
+        for (int k = 0; k < 16 && 16 * half + k < 1 << levels; ++k) {
+            bytes[0][k] = (int8_t)(points[16 * half + k] & 255);
+            bytes[1][k] = (int8_t)(points[16 * half + k] >> 8);
+        }
+        low_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[0]));
+        high_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1]));
+    }
+    const __m256i erased = _mm256_set1_epi8(ERASED), zero = _mm256_setzero_si256();
+    int j = 0;
+    while (levels <= 5 && j + 32 <= count) {
+        __m256i dots = zero, norms = zero;
+        for (int part = 0; part < 128 && j + 32 <= count; ++part, j += 32) {  // so many products fit 32 bits
+            const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + j));
+            const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + j));
+            const __m256i upper = _mm256_slli_epi16(label, 3);  // bit 4 to the top of its byte
+            __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(low_bytes[0], label),
+                                             _mm256_shuffle_epi8(low_bytes[1], label), upper);
+            __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(high_bytes[0], label),
+                                              _mm256_shuffle_epi8(high_bytes[1], label), upper);
+            const __m256i absent = _mm256_cmpeq_epi8(sample, erased);
+            low = _mm256_andnot_si256(absent, low);
+            high = _mm256_andnot_si256(absent, high);
+            const __m256i minus = _mm256_cmpgt_epi8(zero, sample);
+            for (int side = 0; side < 2; ++side) {
+                const __m256i point = side ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+                const __m256i value = side ? _mm256_unpackhi_epi8(sample, minus) : _mm256_unpacklo_epi8(sample, minus);
+                dots = _mm256_add_epi32(dots, _mm256_madd_epi16(point, value));
+                const __m256i squares = _mm256_madd_epi16(point, point);
+                norms = _mm256_add_epi64(norms, _mm256_and_si256(squares, _mm256_set1_epi64x(0xffffffff)));
+                norms = _mm256_add_epi64(norms, _mm256_srli_epi64(squares, 32));
+            }
+        }
+        int32_t dot_parts[8];
+        int64_t norm_parts[4];
+        memcpy(dot_parts, &dots, sizeof dots);
+        memcpy(norm_parts, &norms, sizeof norms);
+        for (int k = 0; k < 8; ++k) dot += dot_parts[k];
+        for (int k = 0; k < 4; ++k) norm += norm_parts[k];
+    }
 #else
     int j = 0;
     (void)levels;
@@ -588,11 +655,9 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
         }
         for (int i = 0; i < rows; ++i) work.words[i] = word_of(work.code[i]);
         transform(work.words, rows);
-        for (int i = 0; i < rows; ++i) {
-            if (rank[i] < free) {
-                store(words, work.words[i]);  // up to 7 bytes more than there are lanes for
-                words += lanes / 8;
-            }
+        for (int i = 0; i < rows; ++i) {  // without a branch: up to 8 bytes more are written
+            store(words, work.words[i]);
+            words += rank[i] < free ? lanes / 8 : 0;
         }
     }
     if (!samples) {  // absent rows are 0
@@ -710,6 +775,19 @@ inline void write_points(const uint8_t* labels, const float* table, int levels, 
     look_up_64<add>(labels, table, levels > 4, out);
 }
 
+// Words of so many bytes at their positions; returns their end.
+template <int bytes>
+inline const uint8_t* read_words(const uint8_t* words, const uint16_t* rank, int rows, int free, uint64_t* bits) {
+    for (int i = 0; i < rows; ++i) {
+        bits[i] = 0;
+        if (rank[i] < free) {
+            memcpy(bits + i, words, bytes);
+            words += bytes;
+        }
+    }
+    return words;
+}
+
 // Decodes one tile, at most `count` entries of it; returns the end of its words.
 template <bool add>
 const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots,
@@ -719,13 +797,10 @@ const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, co
     for (int level = 0; level < levels; ++level) {
         uint64_t* bits = code + level * rows;
         const int free = (int)tile->free[level];
-        for (int i = 0; i < rows; ++i) {
-            bits[i] = 0;
-            if (rank[i] < free) {
-                memcpy(bits + i, words, (size_t)(lanes / 8));
-                words += lanes / 8;
-            }
-        }
+        words = lanes == LANES ? read_words<8>(words, rank, rows, free, bits)
+                : lanes == 32  ? read_words<4>(words, rank, rows, free, bits)
+                : lanes == 16  ? read_words<2>(words, rank, rows, free, bits)
+                               : read_words<1>(words, rank, rows, free, bits);
         if (free > 0) transform(bits, rows);
     }
     float tail[LANES] = {0};

@@ -1,7 +1,8 @@
 """A tensor to the bytes of a polar payload and back, on either backend (docs/FORMAT.md).
 
 A backend is a module or object with the functions of reference.py: `sums`, `beyond`, `energies`,
-`encode`, `decode` and `scatter` (and for unbiased payloads the `turn…`). Everything else, here and in plan.py, is common to all.
+`encode`, `decode` and `scatter`, for unbiased payloads also `turn`, `turn_scales` and `turn_back`. Everything else,
+here and in plan.py, is common to all.
 """
 
 import math
