@@ -95,6 +95,9 @@ typedef struct {
     void (*polar_turn)(const float* x, int64_t n, uint32_t seed, float* y, double* lengths);
     void (*polar_turn_scales)(const float* y, const float* decoded, int64_t n, const double* lengths, float* scales);
     void (*polar_turn_back)(float* y, int64_t n, uint32_t seed, const float* scales, int add, float* out);
+    void (*polar_encode_vector)(const float* x, int64_t n, float scale, int64_t count, const void* tiles,
+                                const uint8_t* slots, const void* designs, int list_size, uint8_t* workspace,
+                                uint8_t* words, int64_t* products);
 } gc_kernels;
 
 GC_EXPORT int gc_abi_version(void);

@@ -109,21 +109,42 @@ void polar_gather(const float* x, const void* layout, int64_t* cursors, float* r
     polar_gather_rows(x, (const PolarLayout*)layout, cursors, row_buffer, samples);
 }
 
-void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
-                  int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
-    const PolarWorkspace work = polar_workspace(workspace);
-    const PolarTile* tile = (const PolarTile*)tiles;
-    PolarTables tables = {{0}, {0}};
+inline void read_polar_tables(const PolarTile* tile, int64_t count, const uint8_t* slots, const PolarDesign* designs,
+                              PolarTables* tables) {
+    memset(tables, 0, sizeof *tables);
     int64_t rows = 0;
     for (int64_t k = 0; k < count; ++k) rows += tile[k].rows;
     for (int64_t i = 0; i < rows; ++i) {
         if (slots[i] == PADDING_ROW) continue;
-        tables.levels[slots[i]] = (const int8_t*)((const PolarDesign*)designs)[slots[i]].tables;
-        tables.points[slots[i]] = (const int16_t*)((const PolarDesign*)designs)[slots[i]].points;
+        tables->levels[slots[i]] = (const int8_t*)designs[slots[i]].tables;
+        tables->points[slots[i]] = (const int16_t*)designs[slots[i]].points;
     }
+}
+
+void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
+                  int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
+    const PolarWorkspace work = polar_workspace(workspace);
+    const PolarTile* tile = (const PolarTile*)tiles;
+    PolarTables tables;
+    read_polar_tables(tile, count, slots, (const PolarDesign*)designs, &tables);
     for (const PolarTile* end = tile + count; tile < end; ++tile) {
         words = polar_encode_tile(samples, tile, slots, &tables, list_size, work, words, products);
         samples += tile->lanes * tile->rows;
+        slots += tile->rows;
+    }
+}
+
+void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, const void* tiles,
+                         const uint8_t* slots, const void* designs, int list_size, uint8_t* workspace,
+                         uint8_t* words, int64_t* products) {
+    const PolarWorkspace work = polar_workspace(workspace);
+    const PolarTile* tile = (const PolarTile*)tiles;
+    PolarTables tables;
+    read_polar_tables(tile, count, slots, (const PolarDesign*)designs, &tables);
+    for (const PolarTile* end = tile + count; tile < end; ++tile) {
+        words = polar_encode_entries(x, n, scale, tile, slots, &tables, list_size, work, words, products);
+        x += tile->lanes * tile->rows;
+        n -= tile->lanes * tile->rows;
         slots += tile->rows;
     }
 }
@@ -194,5 +215,5 @@ const gc_kernels GC_JOIN(gc_kernels_, GC_ISA) = {quantize_encode, quantize_decod
                                                   qsgd_decode,     ternary_encode,  ternary_decode,
                                                   natural_encode,  natural_decode,  polar_beyond,
                                                   polar_turn,      polar_turn_scales,
-                                                  polar_turn_back};
+                                                  polar_turn_back, polar_encode_vector};
 }

@@ -305,6 +305,78 @@ inline void transform(uint64_t* words, int rows) {
             for (int j = i; j < i + half; ++j) words[j] ^= words[j + half];  // vectorised
 }
 
+// round(x scale) clamped to -127 … 127, for 64 entries.
+inline Bytes samples_of(const float* x, float scale) {
+#if defined(__AVX512BW__)
+    const __m512 factor = _mm512_set1_ps(scale), top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f);
+    __m512i part[4];
+    for (int k = 0; k < 4; ++k) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * k), factor);
+        part[k] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, bottom), top));
+    }
+    const __m512i low = _mm512_packs_epi32(part[0], part[1]), high = _mm512_packs_epi32(part[2], part[3]);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+#elif defined(__AVX2__)
+    const __m256 factor = _mm256_set1_ps(scale), top = _mm256_set1_ps(127.0f), bottom = _mm256_set1_ps(-127.0f);
+    __m256i part[8];
+    for (int k = 0; k < 8; ++k) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * k), factor);
+        part[k] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, bottom), top));
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i half[2];
+    for (int k = 0; k < 2; ++k) {
+        const __m256i low = _mm256_packs_epi32(part[4 * k], part[4 * k + 1]);
+        const __m256i high = _mm256_packs_epi32(part[4 * k + 2], part[4 * k + 3]);
+        half[k] = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    }
+    Bytes result = {half[0], half[1]};
+    return result;
+#else
+    int8_t bytes[LANES];
+    for (int j = 0; j < LANES; ++j) {  // vectorised
+        const float value = x[j] * scale, low = value < -127.0f ? -127.0f : value;
+        bytes[j] = (int8_t)round_even(low > 127.0f ? 127.0f : low);
+    }
+    return load_bytes(bytes);
+#endif
+}
+
+// The sum of 64 signed bytes, in parts that `folded` adds up.
+#if defined(__AVX512BW__)
+typedef __m512i ByteSum;
+inline ByteSum no_sum() { return _mm512_setzero_si512(); }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {  // 128 more for every byte
+    return _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_xor_si512(a, _mm512_set1_epi8(-128)), zero_bytes()));
+}
+inline int64_t folded(ByteSum sum, int64_t rows) { return _mm512_reduce_add_epi64(sum) - 128 * LANES * rows; }
+#elif defined(__AVX2__)
+typedef __m256i ByteSum;
+inline ByteSum no_sum() { return _mm256_setzero_si256(); }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {
+    const __m256i zero = _mm256_setzero_si256(), top = _mm256_set1_epi8(-128);
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(a.low ^ top, zero));
+    return _mm256_add_epi64(sum, _mm256_sad_epu8(a.high ^ top, zero));
+}
+inline int64_t folded(ByteSum sum, int64_t rows) {
+    int64_t parts[4];
+    memcpy(parts, &sum, sizeof parts);
+    return parts[0] + parts[1] + parts[2] + parts[3] - 128 * LANES * rows;
+}
+#else
+typedef int64_t ByteSum;
+inline ByteSum no_sum() { return 0; }
+inline ByteSum with_bytes(ByteSum sum, Bytes a) {
+    int8_t bytes[LANES];
+    int16_t total = 0;
+    store_bytes(bytes, a);
+    for (int j = 0; j < LANES; ++j) total = (int16_t)(total + bytes[j]);  // vectorised
+    return sum + total;
+}
+inline int64_t folded(ByteSum sum, int64_t) { return sum; }
+#endif
+
 // A row of `lanes` bytes, the rest 0; and its first `lanes` bytes to memory.
 inline Bytes load_lanes(const int8_t* p, int lanes) {
     if (lanes == LANES) return load_bytes(p);
@@ -363,6 +435,25 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) void level_inputs_vbmi(co
 }
 #endif
 
+#if defined(__AVX2__)
+// inputs[j] = table[256 labels[j] + samples[j] as a byte], for 64 of them: places by vectors, loads one by one.
+inline void look_up_samples(const int8_t* table, const int8_t* samples, const int8_t* labels, int8_t* inputs) {
+    uint16_t places[LANES];
+    for (int part = 0; part < LANES; part += 32) {
+        const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + part));
+        const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + part));
+        const __m256i low = _mm256_unpacklo_epi8(sample, label), high = _mm256_unpackhi_epi8(sample, label);
+        _mm256_storeu_si256((__m256i*)(places + part), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i*)(places + part + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+    for (int j = 0; j < LANES; j += 8) {
+        uint64_t eight = 0;
+        for (int k = 0; k < 8; ++k) eight |= (uint64_t)(uint8_t)table[places[j + k]] << (8 * k);  // unrolled
+        store(inputs + j, eight);
+    }
+}
+#endif
+
 inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, const uint8_t* slots,
                          const int8_t* const* tables, const uint16_t* positions, const int8_t* labels, Bytes* l) {
     const bool plain = tables[slots[0]] == 0;
@@ -382,6 +473,10 @@ inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, 
         int8_t inputs[LANES] = {0};
         if (slots[i] != PADDING_ROW && plain) {
             for (int j = 0; j < lanes; ++j) inputs[j] = (int8_t)(1 - 2 * (samples[lanes * i + j] >> level & 1));
+#if defined(__AVX2__)
+        } else if (slots[i] != PADDING_ROW && lanes == LANES) {
+            look_up_samples(tables[slots[i]] + 256 * ((1 << level) - 1), samples + LANES * i, labels + LANES * i, inputs);
+#endif
         } else if (slots[i] != PADDING_ROW) {
             const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
             for (int j = 0; j < lanes; ++j)
@@ -408,7 +503,7 @@ struct PolarDesign {
 struct PolarWorkspace {
     Bytes *inputs, *scratch, *list;
     Signs* code;
-    int8_t* labels;
+    int8_t *labels, *samples;
     uint64_t* words;
     uint8_t* types;
     uint16_t* counts;
@@ -425,7 +520,8 @@ inline PolarWorkspace polar_workspace(uint8_t* memory) {
     work.types = memory + (4 * LANES + 8) * MAX_BLOCK;
     work.counts = (uint16_t*)(memory + (4 * LANES + 10) * MAX_BLOCK);
     work.list = (Bytes*)(memory + (4 * LANES + 14) * MAX_BLOCK);
-    return work;  // (7 LANES + 14) MAX_BLOCK + 64 bytes
+    work.samples = (int8_t*)(memory + (7 * LANES + 14) * MAX_BLOCK);
+    return work;  // (8 LANES + 14) MAX_BLOCK + 64 bytes
 }
 
 // Adds <samples, points of their labels> and <points, points> over the samples that matter.
@@ -458,6 +554,50 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
         dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(dots, 1)));
     }
     norm = _mm512_reduce_add_epi64(norms);
+#elif defined(__AVX2__)
+    // Points of up to 32 labels by byte shuffles, their lower and upper bytes apart.
+    __m256i low_bytes[2], high_bytes[2];
+    for (int half = 0; half < 2; ++half) {
+        int8_t bytes[2][16] = {{0}, {0}};
+        for (int k = 0; k < 16 && 16 * half + k < 1 << levels; ++k) {
+            bytes[0][k] = (int8_t)(points[16 * half + k] & 255);
+            bytes[1][k] = (int8_t)(points[16 * half + k] >> 8);
+        }
+        low_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[0]));
+        high_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1]));
+    }
+    const __m256i erased = _mm256_set1_epi8(ERASED), zero = _mm256_setzero_si256();
+    int j = 0;
+    while (levels <= 5 && j + 32 <= count) {
+        __m256i dots = zero, norms = zero;
+        for (int part = 0; part < 128 && j + 32 <= count; ++part, j += 32) {  // so many products fit 32 bits
+            const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + j));
+            const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + j));
+            const __m256i upper = _mm256_slli_epi16(label, 3);  // bit 4 to the top of its byte
+            __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(low_bytes[0], label),
+                                             _mm256_shuffle_epi8(low_bytes[1], label), upper);
+            __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(high_bytes[0], label),
+                                              _mm256_shuffle_epi8(high_bytes[1], label), upper);
+            const __m256i absent = _mm256_cmpeq_epi8(sample, erased);
+            low = _mm256_andnot_si256(absent, low);
+            high = _mm256_andnot_si256(absent, high);
+            const __m256i minus = _mm256_cmpgt_epi8(zero, sample);
+            for (int side = 0; side < 2; ++side) {
+                const __m256i point = side ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+                const __m256i value = side ? _mm256_unpackhi_epi8(sample, minus) : _mm256_unpacklo_epi8(sample, minus);
+                dots = _mm256_add_epi32(dots, _mm256_madd_epi16(point, value));
+                const __m256i squares = _mm256_madd_epi16(point, point);
+                norms = _mm256_add_epi64(norms, _mm256_and_si256(squares, _mm256_set1_epi64x(0xffffffff)));
+                norms = _mm256_add_epi64(norms, _mm256_srli_epi64(squares, 32));
+            }
+        }
+        int32_t dot_parts[8];
+        int64_t norm_parts[4];
+        memcpy(dot_parts, &dots, sizeof dots);
+        memcpy(norm_parts, &norms, sizeof norms);
+        for (int k = 0; k < 8; ++k) dot += dot_parts[k];
+        for (int k = 0; k < 4; ++k) norm += norm_parts[k];
+    }
 #else
     int j = 0;
     (void)levels;
@@ -474,15 +614,10 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
 // The same with one level: the sum of samples, each by the sign of its codeword's bit.
 inline void sign_products(const int8_t* samples, int rows, int lanes, const uint16_t* positions, const Signs* code,
                           int64_t* products) {
-    for (int start = 0; start < rows; start += MAX_REPETITION) {
-        int16_t sums[LANES] = {0};
-        int8_t signed_row[LANES];
-        for (int i = start; i < start + MAX_REPETITION && i < rows; ++i) {
-            store_bytes(signed_row, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
-            for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + signed_row[j]);  // vectorised
-        }
-        for (int j = 0; j < LANES; ++j) products[0] += sums[j];
-    }
+    ByteSum sum = no_sum();
+    for (int i = 0; i < rows; ++i)
+        sum = with_bytes(sum, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
+    products[0] += folded(sum, rows);
 }
 
 struct PolarTables {
@@ -494,7 +629,8 @@ struct PolarTables {
 inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const Bytes* l, Signs* code,
                               Bytes* memory);
 
-// Writes a tile's words and returns their end. `slots` gives every row's class, and `products`
+// Writes a tile's words and returns their end. Without `samples` the tile has one level and one class and its inputs
+// are in place. `slots` gives every row's class, and `products`
 // per class: <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
 inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
                                   const PolarTables* tables, int list_size, PolarWorkspace work, uint8_t* words,
@@ -506,7 +642,7 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
         const int free = (int)tile->free[level];
         if (levels > 1)
             level_inputs(samples, rows, lanes, level, slots, tables->levels, positions, work.labels, work.inputs);
-        else
+        else if (samples)
             for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
         subtree_types(rank, rows, free, work.types, work.counts);
         if (list_size > 1 && levels < MAX_LEVELS)
@@ -519,12 +655,16 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
         }
         for (int i = 0; i < rows; ++i) work.words[i] = word_of(work.code[i]);
         transform(work.words, rows);
-        for (int i = 0; i < rows; ++i) {
-            if (rank[i] < free) {
-                store(words, work.words[i]);  // up to 7 bytes more than there are lanes for
-                words += lanes / 8;
-            }
+        for (int i = 0; i < rows; ++i) {  // without a branch: up to 8 bytes more are written
+            store(words, work.words[i]);
+            words += rank[i] < free ? lanes / 8 : 0;
         }
+    }
+    if (!samples) {  // absent rows are 0
+        ByteSum sum = no_sum();
+        for (int i = 0; i < rows; ++i) sum = with_bytes(sum, negate_where(work.inputs[i], work.code[i]));
+        products[2 * slots[0]] += folded(sum, rows);
+        return words;
     }
     for (int i = 0, end; i < rows && slots[i] != PADDING_ROW; i = end) {
         end = i + 1;
@@ -537,6 +677,34 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
             sign_products(first, end - i, lanes, positions + i, work.code, mine);
     }
     return words;
+}
+
+// The same for the next `count` entries of a vector whose entries are all of one class, which become samples here.
+inline uint8_t* polar_encode_entries(const float* x, int64_t count, float scale, const PolarTile* tile,
+                                     const uint8_t* slots, const PolarTables* tables, int list_size,
+                                     PolarWorkspace work, uint8_t* words, int64_t* products) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes;
+    const uint16_t* positions = (const uint16_t*)tile->positions;
+    const bool signs = tile->levels == 1;
+    float last[LANES];
+    for (int i = 0; i < rows; ++i) {
+        const int64_t start = (int64_t)lanes * i, left = count - start < lanes ? count - start : lanes;
+        Bytes row = zero_bytes();
+        if (left == LANES) {
+            row = samples_of(x + start, scale);
+        } else if (left > 0) {
+            memset(last, 0, sizeof last);
+            memcpy(last, x + start, (size_t)left * sizeof(float));
+            row = samples_of(last, scale);
+        }
+        if (signs) {
+            work.inputs[positions[i]] = row;
+        } else {
+            store_lanes(work.samples + start, row, lanes);
+            for (int64_t j = left > 0 ? left : 0; j < lanes; ++j) work.samples[start + j] = ERASED;
+        }
+    }
+    return polar_encode_tile(signs ? 0 : work.samples, tile, slots, tables, list_size, work, words, products);
 }
 
 // Signs from a word, the inverse of word_of.
@@ -607,6 +775,19 @@ inline void write_points(const uint8_t* labels, const float* table, int levels, 
     look_up_64<add>(labels, table, levels > 4, out);
 }
 
+// Words of so many bytes at their positions; returns their end.
+template <int bytes>
+inline const uint8_t* read_words(const uint8_t* words, const uint16_t* rank, int rows, int free, uint64_t* bits) {
+    for (int i = 0; i < rows; ++i) {
+        bits[i] = 0;
+        if (rank[i] < free) {
+            memcpy(bits + i, words, bytes);
+            words += bytes;
+        }
+    }
+    return words;
+}
+
 // Decodes one tile, at most `count` entries of it; returns the end of its words.
 template <bool add>
 const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots,
@@ -616,13 +797,10 @@ const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, co
     for (int level = 0; level < levels; ++level) {
         uint64_t* bits = code + level * rows;
         const int free = (int)tile->free[level];
-        for (int i = 0; i < rows; ++i) {
-            bits[i] = 0;
-            if (rank[i] < free) {
-                memcpy(bits + i, words, (size_t)(lanes / 8));
-                words += lanes / 8;
-            }
-        }
+        words = lanes == LANES ? read_words<8>(words, rank, rows, free, bits)
+                : lanes == 32  ? read_words<4>(words, rank, rows, free, bits)
+                : lanes == 16  ? read_words<2>(words, rank, rows, free, bits)
+                               : read_words<1>(words, rank, rows, free, bits);
         if (free > 0) transform(bits, rows);
     }
     float tail[LANES] = {0};

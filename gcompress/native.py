@@ -75,6 +75,11 @@ class Kernels(ctypes.Structure):
             ("polar_turn", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _POINTER)),
             ("polar_turn_scales", None, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER)),
             ("polar_turn_back", None, (_POINTER, _SIZE, ctypes.c_uint32, _POINTER, _INT, _POINTER)),
+            (
+                "polar_encode_vector",
+                None,
+                (_POINTER, _SIZE, ctypes.c_float, _SIZE, *(_POINTER,) * 3, _INT, *(_POINTER,) * 3),
+            ),
         )
     ]
 

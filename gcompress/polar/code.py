@@ -82,7 +82,7 @@ class PolarCode:
         magnitude[::3] = EVERY_THIRD
         samples = magnitude * (1 - 2 * bits.view(-1, self.block).to(torch.int8))
         spending = self._spending(len(samples))
-        words, _ = self._backend(bits).encode(_side_by_side(samples, spending), spending, 1)
+        words, _ = self._backend(bits).encode_samples(_side_by_side(samples, spending), spending, 1)
         information = packing.unpack_bits(words, 8 * words.numel(), 1)
         blocks = _one_after_another(information, self.information, spending)[: len(samples)]
         return packing.pack_bits(blocks.reshape(-1), 1)

@@ -1,7 +1,8 @@
 """A tensor to the bytes of a polar payload and back, on either backend (docs/FORMAT.md).
 
-A backend is a module or object with the seven functions of reference.py: `sums`, `beyond`, `energies`,
-`gather`, `encode`, `decode` and `scatter`. Everything else, here and in plan.py, is common to all.
+A backend is a module or object with the functions of reference.py: `sums`, `beyond`, `energies`,
+`encode`, `decode` and `scatter`, for unbiased payloads also `turn`, `turn_scales` and `turn_back`. Everything else,
+here and in plan.py, is common to all.
 """
 
 import math
@@ -15,7 +16,6 @@ from . import outliers, plan, turning
 from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two
 
 CHUNK = 256
-TILES_AT_ONCE = 8
 SMALLEST_SIDE = 16  # a matrix with fewer rows or columns is taken as chunks
 SUM_SCALE = 2.0**24  # the sums of |x| come divided by it
 NOTHING = 4096  # 1/32 octaves below the largest variance: that of a class of zeros
@@ -113,12 +113,8 @@ def _encode_spending(backend, values, spending, rates, variances, apart, payload
 def _encode_words(backend, values, spending, rates, variances, list_size):
     """(spending with amplitudes, words)."""
     scales = plan.sample_scales(spending, variances, rates)
-    words, products = [], np.zeros((len(spending.classes), 2), np.int64)
-    for part_of_values, part in _in_parts(values, spending):
-        part_words, part_products = backend.encode(backend.gather(part_of_values, part, scales), part, list_size)
-        words.append(part_words)
-        products += np.asarray(part_products, np.int64)
-    return plan.with_amplitudes(spending, scales, products), torch.cat(words)
+    words, products = backend.encode(values, spending, scales, list_size)
+    return plan.with_amplitudes(spending, scales, products), words
 
 
 def _assembled(payload, header, words):
@@ -147,21 +143,6 @@ def encode_unbiased(backend, values, nbytes, *, block, list_size, seed):
     backend.decode(words, spending, decoded, False)
     section = turning.pack(seed, backend.turn_scales(turned, decoded, lengths))
     return _assembled(payload, _pack_header(spending, plan.TURNED, section), words)
-
-
-def _in_parts(values, spending):
-    """(entries, their part of the plan): few tiles at a time where entries keep their order, for the caches."""
-    if spending.layout.row_codes is not None or spending.layout.column_codes is not None:
-        yield values, spending
-        return
-    start = 0
-    for first in range(0, len(spending.tiles), TILES_AT_ONCE):
-        tiles = spending.tiles[first : first + TILES_AT_ONCE]
-        part = values[start : start + sum(tile.real * tile.lanes for tile in tiles)]
-        start += part.numel()
-        layout = plan.Layout(part.numel(), part.numel(), None, None)
-        classes = [spending.classes[0]._replace(count=part.numel())]
-        yield part, spending._replace(layout=layout, tiles=tiles, classes=classes)
 
 
 # Bytes -------------------------------------------------------------------------------------

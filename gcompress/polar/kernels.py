@@ -9,7 +9,7 @@ import torch
 from . import outliers, plan, turning
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
-WORKSPACE = (7 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+WORKSPACE = (8 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
 
 
@@ -72,15 +72,25 @@ class NativePolar:
             values.data_ptr(), ctypes.addressof(described), _address(cursors), _address(row), add, out.data_ptr()
         )
 
-    def encode(self, samples, spending, list_size):
+    def encode(self, values, spending, scales, list_size):
+        if spending.layout.row_codes is not None or spending.layout.column_codes is not None:
+            return self.encode_samples(self.gather(values, spending, scales), spending, list_size)
+        # Entries of one class, in order: they become samples tile by tile, in the caches.
+        start = values.data_ptr(), values.numel(), float(scales[0])
+        return self._encode(self._kernels.polar_encode_vector, start, spending, list_size)
+
+    def encode_samples(self, samples, spending, list_size):
+        return self._encode(self._kernels.polar_encode, (samples.data_ptr(),), spending, list_size)
+
+    def _encode(self, kernel, start, spending, list_size):
         (tiles, _keep), slots = _tiles(spending), plan.row_classes(spending)
         designs = [design_at(c.design) for c in spending.classes]
         pointers = np.array([[d.tables.ctypes.data if d.rate else 0, d.points.ctypes.data] for d in designs], np.int64)
         words = torch.empty(sum(tile.nbytes for tile in spending.tiles) + 8, dtype=torch.uint8)
         products = np.zeros((len(designs), 2), np.int64)
-        self._kernels.polar_encode(
-            samples.data_ptr(), len(tiles), _address(tiles), _address(slots), _address(pointers), list_size,
-            _workspace(), words.data_ptr(), _address(products),
+        kernel(
+            *start, len(tiles), _address(tiles), _address(slots), _address(pointers), list_size, _workspace(),
+            words.data_ptr(), _address(products),
         )  # fmt: skip
         return words[:-8], products
 

@@ -35,6 +35,7 @@ STARTS = 128, 192  # strengths 4 and 8: where neither gains, none does
 STEPS = 32, -32, 16, -16, 8, -8, 4, -4
 LOWEST_RATE = 1 / 32  # bits: classes with less are not coded
 LEAST_GAIN = 0.985  # the modelled error must fall to this
+GAUSSIAN_ENOUGH, HIGH_RATE = 0.002, 2.2  # below this share of energy and bits an entry no gain is to be expected
 SMALLEST_LIMIT = 2.0**-100
 GAP_LOSS = 0.06  # bits of an outlier's gap over the entropy
 EXCESS_SHARE = 0.35  # of the squares of what lies beyond the last point, by measurement
@@ -77,6 +78,12 @@ class Histogram(NamedTuple):
     unit: float  # the deviation of class 0
     above: np.ndarray  # float64 [3, classes, BINS + 1]: share, sum of magnitudes, of squares in a bin and higher ones
 
+    def tail(self):
+        """The share of the energy that lies beyond 4 modelled deviations, a Gaussian's being .0011."""
+        energies = self.counts * np.array([power_of_two(32 * int(k)) for k in self.classes])
+        four = np.full(len(self.classes), 4.0)
+        return math.fsum(energies * self.beyond(four)[2]) / max(math.fsum(energies * self.above[2, :, 0]), 1e-300)
+
     def beyond(self, limits):
         """[3, classes] for magnitudes of at least `limits` deviations."""
         mantissa, exponent = np.frexp(limits)
@@ -96,9 +103,12 @@ def histogram(values, layout, total):
     unit = total * GAUSSIAN_RMS / unit
     magnitudes, of_class = _sampled(values, layout)
     scales = np.array([1.0 / (unit * power_of_two(16 * k)) for k in range(plan.CLASSES)], np.float32)
-    scaled = magnitudes * torch.from_numpy(scales).to(values.device)[of_class]
-    bins = ((scaled.view(torch.int32) >> 20) - ((127 + LOWEST_OCTAVE) << 3)).clamp(0, BINS - 1)
-    members = torch.bincount(of_class * BINS + bins, minlength=plan.CLASSES * BINS).view(-1, BINS)
+    scaled = magnitudes * (
+        torch.from_numpy(scales).to(values.device)[of_class] if len(of_class) else float(scales[2 * plan.NO_CODE])
+    )
+    bins = ((scaled.view(torch.int32) >> 20) - ((127 + LOWEST_OCTAVE) << 3)).clamp_(0, BINS - 1)
+    first = of_class * BINS if len(of_class) else 2 * plan.NO_CODE * BINS
+    members = torch.bincount(bins + first, minlength=plan.CLASSES * BINS).view(-1, BINS)
     members = members.cpu().numpy()[classes].astype(np.float64)
     members /= np.maximum(members.sum(1, keepdims=True), 1.0)  # whole numbers: any order gives their sum
     edges = np.arange(BINS)
@@ -111,12 +121,12 @@ def histogram(values, layout, total):
 
 
 def _sampled(values, layout):
-    """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out."""
+    """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out; no classes if there is only one."""
     step = -(-values.numel() // SAMPLE)
     if layout.row_codes is None and layout.column_codes is None:
         whole = values.numel() // 256 * 256
         taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
-        return taken.abs(), torch.full(taken.shape, 2 * plan.NO_CODE, device=values.device)
+        return taken.abs(), torch.zeros(0, dtype=torch.int64)
     rows = np.full(layout.rows, plan.NO_CODE) if layout.row_codes is None else layout.row_codes
     columns = np.full(layout.columns, plan.NO_CODE) if layout.column_codes is None else layout.column_codes
     rows, columns = (torch.from_numpy(codes.astype(np.int64)).to(values.device) for codes in (rows, columns))
@@ -140,6 +150,8 @@ def choose(found, nbytes, share, flat):
     """
     if share != "auto":
         return _for_share(found, nbytes, share, flat)
+    if found.tail() < GAUSSIAN_ENOUGH and 8 * nbytes < HIGH_RATE * int(found.counts.sum()):
+        return None
     none, best = _modelled(found, nbytes, flat, None), None
     for first in STARTS:
         option = _modelled(found, nbytes, flat, first)

@@ -97,7 +97,12 @@ def _slots(spending):
     return torch.from_numpy(np.repeat(slots, lanes))
 
 
-def encode(samples, spending, list_size):
+def encode(values, spending, scales, list_size):
+    """`encode_samples` of what `gather` makes of the values."""
+    return encode_samples(gather(values, spending, scales), spending, list_size)
+
+
+def encode_samples(samples, spending, list_size):
     """(words as uint8, products): the tiles' information bits, and per class <samples, reproduction>
     and, with more than one level, |reproduction|^2, as integers."""
     words, start = [], 0
