@@ -29,7 +29,7 @@ setup: $(READY) ## create .venv with torch, Horovod and gcompress (10 minutes th
 
 venv: setup
 
-$(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildcard csrc/* csrc/*/*)
 	@command -v $(PYTHON) >/dev/null || { echo 'make: $(PYTHON) not found: install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'make: $(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
