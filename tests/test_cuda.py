@@ -24,6 +24,9 @@ ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in Devi
 BUILD = pathlib.Path(__file__).parent.parent / "build"
 ARCHITECTURES = (70, 80, 90, 100)
 every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
+watches_memory = pytest.mark.skipif(
+    not emulation.watches_memory(), reason="watching memory needs a compiler with -fsanitize=thread"
+)
 needs_compiler = pytest.mark.skipif(not emulation.COMPILER, reason="the emulation needs a C++ compiler")
 
 
@@ -210,12 +213,12 @@ QUICK += [("eden:bits=2", 8200, "one nan")]
 QUICK += [("onebit:bucket=0", 2**20 + 5000, "gauss"), ("topk:sparsity=0.9", 2**20 + 5000, "gauss")]
 
 
-def quick_run(launcher):
+def quick_run(launcher, launches=QUICK):
     feedback = ErrorFeedback()
     with native.use_backend(DeviceKernels(launcher)):
         feedback.compress("w", torch.randn(100), from_spec("bf16"))
         feedback.compress("m", torch.randn(100), from_spec("mask:sparsity=0.9"))
-    for spec, numel, name in QUICK:
+    for spec, numel, name in launches:
         tensor = {**inputs(numel), **poisoned(numel)}[name]
         check_bytes(from_spec(spec), DeviceKernels(launcher), tensor, (spec, numel, name))
 
@@ -224,6 +227,36 @@ def quick_run(launcher):
 def test_every_kernel_is_run(launcher):
     quick_run(launcher)
     assert launcher.kernels() - launcher.launched == set()
+
+
+@pytest.fixture(scope="session")
+def racing_library():
+    return emulation.build(BUILD, races=True)
+
+
+def race_at(where, library, launches):
+    """What is wrong without one barrier, or None."""
+    launcher = emulation.EmulatedLauncher(library)
+    launcher.leave_out(where)
+    try:
+        quick_run(launcher, launches)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        launcher.leave_out("")
+
+
+@needs_compiler
+@watches_memory
+def test_no_two_threads_race_in_shared_memory(racing_library):
+    """Every access is watched; and that notices a missing barrier at once, whoever comes first."""
+    quick_run(emulation.EmulatedLauncher(racing_library, schedules=(0,)), QUICK[:1])
+    barriers = emulation.EmulatedLauncher(racing_library).barriers()
+    of_quantize = [where for where in barriers if where.startswith("bucket.cuh")]
+    assert len(of_quantize) == 3
+    for where in of_quantize:
+        assert "a race with thread" in race_at(where, racing_library, QUICK[:1])
+    assert race_at("", racing_library, QUICK[:-2]) is None
 
 
 def ends_well(where, library, schedule):
