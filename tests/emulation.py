@@ -26,22 +26,35 @@ class EmulationError(AssertionError):
     """A launch that a GPU would not have run, or not to this end."""
 
 
-def build(folder):
-    """Compile the emulator and all kernels to a shared library in `folder`; returns its path."""
+def watches_memory():
+    """Whether the compiler can have every access to memory call a function, as races.cc needs."""
+    if not COMPILER:
+        return False
+    command = [COMPILER, "-fsanitize=thread", "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=b"int f(int* p) { return *p; }", capture_output=True).returncode == 0
+
+
+def build(folder, races=False):
+    """Compile the emulator and all kernels to a shared library in `folder`; returns its path.
+
+    races: whether it watches every access to shared memory, which takes a multiple of the time.
+    """
     csrc = sources.folder()
     modules = [csrc / "cuda" / f"{name}.cu" for name in sources.MODULES]
-    inputs = [*modules, *csrc.glob("cuda/*.cuh"), *csrc.glob("arith/*.h"), *EMULATOR.glob("emulator.*")]
-    digest = hashlib.sha256(repr(FLAGS).encode() + b"".join(path.read_bytes() for path in sorted(inputs)))
+    inputs = [*modules, *csrc.glob("cuda/*.cuh"), *csrc.glob("arith/*.h"), *EMULATOR.iterdir()]
+    digest = hashlib.sha256(repr((FLAGS, races)).encode() + b"".join(path.read_bytes() for path in sorted(inputs)))
     library = pathlib.Path(folder) / f"emulation-{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         commands = {}
-        for source in [*modules, EMULATOR / "emulator.cc"]:
+        own = [EMULATOR / "emulator.cc", EMULATOR / ("races.cc" if races else "no_races.cc")]
+        for source in [*modules, *own]:
             target = pathlib.Path(scratch) / f"{source.stem}.o"
             language = ["-x", "c++", "-c", str(source), "-o", str(target)]
-            commands[target] = subprocess.Popen([COMPILER, *FLAGS, f"-I{EMULATOR}", *language])
+            watch = ["-fsanitize=thread"] if races and source in modules else []
+            commands[target] = subprocess.Popen([COMPILER, *FLAGS, *watch, f"-I{EMULATOR}", *language])
         if any(process.wait() for process in commands.values()):
             raise RuntimeError("the emulation of csrc/cuda/ does not compile")
         finished = pathlib.Path(scratch) / library.name

@@ -350,3 +350,18 @@ def test_zeros_stay_zeros_where_zero_is_a_level():
     for spec in ("fp16", "bf16", "fp8", "mxfp4", "natural", "qsgd:bits=3", "ternary", "ternary:rounding=nearest"):
         decoded = from_spec(spec).decompress(*from_spec(spec).compress(tensor, seed=3))
         assert (decoded[::3] == 0).all(), spec
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("backend", native.available_backends())
+def test_stochastic_rounding_of_entries_that_are_not_positive(bits, backend):
+    """Their zero is the last code, also where rounding makes it a little more."""
+    compressor = Quantize(bits=bits, bucket=0, rounding="stochastic")
+    for numel in range(7, 80):
+        tensor = -torch.randn(numel, generator=torch.Generator().manual_seed(numel)).abs()
+        tensor[0] = 0.0
+        with native.use_backend(backend):
+            decoded = compressor.decompress(*compressor.compress(tensor, seed=numel))
+        step = -tensor.min() / (2**bits - 1)
+        assert decoded[0] == 0
+        assert bool(((decoded - tensor).abs() <= step * (1 + 1e-5)).all())

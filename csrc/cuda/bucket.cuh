@@ -222,15 +222,14 @@ GC_INLINE void decode_buckets(const Method& method, int64_t n, int64_t bucket, i
     const bool aligned = size == 4 && is_aligned(out + i, 16);
     float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (add && size == 4) load_four(out + i, aligned, values);
-    for (int j = 0; j < size; ++j) {
+    for (int j = 0; j < 4; ++j) {  // a constant number of them stays in registers
+        if (j >= size) continue;
         const float value = method.decoded((uint32_t)(codes >> (width * j)) & ((1u << width) - 1), header);
         if (add && size < 4) values[j] = out[i + j];
         values[j] = add ? values[j] + value : value;
+        if (size < 4) out[i + j] = values[j];
     }
-    if (size == 4)
-        store_four(out + i, aligned, values);
-    else
-        for (int j = 0; j < size; ++j) out[i + j] = values[j];
+    if (size == 4) store_four(out + i, aligned, values);
 }
 
 }  // namespace

@@ -34,13 +34,13 @@ GC_INLINE int64_t keep_tile(const Source& source, int64_t first, int count, bool
 }
 
 // Sums over the threads of a warp, added to one place by its first lane.
-GC_INLINE void add_warp(uint64_t sum, uint32_t members, uint64_t* all, uint32_t* counts) {
+GC_INLINE void add_warp(uint32_t sum, uint32_t members, uint64_t* all, uint32_t* counts) {
     for (int distance = 16; distance > 0; distance /= 2) {
         sum += __shfl_xor_sync(ALL_LANES, sum, distance);
         members += __shfl_xor_sync(ALL_LANES, members, distance);
     }
     if (lane() == 0 && members > 0) {
-        atomicAdd(all, sum);
+        atomicAdd(all, (uint64_t)sum);
         atomicAdd(counts, members);
     }
 }
@@ -78,7 +78,8 @@ GC_KERNEL(mask_lloyd)(const uint32_t* histogram, int64_t bits, int64_t is_signed
                       uint8_t* class_of_bin) {
     struct Shared {
         double level[256];
-        int edge[257], changed;
+        int edge[257];
+        uint32_t changed;
     };
     GC_SHARED(Shared, shared);
     const MaskShape shape = mask_shape((int)bits, is_signed != 0);
@@ -102,7 +103,7 @@ GC_KERNEL(mask_lloyd)(const uint32_t* histogram, int64_t bits, int64_t is_signed
     for (int round = 0; round < LLOYD_ROUNDS; ++round) {
         if (m >= 1 && m <= shape.half) {
             const int border = lloyd_border(shared.level[m - 1], shared.level[m]);
-            if (border != shared.edge[m]) shared.changed = 1;
+            if (border != shared.edge[m]) atomicOr(&shared.changed, 1u);
             shared.edge[m] = border;
         }
         __syncthreads();
@@ -134,7 +135,7 @@ GC_KERNEL(mask_codes)(const float* x, const float* owed, int64_t n, int64_t k, i
     shared.sums[threadIdx.x] = shared.counts[threadIdx.x] = 0;
     const int64_t before = keep_tile(source, first, count, is_signed != 0, *selection, above, equal, &shared);
 
-    uint64_t own_sums[FEW_CLASSES + 1] = {0};
+    uint32_t own_sums[FEW_CLASSES + 1] = {0};  // of at most sixteen entries
     uint32_t own_counts[FEW_CLASSES + 1] = {0};
     const bool few = shape.sent <= FEW_CLASSES;
     uint8_t* bytes = (uint8_t*)shared.bytes;
@@ -157,13 +158,17 @@ GC_KERNEL(mask_codes)(const float* x, const float* owed, int64_t n, int64_t k, i
                 atomicAdd(shared.counts + m, 1u);
             }
             for (int s = 0; few && s <= FEW_CLASSES; ++s) {  // so that they stay in registers
-                own_sums[s] += s == m ? (uint64_t)fixed : 0;
+                if (s > shape.half) break;
+                own_sums[s] += s == m ? (uint32_t)fixed : 0;
                 own_counts[s] += s == m;
             }
         }
         for (int byte = 0; byte < bits; ++byte) bytes[start / 8 * bits + byte] = (uint8_t)(word >> (8 * byte));
     }
-    for (int m = 0; few && m <= FEW_CLASSES; ++m) add_warp(own_sums[m], own_counts[m], shared.sums + m, shared.counts + m);
+    for (int m = 0; few && m <= FEW_CLASSES; ++m) {
+        if (m > shape.half) break;
+        add_warp(own_sums[m], own_counts[m], shared.sums + m, shared.counts + m);
+    }
     __syncthreads();
     store_bytes(shared.bytes, ((int64_t)count * bits + 7) / 8, values + 4 * k + first / 8 * bits);
     if (!shared.counts[threadIdx.x]) return;

@@ -81,10 +81,15 @@ Order order;
 uint64_t random_state;
 const KernelEntry* entry;
 const uint64_t* arguments;
-std::map<const void*, void*> shared_sites;
+struct SharedSite {
+    const void* site;
+    void* place;
+} shared_sites[16];
+int site_count;
 uint64_t shared_used, dynamic_bytes;
 sigjmp_buf failed;
 char message[512];
+uint32_t interval_number;  // of barriers passed, and blocks begun
 std::set<std::string> barriers;
 std::string left_out;
 
@@ -99,9 +104,18 @@ uint32_t random_word() {
     siglongjmp(failed, 1);
 }
 
+std::string place_of(const char* file, int line) {
+    const char* base = strrchr(file, '/') ? strrchr(file, '/') + 1 : file;
+    return std::string(base) + ":" + std::to_string(line);
+}
+
 void set_runnable(int thread, bool on) {
     const uint64_t bit = 1ull << (thread & 63);
     runnable[thread >> 6] = on ? runnable[thread >> 6] | bit : runnable[thread >> 6] & ~bit;
+}
+
+void all_runnable() {
+    for (int word = 0; word < threads / 64; ++word) runnable[word] = ~0ull;
 }
 
 // The next thread in the scheduler's order, or -1.
@@ -171,13 +185,12 @@ void run_block(uint32_t block) {
     alive = threads;
     waiting = 0;
     memset(warps, 0, sizeof warps);
-    shared_sites.clear();
+    site_count = 0;
+    ++interval_number;
     shared_used = dynamic_bytes;
     memset(shared_bytes, 0xa5, dynamic_bytes);
-    for (int thread = 0; thread < threads; ++thread) {
-        prepare_thread(thread);
-        set_runnable(thread, true);
-    }
+    for (int thread = 0; thread < threads; ++thread) prepare_thread(thread);
+    all_runnable();
     while (alive > 0) {
         const int thread = next_thread();
         if (thread < 0) fail("all threads wait: a barrier or an exchange of lanes is not reached by all");
@@ -200,17 +213,17 @@ void add_kernel(const char* name, void* kernel, Caller caller, int parameters) {
 }
 
 void barrier(const char* file, int line) {
-    const char* base = strrchr(file, '/') ? strrchr(file, '/') + 1 : file;
-    if (order == FIRST && current == 0) barriers.insert(std::string(base) + ":" + std::to_string(line));
-    if (!left_out.empty() && left_out == std::string(base) + ":" + std::to_string(line)) return;
-    if (waiting > 0 && (barrier_line != line || strcmp(barrier_file, file) != 0))
+    if (order == FIRST && current == 0) barriers.insert(place_of(file, line));
+    if (!left_out.empty() && left_out == place_of(file, line)) return;
+    if (waiting > 0 && (barrier_line != line || (barrier_file != file && strcmp(barrier_file, file) != 0)))
         fail("threads of one block wait at different barriers", file, line);
     if (alive < threads) fail("a barrier behind the end of other threads", file, line);
     barrier_file = file;
     barrier_line = line;
     if (++waiting == alive) {
         waiting = 0;
-        for (int thread = 0; thread < threads; ++thread) set_runnable(thread, true);
+        ++interval_number;
+        all_runnable();
     } else {
         set_runnable(current, false);
     }
@@ -221,7 +234,7 @@ uint64_t exchange(const char* file, int line, uint32_t mask, uint64_t value, con
     Warp& warp = warps[current >> 5];
     const int lane = current & 31;
     if (!(mask >> lane & 1)) fail("a lane that its own mask leaves out", file, line);
-    if (warp.arrived && (warp.line != line || warp.mask != mask || strcmp(warp.file, file) != 0))
+    if (warp.arrived && (warp.line != line || warp.mask != mask || (warp.file != file && strcmp(warp.file, file) != 0)))
         fail("lanes of one warp at different exchanges", file, line);
     warp.file = file;
     warp.line = line;
@@ -235,9 +248,9 @@ uint64_t exchange(const char* file, int line, uint32_t mask, uint64_t value, con
             warp.result[other] = mask >> other & 1 ? warp.coming[other] : 0xa5a5a5a5a5a5a5a5ull;
             if (mask >> other & 1) {
                 warp.ballot |= (uint64_t)(warp.coming[other] != 0) << other;
-                set_runnable((current & ~31) + other, true);
             }
         }
+        runnable[current >> 6] |= (uint64_t)mask << (current & 32);
     } else {
         set_runnable(current, false);
     }
@@ -253,17 +266,33 @@ void at_atomic() {
 }
 
 void* shared_memory(const void* site, uint64_t bytes) {
-    void*& place = shared_sites[site];
-    if (!place) {
-        place = shared_bytes + shared_used;
-        shared_used += (bytes + 15) / 16 * 16;
-        if (shared_used - dynamic_bytes > (48 << 10) || shared_used > MOST_SHARED) fail("more shared memory than sm_70 has");
-        memset(place, 0xa5, bytes);
-    }
+    for (int number = 0; number < site_count; ++number)
+        if (shared_sites[number].site == site) return shared_sites[number].place;
+    void* place = shared_bytes + shared_used;
+    shared_used += (bytes + 15) / 16 * 16;
+    if (shared_used - dynamic_bytes > (48 << 10) || shared_used > MOST_SHARED || site_count == 16)
+        fail("more shared memory than sm_70 has");
+    shared_sites[site_count].site = site;
+    shared_sites[site_count++].place = place;
+    memset(place, 0xa5, bytes);
     return place;
 }
 
 void* dynamic_shared_memory() { return shared_bytes; }
+
+// For races.cc.
+bool in_shared(const void* address, uint64_t* offset) {
+    *offset = (uint64_t)((const char*)address - shared_bytes);
+    return shared_bytes && *offset < (uint64_t)SHARED;
+}
+int thread_number() { return current; }
+uint32_t interval() { return interval_number; }
+void fail_race(uint64_t offset, int other) {
+    atomic_ends();
+    char text[128];
+    snprintf(text, sizeof text, "a race with thread %d at byte %d of shared memory", other, (int)offset);
+    fail(text);
+}
 
 }  // namespace emulator
 
@@ -288,7 +317,7 @@ const char* emulator_launch(const char* name, int64_t blocks, int block_threads,
     }
     entry = &found->second;
     arguments = slots;
-    threads = block_threads;
+    threads = block_threads;  // a multiple of 64
     dynamic_bytes = (uint64_t)dynamic_shared;
     order = schedule > 1 ? RANDOM : (Order)schedule;
     random_state = (uint64_t)schedule * 0x9E3779B97F4A7C15ull + 1;

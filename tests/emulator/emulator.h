@@ -21,6 +21,8 @@ uint64_t exchange(const char* file, int line, uint32_t mask, uint64_t value, con
 void barrier(const char* file, int line);
 void warp_barrier(const char* file, int line, uint32_t mask);
 void at_atomic();
+void atomic_begins();  // until it ends, accesses are of one atomic (races.cc)
+void atomic_ends();
 void* shared_memory(const void* site, uint64_t bytes);
 void* dynamic_shared_memory();
 uint64_t double_bits(double value);
@@ -121,22 +123,28 @@ T emulator_shuffle_xor(const char* file, int line, uint32_t mask, T value, int d
 template <class T>
 T atomicAdd(T* target, T value) {
     emulator::at_atomic();
+    emulator::atomic_begins();
     const T before = *target;
     *target = before + value;
+    emulator::atomic_ends();
     return before;
 }
 template <class T>
 T atomicOr(T* target, T value) {
     emulator::at_atomic();
+    emulator::atomic_begins();
     const T before = *target;
     *target = before | value;
+    emulator::atomic_ends();
     return before;
 }
 template <class T>
 T atomicMax(T* target, T value) {
     emulator::at_atomic();
+    emulator::atomic_begins();
     const T before = *target;
     *target = before > value ? before : value;
+    emulator::atomic_ends();
     return before;
 }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
