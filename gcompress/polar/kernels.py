@@ -9,7 +9,7 @@ import torch
 from . import outliers, plan, turning
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
-WORKSPACE = (8 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+WORKSPACE = (8 * LANES + 29) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
 
 

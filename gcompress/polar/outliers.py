@@ -122,8 +122,9 @@ def histogram(values, layout, total):
 
 def _sampled(values, layout):
     """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out; no classes if there is only one."""
-    step = -(-values.numel() // SAMPLE)
-    if layout.row_codes is None and layout.column_codes is None:
+    lone = layout.row_codes is None and layout.column_codes is None
+    step = -(-values.numel() // (SAMPLE // 4 if lone else SAMPLE))
+    if lone:
         whole = values.numel() // 256 * 256
         taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
         return taken.abs(), torch.zeros(0, dtype=torch.int64)
