@@ -298,11 +298,46 @@ inline void encode_block(int rows, const uint8_t* types, const Bytes* l, Signs* 
     }
 }
 
-// The polar transform of N words, in place; it is its own inverse.
+// Eight words at once; the compiler makes of it what registers there are.
+typedef uint64_t EightWords __attribute__((vector_size(64)));
+inline void load_eight(EightWords* value, const uint64_t* words) { memcpy(value, words, sizeof *value); }
+inline void store_eight(uint64_t* words, const EightWords* value) { memcpy(words, value, sizeof *value); }
+
+// The polar transform of N >= 16 words, in place; it is its own inverse. Strides 1, 2, 4, then two at a time.
 inline void transform(uint64_t* words, int rows) {
-    for (int half = 1; half < rows; half *= 2)
-        for (int i = 0; i < rows; i += 2 * half)
-            for (int j = i; j < i + half; ++j) words[j] ^= words[j + half];  // vectorised
+    for (int i = 0; i < rows; i += 8) {
+        uint64_t w[8];
+        memcpy(w, words + i, sizeof w);
+        w[0] ^= w[1], w[2] ^= w[3], w[4] ^= w[5], w[6] ^= w[7];
+        w[0] ^= w[2], w[1] ^= w[3], w[4] ^= w[6], w[5] ^= w[7];
+        w[0] ^= w[4], w[1] ^= w[5], w[2] ^= w[6], w[3] ^= w[7];
+        memcpy(words + i, w, sizeof w);
+    }
+    int half = 8;
+    for (; 2 * half < rows; half *= 4) {
+        for (int i = 0; i < rows; i += 4 * half) {
+            for (int j = i; j < i + half; j += 8) {
+                EightWords a, b, c, d;
+                load_eight(&a, words + j);
+                load_eight(&b, words + j + half);
+                load_eight(&c, words + j + 2 * half);
+                load_eight(&d, words + j + 3 * half);
+                const EightWords cd = c ^ d, bd = b ^ d, all = a ^ b ^ cd;
+                store_eight(words + j, &all);
+                store_eight(words + j + half, &bd);
+                store_eight(words + j + 2 * half, &cd);
+            }
+        }
+    }
+    if (half < rows) {
+        for (int j = 0; j < half; j += 8) {
+            EightWords a, b;
+            load_eight(&a, words + j);
+            load_eight(&b, words + j + half);
+            a ^= b;
+            store_eight(words + j, &a);
+        }
+    }
 }
 
 // round(x scale) clamped to -127 … 127, for 64 entries.
@@ -499,14 +534,21 @@ struct PolarDesign {
     int64_t tables, points;
 };
 
-// What encoding a tile needs besides; `align` bytes are lost to alignment.
+// What the subtree types of a level in the workspace are of: the next tile's are mostly the same.
+struct PolarTyped {
+    const uint16_t* rank;
+    int rows, free;
+};
+
+// What encoding a tile needs besides.
 struct PolarWorkspace {
     Bytes *inputs, *scratch, *list;
     Signs* code;
     int8_t *labels, *samples;
     uint64_t* words;
-    uint8_t* types;
+    uint8_t* types;  // [MAX_LEVELS][2 MAX_BLOCK]
     uint16_t* counts;
+    PolarTyped* typed;  // [MAX_LEVELS]
 };
 
 inline PolarWorkspace polar_workspace(uint8_t* memory) {
@@ -517,11 +559,25 @@ inline PolarWorkspace polar_workspace(uint8_t* memory) {
     work.code = (Signs*)(memory + 2 * LANES * MAX_BLOCK);
     work.labels = (int8_t*)(memory + 3 * LANES * MAX_BLOCK);
     work.words = (uint64_t*)(memory + 4 * LANES * MAX_BLOCK);
-    work.types = memory + (4 * LANES + 8) * MAX_BLOCK;
-    work.counts = (uint16_t*)(memory + (4 * LANES + 10) * MAX_BLOCK);
-    work.list = (Bytes*)(memory + (4 * LANES + 14) * MAX_BLOCK);
-    work.samples = (int8_t*)(memory + (7 * LANES + 14) * MAX_BLOCK);
-    return work;  // (8 LANES + 14) MAX_BLOCK + 64 bytes
+    work.counts = (uint16_t*)(memory + (4 * LANES + 8) * MAX_BLOCK);
+    work.list = (Bytes*)(memory + (4 * LANES + 12) * MAX_BLOCK);
+    work.samples = (int8_t*)(memory + (7 * LANES + 12) * MAX_BLOCK);
+    work.types = memory + (8 * LANES + 12) * MAX_BLOCK;
+    work.typed = (PolarTyped*)(memory + (8 * LANES + 12 + 2 * MAX_LEVELS) * MAX_BLOCK);
+    memset(work.typed, 0, MAX_LEVELS * sizeof *work.typed);
+    return work;  // (8 LANES + 29) MAX_BLOCK bytes
+}
+
+inline uint8_t* types_of(const uint16_t* rank, int rows, int level, int free, PolarWorkspace work) {
+    uint8_t* types = work.types + 2 * MAX_BLOCK * level;
+    PolarTyped* typed = work.typed + level;
+    if (typed->rank != rank || typed->rows != rows || typed->free != free) {
+        subtree_types(rank, rows, free, types, work.counts);
+        typed->rank = rank;
+        typed->rows = rows;
+        typed->free = free;
+    }
+    return types;
 }
 
 // Adds <samples, points of their labels> and <points, points> over the samples that matter.
@@ -644,11 +700,11 @@ inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, 
             level_inputs(samples, rows, lanes, level, slots, tables->levels, positions, work.labels, work.inputs);
         else if (samples)
             for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
-        subtree_types(rank, rows, free, work.types, work.counts);
+        uint8_t* types = types_of(rank, rows, level, free, work);
         if (list_size > 1 && levels < MAX_LEVELS)
-            list_encode_block(rows, lanes, list_size, work.types, work.inputs, work.code, work.list);
+            list_encode_block(rows, lanes, list_size, types, work.inputs, work.code, work.list);
         else
-            encode_block(rows, work.types, work.inputs, work.code, work.scratch);
+            encode_block(rows, types, work.inputs, work.code, work.scratch);
         for (int i = 0; levels > 1 && i < rows; ++i) {
             int8_t* labels = work.labels + lanes * i;
             store_lanes(labels, with_bit(load_lanes(labels, lanes), work.code[positions[i]], level), lanes);

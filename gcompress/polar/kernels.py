@@ -9,7 +9,7 @@ import torch
 from . import outliers, plan, turning
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
-WORKSPACE = (8 * LANES + 14) * LARGEST_BLOCK + 64  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+WORKSPACE = (8 * LANES + 29) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
 
 
@@ -157,8 +157,12 @@ def _layout(layout, slots, scales):
 
 def _tiles(spending):
     """(int64 [tiles, fields of PolarTile], what it points to)."""
-    fields, keep = np.zeros((len(spending.tiles), 5 + MAX_LEVELS), np.int64), []
+    fields, keep, addresses = np.zeros((len(spending.tiles), 5 + MAX_LEVELS), np.int64), [], {}
     for row, tile, shares in zip(fields, spending.tiles, plan.level_shares(spending), strict=True):
-        keep += [rank(tile.rows, tile.real), positions(tile.rows)]
-        row[: 5 + tile.levels] = tile.rows, tile.lanes, tile.levels, *map(_address, keep[-2:]), *shares
+        kind = tile.rows, tile.real
+        if kind not in addresses:  # mostly all tiles but the last are alike
+            tables = rank(*kind), positions(tile.rows)
+            keep += tables
+            addresses[kind] = [_address(table) for table in tables]
+        row[: 5 + tile.levels] = tile.rows, tile.lanes, tile.levels, *addresses[kind], *shares
     return fields, keep

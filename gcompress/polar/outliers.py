@@ -30,7 +30,8 @@ BINS, LOWEST_OCTAVE = 128, -4  # of magnitudes over modelled deviations: eight t
 # The limit is strength max(root of water, SLOPE deviation + INTERCEPT root of water): a code of two bits
 # reaches about two deviations, and an entry's bits must spare as much as they would elsewhere.
 SLOPE, INTERCEPT = 0.69, 0.4
-STRONGEST, WEAKEST = 40, 320  # limits' strengths, from 1.5 to 32, as logarithms in 1/64 octave
+STRONGEST, WEAKEST = 80, 320  # limits' strengths, from 2.4 to 32, as logarithms in 1/64 octave
+LOW_RATE, STRONGEST_ABOVE = 0.8, 104  # from so many bits an entry, 3.1: the model flatters stronger ones there
 STARTS = 128, 192  # strengths 4 and 8: where neither gains, none does
 STEPS = 32, -32, 16, -16, 8, -8, 4, -4
 LOWEST_RATE = 1 / 32  # bits: classes with less are not coded
@@ -122,8 +123,9 @@ def histogram(values, layout, total):
 
 def _sampled(values, layout):
     """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out; no classes if there is only one."""
-    step = -(-values.numel() // SAMPLE)
-    if layout.row_codes is None and layout.column_codes is None:
+    lone = layout.row_codes is None and layout.column_codes is None
+    step = -(-values.numel() // (SAMPLE // 4 if lone else SAMPLE))
+    if lone:
         whole = values.numel() // 256 * 256
         taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
         return taken.abs(), torch.zeros(0, dtype=torch.int64)
@@ -152,6 +154,7 @@ def choose(found, nbytes, share, flat):
         return _for_share(found, nbytes, share, flat)
     if found.tail() < GAUSSIAN_ENOUGH and 8 * nbytes < HIGH_RATE * int(found.counts.sum()):
         return None
+    strongest = STRONGEST if 8 * nbytes < LOW_RATE * int(found.counts.sum()) else STRONGEST_ABOVE
     none, best = _modelled(found, nbytes, flat, None), None
     for first in STARTS:
         option = _modelled(found, nbytes, flat, first)
@@ -159,7 +162,7 @@ def choose(found, nbytes, share, flat):
             best = option
             break
     for step in STEPS if best else ():
-        while STRONGEST <= best.strength + step <= WEAKEST:
+        while strongest <= best.strength + step <= WEAKEST:
             option = _modelled(found, nbytes, flat, best.strength + step)
             if option is None or option.error >= best.error:
                 break

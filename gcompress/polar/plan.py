@@ -147,10 +147,10 @@ def make_tiles(classes, block):
     tiles = []
     for number, group in enumerate(groups_of(classes)):
         lanes = lanes_for(sum(classes[k].count for k in group))
-        left = sum(-(-classes[k].count // lanes) for k in group)
+        left, levels = sum(-(-classes[k].count // lanes) for k in group), classes[group[0]].levels
         while left > 0:
             rows = min(block, max(SMALLEST_BLOCK, 1 << (left - 1).bit_length()))
-            tiles.append(Tile(number, rows, min(rows, left), lanes, classes[group[0]].levels))
+            tiles.append(Tile(number, rows, min(rows, left), lanes, levels))
             left -= rows
     return tiles
 
