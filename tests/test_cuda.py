@@ -163,12 +163,9 @@ def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, launche
                     pass
 
 
-REMEMBERING = [compressor for compressor in ON_DEVICE if compressor.name in DeviceKernels.remembers]
-
-
 @needs_compiler
-@pytest.mark.parametrize("compressor", REMEMBERING, ids=str)
-def test_error_feedback_in_the_encoder_is_that_of_the_cpu(compressor, launcher):
+@every_compressor
+def test_error_feedback_is_that_of_the_cpu(compressor, launcher):
     """Payloads and residuals of five steps, one of which is not finite, with a memory and without one."""
     for numel in (5, 1023, 8200):
         for poisoned_step in (0, 2):

@@ -88,7 +88,7 @@ def test_encoding_and_decoding_are_captured_in_a_graph(compressor):
     assert same(out.cpu(), compressor.decompress(expected, ctx))
 
 
-@pytest.mark.parametrize("spec", sorted(DeviceKernels.remembers))
+@pytest.mark.parametrize("spec", sorted(DeviceKernels.methods - {"lowrank"}))
 def test_error_feedback_is_that_of_the_cpu(spec):
     compressor, expected, fused = from_spec(spec), ErrorFeedback(), ErrorFeedback()
     for step in range(5):

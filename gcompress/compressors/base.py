@@ -108,7 +108,7 @@ class Compressor:
         return (payload if self.fixed_size else payload[:size].clone()), ctx
 
     def compress_remembering(self, tensor, owed, *, seed=0):
-        """Encode tensor + owed, and what the payload loses of it, in one go where a backend does that.
+        """Encode tensor + owed, and find what the payload loses of it, where a backend's kernels do that.
 
         Args:
             tensor, seed: see `compress`.
@@ -119,14 +119,20 @@ class Compressor:
             new residual is the old one, found out without waiting for the device.
         """
         kernels = native.kernels(tensor, self.name)
-        if self.name not in getattr(kernels, "remembers", ()) or tensor.numel() == 0:
+        if not hasattr(kernels, "remembering") or tensor.numel() == 0:
             return None
         values = self._values_of(tensor).view(-1)
-        payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         fresh, poisoned = torch.empty_like(values), torch.zeros(1, dtype=torch.int32, device=values.device)
         before = 0 if owed is None else owed.data_ptr()
         remembering = kernels.remembering(before, fresh.data_ptr(), poisoned.data_ptr())
-        self._encode_native(remembering, values, payload, seed & 0xFFFFFFFF)
+        if self.name in kernels.remembers:
+            payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
+            self._encode_native(remembering, values, payload, seed & 0xFFFFFFFF)
+        else:
+            payload, _ = self.compress(values if owed is None else values + owed, seed=seed)
+            sent = torch.empty_like(values)
+            self.decode_into(payload, sent)
+            remembering.keep_left(values.data_ptr(), values.numel(), sent.data_ptr())
         kernels.feedback_restore(before, values.numel(), poisoned.data_ptr(), fresh.data_ptr())
         return payload, fresh
 

@@ -92,10 +92,10 @@ class DeviceKernels:
     def _zeros_into(self, target, nbytes):
         self._launch("memory", "fill_zeros", ceil_div(nbytes, 16 * THREADS), target, nbytes)
 
-    def _keep_left(self, x, n, sent):
+    def keep_left(self, x, n, sent):
         """The new residual, for an encoder that could not keep it: by what it decodes to."""
         owed, fresh, poisoned = self._feedback
-        self._launch("memory", "feedback_left", ceil_div(n, FOUR), x, owed, sent.data_ptr(), n, poisoned, fresh)
+        self._launch("memory", "feedback_left", ceil_div(n, FOUR), x, owed, sent, n, poisoned, fresh)
 
     def _copy(self, source, nbytes, target):
         if nbytes:
@@ -300,7 +300,7 @@ class DeviceKernels:
         if fresh:  # what a level stands for is known only now
             sent = self._launcher.empty(4 * n)
             self.mask_decode(payload, n, k, bits, signed, False, sent.data_ptr())
-            self._keep_left(x, n, sent)
+            self.keep_left(x, n, sent.data_ptr())
 
     def _lloyd_classes(self, x, owed, n, bits, signed, tiles, chosen):
         histogram, classes = self._launcher.zeros(4 * LLOYD_BINS), self._launcher.empty(LLOYD_BINS)
@@ -347,7 +347,7 @@ class DeviceKernels:
         if fresh:
             decoded = self._launcher.empty(4 * n)
             self.eden_decode(payload, *shape, levels, False, decoded.data_ptr())
-            self._keep_left(x, n, decoded)
+            self.keep_left(x, n, decoded.data_ptr())
 
     def eden_decode(self, payload, n, bits, block, sent, sent_tail, levels, add, out):
         places = payload, n, bits, block, sent, sent_tail, levels, add, out
