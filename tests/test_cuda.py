@@ -17,8 +17,9 @@ import torch
 import emulation
 import nvrtc
 from compressors import COMPRESSORS, SIZES, inputs, poisoned
-from gcompress import PayloadError, cuda, from_spec, native
+from gcompress import PayloadError, cli, cuda, from_spec, native
 from gcompress.cuda import compiler, sources
+from gcompress.cuda import launcher as device_launcher
 from gcompress.cuda.kernels import DeviceKernels
 from gcompress.feedback import ErrorFeedback
 
@@ -80,11 +81,23 @@ def test_nothing_approximate_is_compiled(option):
     assert option in sources.OPTIONS
 
 
-def test_without_a_device_the_reason_is_known():
+def test_without_a_device_the_reason_is_said_once(caplog):
     active, reason = cuda.status()
     if active:
         pytest.skip("there is a device")
     assert "CUDA" in reason or "CuPy" in reason or "capability" in reason
+    device_launcher._kernels.cache_clear()
+    for _ in range(3):
+        assert cuda.kernels(torch.device("cuda", 0)) is None
+    assert [record.getMessage() for record in caplog.records if reason in record.getMessage()] == [
+        f"GPU kernels are not in use, the slower torch reference is: {reason}"
+    ]
+
+
+def test_the_doctor_says_what_runs_and_why(capsys):
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"CPU    {native.backend()}" in said and cuda.status()[1] in said and "torch reference: polar" in said
 
 
 def same(one, other):
