@@ -27,6 +27,12 @@ def test_gap_to_the_gaussian_bound(rate, decibels):
     assert 10 * math.log10(error * 4**spent) < decibels
 
 
+@pytest.mark.parametrize("rate, decibels", [(0.1, 0.08), (0.25, 0.12), (0.5, 0.22), (1, 0.32), (2, 0.45)])
+def test_gap_with_a_list_of_eight(rate, decibels):
+    error, spent = relative_error(gauss(2**19), Polar(rate=rate, list_size=8))
+    assert 10 * math.log10(error * 4**spent) < decibels
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.333, 1.7, 4])
 def test_size_is_the_rate_whatever_the_shape(rate):
     for shape in ((5000,), (50, 100), (16, 16, 3, 3), (2, 1250)):

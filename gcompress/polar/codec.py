@@ -37,7 +37,7 @@ def encode(backend, values, nbytes, *, block, scales, flat, share, list_size):
     elif total / values.numel() >= SMALLEST_DEVIATION:
         layouts = plan.candidate_layouts(values.numel(), columns, None if scales == "tensor" else row_sums, column_sums)
         layout = plan.choose_layout(list(layouts), nbytes, flat)
-        apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat)
+        apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat, list_size > 1)
         variances = _variances(backend, values, layout, total, measured=bool(apart))
         spent = variances is not None and plan.spend(
             layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
@@ -50,13 +50,13 @@ def encode(backend, values, nbytes, *, block, scales, flat, share, list_size):
     return torch.from_numpy(payload).to(values.device)
 
 
-def _set_apart(backend, values, layout, total, nbytes, share, flat):
+def _set_apart(backend, values, layout, total, nbytes, share, flat, thorough):
     """(section of the payload that holds outliers or none, its layout, what remains of the entries)."""
     left = nbytes - plan.HEADER.size - plan.side_bytes(layout) - plan.CLASS.size - plan.TILE.size
     if share == 0 or left < LEAST_FOR_OUTLIERS:
         return b"", layout, values
     found = outliers.histogram(values, layout, total)
-    option = outliers.choose(found, left, share, flat)
+    option = outliers.choose(found, left, share, flat, thorough)
     for _ in range(RETRIES):
         if option is None:
             break

@@ -35,11 +35,12 @@ LOW_RATE, STRONGEST_ABOVE = 0.8, 104  # from so many bits an entry, 3.1: the mod
 STARTS = 128, 192  # strengths 4 and 8: where neither gains, none does
 STEPS = 32, -32, 16, -16, 8, -8, 4, -4
 LOWEST_RATE = 1 / 32  # bits: classes with less are not coded
-LEAST_GAIN = 0.985  # the modelled error must fall to this
-GAUSSIAN_ENOUGH, HIGH_RATE = 0.002, 2.2  # below this share of energy and bits an entry no gain is to be expected
+LEAST_GAIN, THOROUGH_GAIN = 0.985, 0.995  # the modelled error must fall to this
+GAUSSIAN_ENOUGH, HIGH_RATE = 0.0035, 2.2  # below this share of energy and bits an entry no gain is to be expected
 SMALLEST_LIMIT = 2.0**-100
 GAP_LOSS = 0.06  # bits of an outlier's gap over the entropy
 EXCESS_SHARE = 0.35  # of the squares of what lies beyond the last point, by measurement
+TAIL_SHARE = 0.6  # of a Gaussian's own tail, that the figures of the code contain
 # Mean of (|z| - reach)^2 over a Gaussian's entries beyond it, reach in halves of a deviation.
 GAUSSIAN_TAIL = (1.0, 0.4191, 0.1507, 0.0461, 0.0115, 0.0024, 0.0004, 0.0)
 
@@ -141,7 +142,7 @@ def _sampled(values, layout):
     return values[index[there]].abs(), of_class[there]
 
 
-def choose(found, nbytes, share, flat):
+def choose(found, nbytes, share, flat, thorough):
     """The Limits of least modelled error (or for about a share of the entries), and rates; None for no outliers.
 
     Args:
@@ -149,16 +150,18 @@ def choose(found, nbytes, share, flat):
         nbytes: for outliers and all that comes after the scale codes.
         share: "auto", or of the entries.
         flat: see plan.class_rates.
+        thorough: look for outliers also where they gain little, some per cent at 2 bits, for their time.
     """
     if share != "auto":
         return _for_share(found, nbytes, share, flat)
-    if found.tail() < GAUSSIAN_ENOUGH and 8 * nbytes < HIGH_RATE * int(found.counts.sum()):
+    if not thorough and found.tail() < GAUSSIAN_ENOUGH and 8 * nbytes < HIGH_RATE * int(found.counts.sum()):
         return None
     strongest = STRONGEST if 8 * nbytes < LOW_RATE * int(found.counts.sum()) else STRONGEST_ABOVE
+    least = THOROUGH_GAIN if thorough else LEAST_GAIN
     none, best = _modelled(found, nbytes, flat, None), None
     for first in STARTS:
         option = _modelled(found, nbytes, flat, first)
-        if option and (none is None or option.error < LEAST_GAIN * none.error):
+        if option and (none is None or option.error < least * none.error):
             best = option
             break
     for step in STEPS if best else ():
@@ -269,7 +272,9 @@ def _error(found, deviations, rates, energy, magnitude, limits):
     reaches = np.array([_reach(int(64 * rate)) for rate in rates])
     reach = reaches * np.sqrt(energy)
     n, s1, s2 = found.beyond(np.minimum(reach, limits)) - found.beyond(limits)
-    excess = s2 - 2 * reach * s1 + reach * reach * n - np.array([_gaussian_tail(r) for r in reaches]) * energy
+    excess = (
+        s2 - 2 * reach * s1 + reach * reach * n - TAIL_SHARE * np.array([_gaussian_tail(r) for r in reaches]) * energy
+    )
     parts = parts + np.where(rates > 1, EXCESS_SHARE * np.maximum(excess, 0.0), 0.0)
     return math.fsum(found.counts * parts * deviations**2)
 
