@@ -60,6 +60,10 @@ SPECS = [
     "shared:bits=4",
     "shared:bits=4,rounding=stochastic",
     "lowrank:rank=4",
+    "polar:rate=0.25",
+    "polar:rate=0.5",
+    "polar:rate=1.0",
+    "polar:rate=2.0",
 ]
 
 

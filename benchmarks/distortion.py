@@ -25,6 +25,13 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 import record_gradients  # noqa: E402
 
 SPECS = [
+    "polar:rate=0.1",
+    "polar:rate=0.25",
+    "polar:rate=0.5",
+    "polar:rate=1.0",
+    "polar:rate=2.0",
+    "polar:rate=3.0",
+    "polar:rate=1.0,unbiased=true",
     "eden:bits=0.1",
     "eden:bits=0.5",
     "eden:bits=1",
@@ -60,6 +67,13 @@ SPECS = [
     "mask:sparsity=0.99,bits=2",
     "mask:sparsity=0.99,bits=2,levels=lloyd",
     "mask:sparsity=0.99,bits=3",
+    "randomk:sparsity=0.99",
+    "threshold:threshold=0.3,relative=true",
+    "chain:(topk:sparsity=0.99),(quantize:bits=4)",
+    "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+    "entropy:(quantize:bits=4)",
+    "shared:bits=4",
+    "lowrank:rank=4",
 ]
 SMALLEST_LAYER = 1024  # smaller ones go uncompressed, as with the default policy
 
@@ -116,6 +130,7 @@ def plot(path, sources, results):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    colours = pyplot.get_cmap("tab20").colors
     columns = min(5, len(sources))
     rows = -(-len(sources) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False, sharey=True)
@@ -127,7 +142,8 @@ def plot(path, sources, results):
             kind = spec.partition(":")[0] + (" (unbiased)" if from_spec(spec).unbiased else "")
             curves.setdefault(kind, []).append(row[source])
         for number, (kind, points) in enumerate(curves.items()):
-            axis.plot(*zip(*sorted(points), strict=True), "os^vD"[number % 5] + "-", label=kind, markersize=4)
+            look = {"marker": "os^vD"[number % 5], "color": colours[number % len(colours)], "markersize": 4}
+            axis.plot(*zip(*sorted(points), strict=True), label=kind, **look)
         if source == "Gauss":
             bits = torch.linspace(0, 9, 50)
             axis.plot(bits, 4.0**-bits, "k:", label="bound, 4^-bits")
@@ -136,7 +152,7 @@ def plot(path, sources, results):
     axes[0, 0].set_ylabel("|x - x'|² / |x|²")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=8, fontsize=8)
-    figure.tight_layout(rect=(0, 0.06 + 0.04 / rows, 1, 1))
+    figure.tight_layout(rect=(0, 0.3 / rows if len(labels) > 16 else 0.2 / rows, 1, 1))
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -161,6 +161,9 @@ def choose(found, nbytes, share, flat, thorough):
     none, best = _modelled(found, nbytes, flat, None), None
     for first in STARTS:
         option = _modelled(found, nbytes, flat, first)
+        while option is None and first < WEAKEST:  # more outliers than the bytes can name
+            first += 64
+            option = _modelled(found, nbytes, flat, first)
         if option and (none is None or option.error < least * none.error):
             best = option
             break
