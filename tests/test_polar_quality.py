@@ -79,7 +79,8 @@ def lognormal(*shape):
 @pytest.mark.parametrize(
     "source, rate, most",
     [(student, 0.25, 0.55), (student, 0.5, 0.39), (student, 1, 0.21), (student, 2, 0.056),
-     (lognormal, 0.05, 0.55), (lognormal, 0.1, 0.37), (laplace, 0.25, 0.70), (laplace, 0.5, 0.51), (laplace, 1, 0.275), (laplace, 2, 0.074)],
+     (lognormal, 0.05, 0.55), (lognormal, 0.1, 0.37),
+     (laplace, 0.25, 0.70), (laplace, 0.5, 0.51), (laplace, 1, 0.275), (laplace, 2, 0.074)],
 )  # fmt: skip
 def test_outliers_go_apart_where_tails_are_heavy(source, rate, most):
     assert relative_error(source(2**18), Polar(rate=rate))[0] < most
