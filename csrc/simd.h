@@ -123,6 +123,23 @@ inline void pack_64(const uint8_t* codes, uint8_t* packed) {
 }
 template <int bits>
 inline void unpack_64(const uint8_t* packed, uint8_t* codes) {
+#if defined(__AVX512BW__)
+    if (bits == 4) {
+        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)packed));
+        const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4));
+        _mm512_storeu_si512(codes, _mm512_and_si512(both, _mm512_set1_epi16(0x0f0f)));
+        return;
+    }
+#elif defined(__AVX2__)
+    if (bits == 4) {
+        for (int half = 0; half < 2; ++half) {
+            const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + 16 * half)));
+            const __m256i both = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
+            _mm256_storeu_si256((__m256i*)(codes + 32 * half), _mm256_and_si256(both, _mm256_set1_epi16(0x0f0f)));
+        }
+        return;
+    }
+#endif
     const uint64_t low = bits == 8 ? ~0ull : (1ull << ((8 * bits) & 63)) - 1;
     for (int group = 0; group < 8; ++group)
         store<uint64_t>(codes + 8 * group, spread_8<bits>(load<uint64_t>(packed + bits * group) & low));
