@@ -193,16 +193,14 @@ class ParameterServer:
 
         Complete when all workers have their results of the last round. Of synchronous rounds only.
         """
-        if self._staleness:
-            raise ConfigError(f"staleness: got {self._staleness}, expected 0: memory is saved between rounds")
-        state, residual = self._state_of(key), self._codec.residual(key)
+        state, residual = self._synchronous(key), self._codec.residual(key)
         head = torch.tensor([state.rounds, residual is not None, state.velocity is not None])
         floats = [values for values in (residual, state.velocity) if values is not None]
         return torch.cat([head.view(torch.uint8), *map(float_to_bytes, floats)])
 
     def load_memory(self, key, memory):
         """Go on from `memory(key)`, before the first push; PayloadError if it is not one of this key."""
-        state, numel = self._state_of(key), self._codec.partitions[key].numel
+        state, numel = self._synchronous(key), self._codec.partitions[key].numel
         rounds, *there = memory[:24].clone().view(torch.int64).tolist() if memory.numel() >= 24 else [0]
         if memory.numel() != 24 + 4 * numel * sum(there):
             raise PayloadError(f"memory of {self._name(key)!r}: got {memory.numel()} bytes for {numel} entries")
@@ -222,6 +220,11 @@ class ParameterServer:
 
     def _name(self, key):
         return self._codec.partitions[key].name
+
+    def _synchronous(self, key):
+        if self._staleness:
+            raise ConfigError(f"staleness: got {self._staleness}, expected 0: memory is what is left between rounds")
+        return self._state_of(key)
 
     def _state(self, worker, key):
         if worker not in self.workers:

@@ -283,6 +283,9 @@ def state_of_workers_and_servers(job):
     expect_error(gcompress.ConfigError, "policy", lambda: worker.load_state_dict({**state, "policy": None}))
     other = {**state, "partition_numel": 7}
     expect_error(gcompress.ConfigError, "partition_bytes", lambda: worker.load_state_dict(other))
+    worker._staleness = 1  # what a job with it has; one job has one worker
+    if job.rank == 0:
+        expect_error(gcompress.ConfigError, "staleness", lambda: worker.load_state_dict(state))
     worker.push("w", torch.zeros(3000))
     expect_error(gcompress.ExchangeError, "on their way", worker.state_dict)
     finish = worker.pull("w")

@@ -284,6 +284,10 @@ def test_a_restart_with_the_saved_memory_goes_on_to_the_bit(spec, momentum):
     server, key = after.servers[after.parts[0].server], 0
     with pytest.raises(PayloadError, match=r"memory of 'a\.weight'"):
         server.load_memory(key, server.memory(key)[:-1])
+    stale = Fleet(policy, staleness=1).servers[after.parts[0].server]
+    for misuse in (lambda: stale.memory(key), lambda: stale.load_memory(key, server.memory(key))):
+        with pytest.raises(ConfigError, match="staleness"):
+            misuse()
 
 
 def test_misuse_is_refused_by_name():

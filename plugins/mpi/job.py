@@ -201,7 +201,7 @@ class Job:
         """The sum over the workers of a list of numbers, in float64; over those alive if some have died.
 
         It goes through server 0, which knows who is left: a collective over the workers would
-        have to be repaired after a death, and that repair hangs now and then.
+        have to be repaired, by all of them, after a death.
         """
         if self.connection is None:
             raise ConfigError("sum: got a call before a Worker or an optimizer was made, expected it afterwards")

@@ -184,6 +184,8 @@ class Worker:
                 f"partition_bytes: the saved state is of {4 * state['partition_numel']}, "
                 f"this run uses {4 * self._partition_numel}"
             )
+        if state["servers"] and self._staleness:
+            raise ConfigError(f"staleness: the saved state is of synchronous rounds, this run uses {self._staleness}")
         self.report.load(state["report"])
         self._codec.load_state_dict(state["feedback"])
         for key, memory in state["servers"].items():
