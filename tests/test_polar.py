@@ -165,6 +165,10 @@ def designs():
 
 
 def decoded_by_the_book(data, numel, block):
+    if data[0] & 32:
+        (size,) = struct.unpack("<I", data[-4:])
+        rest = decoded_by_the_book(bytes([data[0] & ~32]) + data[1:-size], numel, block)
+        return rest + product_by_the_book(data[-size:-4], numel)
     flags, count, base, columns, row_width, row_low, column_width, column_low = struct.unpack("<BBhIBBBB", data[:12])
     assert flags in (0, 2, 4, 6, 8, 10, 12, 14, 16)
     at, codes, columns = 12, [], columns or numel
@@ -240,6 +244,33 @@ def decoded_by_the_book(data, numel, block):
         for block, scale in enumerate(scales):
             turn_back_by_the_book(out[16384 * block :][:16384], 512 * block, seed, np.float32(scale))
     return out
+
+
+def product_by_the_book(data, numel):
+    columns, count, least = struct.unpack_from("<IBh", data)
+    components = [struct.unpack_from("<BBB", data, 7 + 3 * k) for k in range(count)]
+    at, sides = 7 + 3 * count, []
+    for _, *widths in components:
+        for width, length in zip(widths, (numel // columns, columns), strict=True):
+            low = bit_stream(data[at : at + -(-length * width // 8)], length, width) if width else [0] * length
+            at += -(-length * width // 8)
+            sides.append((width, low))
+    unary, bit, columns_of = np.unpackbits(np.frombuffer(data[at:], np.uint8), bitorder="little"), 0, []
+    for width, low in sides:
+        column = []
+        for part in low:
+            high = 0
+            while not unary[bit]:
+                high, bit = high + 1, bit + 1
+            bit += 1
+            value = (high << width) + int(part)
+            column.append(value // 2 if value % 2 == 0 else -(value + 1) // 2)
+        columns_of.append(column)
+    total = sum(
+        np.outer(np.array(left, object), np.array(right, object)) * 2**shift  # integers of Python
+        for (shift, *_), left, right in zip(components, columns_of[::2], columns_of[1::2], strict=True)
+    )
+    return (total.astype(np.float64) * 2.0**least).astype(np.float32).ravel()
 
 
 def outliers_by_the_book(data, at, numel, codes):
@@ -319,10 +350,18 @@ def test_the_format_document_suffices_to_decode(rate, shape):
     gauss = torch.randn(shape, generator=generator)
     heavy = gauss / torch.randn((3, *shape), generator=generator).square().mean(0).sqrt()
     flags = []
-    for tensor, options in ((gauss, {}), (spread * gauss, {}), (spread * heavy, {}), (gauss, {"unbiased": True})):
-        compressor = Polar(rate=rate, block=1024, **options)
+    outer = 9 * gauss[:, :1] * gauss[:1] if gauss.dim() > 1 else gauss
+    for tensor, options in (
+        (gauss, {}),
+        (spread * gauss, {}),
+        (spread * heavy, {}),
+        (gauss, {"unbiased": True}),
+        (gauss + outer, {}),
+    ):
+        compressor = Polar(rate=rate, block=1024, floor=0, **options)
         payload, ctx = compressor.compress(tensor, seed=3)
         flags.append(int(payload[0]))
         expected = decoded_by_the_book(payload.numpy().tobytes(), tensor.numel(), 1024)
         assert torch.equal(compressor.decompress(payload, ctx).view(-1), torch.from_numpy(expected))
     assert flags[3] == 16 and (flags[2] & 8 or rate == 0.1)
+    assert (flags[4] & 32 > 0) == (len(shape) > 1 and rate > 0.1)

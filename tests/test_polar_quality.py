@@ -36,8 +36,10 @@ def test_gap_with_a_list_of_eight(rate, decibels):
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.333, 1.7, 4])
 def test_size_is_the_rate_whatever_the_shape(rate):
     for shape in ((5000,), (50, 100), (16, 16, 3, 3), (2, 1250)):
-        payload, _ = Polar(rate=rate).compress(gauss(*shape))
+        payload, _ = Polar(rate=rate, floor=0).compress(gauss(*shape))
         assert payload.numel() == max(28, math.ceil(math.prod(shape) * rate / 8))
+        payload, _ = Polar(rate=rate).compress(gauss(*shape))
+        assert payload.numel() == max(min(512, math.ceil(math.prod(shape) / 8)), math.ceil(math.prod(shape) * rate / 8))
 
 
 def test_scales_by_row_and_column_find_the_variance_of_a_matrix():

@@ -4,8 +4,8 @@ Korada and Urbanke, "Polar codes are optimal for lossy source coding" (IEEE Tran
 56, 2010, arXiv 0903.0307), here as a multilevel code on real samples: docs/polar.md explains
 it, docs/FORMAT.md gives every byte.
 
-Bytes for n entries, whatever their shape: max(28, ceil(n rate / 8)), all scales included; if
-unbiased at least 28 + 2 (tiles of the code) + 4 ceil(n / 16384).
+Bytes for n entries, whatever their shape: max(28, ceil(n rate / 8), min(floor, ceil(n / 8))), all
+scales included; if unbiased at least 28 + 2 (tiles of the code) + 4 ceil(n / 16384).
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from typing import ClassVar
 
 import torch
 
-from ..polar import codec, plan, reference, turning
+from ..polar import codec, lowrank, plan, reference, turning
 from ..polar.kernels import NativePolar
 from .base import Compressor, check_choice, check_integer, check_number
 
 
 @dataclasses.dataclass(frozen=True)
 class Polar(Compressor):
-    """A polar source code with scales by row and column and a rate for every variance.
+    """A polar source code with scales by row and column, a rate for every variance and the strongest products apart.
 
     Args:
         rate: bits per entry, everything included: any number from 0.05 to 4.
@@ -38,6 +38,10 @@ class Polar(Compressor):
             allocation and outliers do nothing, and errors are D / (1 - D) for the D of Gaussian entries
             (1.15 at 0.5 bits, .39 at 1, .079 at 2). The seed travels in the payload. Rank and step should
             differ in it.
+        rank: the strongest outer products of a matrix with scales "rowcol" go apart, in few bits: "auto" (as
+            many as lower the modelled error, up to 32; none in a matrix of noise), or at most so many, 0 to 32.
+        floor: bytes that a tensor gets at least, as far as they are no more than a bit for an entry. Small
+            layers carry more energy for an entry than large ones, and short blocks err more. 0: none.
 
     Unless unbiased, the decoded tensor is a contraction of the input in the squared norm, so that
     error feedback converges. A tensor with a non-finite entry decodes to NaN; one whose entries are
@@ -59,6 +63,8 @@ class Polar(Compressor):
     list_size: int = 1
     outliers: float | str = "auto"
     unbiased: bool = False
+    rank: int | str = "auto"
+    floor: int = 512
 
     def __post_init__(self):
         check_number("rate", self.rate, 0.05, 4)
@@ -71,6 +77,9 @@ class Polar(Compressor):
         if self.outliers != "auto":
             check_number("outliers", self.outliers, 0, 0.5)
         check_choice("unbiased", self.unbiased, (False, True))
+        if self.rank != "auto":
+            check_integer("rank", self.rank, 0, lowrank.MOST)
+        check_integer("floor", self.floor, 0)
 
     def nbytes(self, numel):
         if numel == 0:
@@ -78,7 +87,7 @@ class Polar(Compressor):
         least = plan.SMALLEST_PAYLOAD
         if self.unbiased:
             least = plan.lone_class_bytes(numel, self.block) + turning.section_bytes(numel)
-        return max(least, -int(-numel * self.rate // 8))
+        return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):
         payload.copy_(self._encode(NativePolar(kernels), values, seed))
@@ -92,7 +101,7 @@ class Polar(Compressor):
             return codec.encode_unbiased(backend, values, nbytes, block=self.block, list_size=self.list_size, seed=seed)
         return codec.encode(
             backend, values, nbytes, block=self.block, scales=self.scales,
-            flat=self.allocation == "flat", share=self.outliers, list_size=self.list_size,
+            flat=self.allocation == "flat", share=self.outliers, list_size=self.list_size, rank=self.rank,
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):

@@ -6,14 +6,15 @@ here and in plan.py, is common to all.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .. import packing
 from ..errors import PayloadError
-from . import outliers, plan, turning
-from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two
+from . import lowrank, outliers, plan, turning
+from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two, powers_of_two
 
 CHUNK = 256
 SMALLEST_SIDE = 16  # a matrix with fewer rows or columns is taken as chunks
@@ -23,20 +24,73 @@ ENERGY_STEPS = 64.0  # per modelled standard deviation, where energies of classe
 LEAST_FOR_OUTLIERS = 32  # bytes
 RETRIES = 6
 SMALLEST_DEVIATION = 2.0**-88
+LEAST_RANK_GAIN = 0.9  # a product must lower the modelled error to this
 
 
-def encode(backend, values, nbytes, *, block, scales, flat, share, list_size):
+class Survey(NamedTuple):
+    """The sum of magnitudes of some entries, how to class them (None: nothing to code), the squared error expected."""
+
+    total: float
+    layout: plan.Layout | None
+    error: float
+
+
+def encode(backend, values, nbytes, *, block, scales, flat, share, list_size, rank):
     """Encode a contiguous float32 tensor of any shape to a uint8 tensor of `nbytes` bytes on its device."""
-    payload = np.zeros(nbytes, np.uint8)
     columns, by_column = _matrix(values.shape, scales)
     values = values.view(-1)
+    survey = _survey(backend, values, columns, by_column, nbytes, scales, flat)
+    section = b""
+    if rank and by_column and survey.layout is not None:
+        section, values, survey = _without_product(backend, values, columns, survey, nbytes, flat, rank)
+    payload = _encode_surveyed(backend, values, survey, nbytes - len(section), block, flat, share, list_size)
+    if not section:
+        return payload
+    payload[0] |= plan.PRODUCT
+    return torch.cat([payload, torch.frombuffer(bytearray(section), dtype=torch.uint8).to(payload.device)])
+
+
+def _survey(backend, values, columns, by_column, nbytes, scales, flat):
     row_sums, column_sums = backend.sums(values, columns, by_column)
     total = float(np.cumsum(row_sums, dtype=np.float64)[-1]) * SUM_SCALE  # one after the other: the same anywhere
     if not math.isfinite(total):
+        return Survey(total, None, math.inf)
+    if total / values.numel() < SMALLEST_DEVIATION:
+        return Survey(total, None, 0.0)
+    sums = (None, None) if scales == "tensor" else (row_sums, column_sums)
+    layouts = list(plan.candidate_layouts(values.numel(), columns, *sums))
+    layout, error = plan.choose_layout(layouts, nbytes, flat)
+    return Survey(total, layout, error * _deviation(layouts[-1].histogram(), total) ** 2)
+
+
+def _deviation(counts, total):
+    """What code 0 stands for."""
+    return total * outliers.GAUSSIAN_RMS / math.fsum((counts * powers_of_two(16 * np.arange(plan.CLASSES))).tolist())
+
+
+def _without_product(backend, values, columns, survey, nbytes, flat, rank):
+    """(section of the payload that holds a product of thin matrices or none, the rest of the entries, its Survey)."""
+    matrix = values.view(-1, columns)
+    error, energy = plan.error_model(survey.layout, flat)
+    factors = lowrank.find(matrix, survey.total, nbytes, lambda bits: min(error(bits) / energy, 1.0), rank)
+    section = b"" if factors is None else lowrank.pack(factors)
+    while nbytes - len(section) < plan.SMALLEST_PAYLOAD and len(factors.exponents) > 1:
+        factors = factors.without_weakest()
+        section = lowrank.pack(factors)
+    if not 0 < len(section) <= nbytes - plan.SMALLEST_PAYLOAD:
+        return b"", values, survey
+    rest = factors.taken_from(matrix).view(-1)
+    after = _survey(backend, rest, columns, True, nbytes - len(section), "rowcol", flat)
+    if not after.error < LEAST_RANK_GAIN * survey.error:
+        return b"", values, survey
+    return section, rest, after
+
+
+def _encode_surveyed(backend, values, survey, nbytes, block, flat, share, list_size):
+    payload, (total, layout, _) = np.zeros(nbytes, np.uint8), survey
+    if not math.isfinite(total):
         payload[0] = plan.NOT_FINITE
-    elif total / values.numel() >= SMALLEST_DEVIATION:
-        layouts = plan.candidate_layouts(values.numel(), columns, None if scales == "tensor" else row_sums, column_sums)
-        layout = plan.choose_layout(list(layouts), nbytes, flat)
+    elif layout is not None:
         apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat, list_size > 1)
         variances = _variances(backend, values, layout, total, measured=bool(apart))
         spent = variances is not None and plan.spend(
@@ -242,6 +296,18 @@ def _read_classes(data, at, count, layout):
 
 def decode_into(backend, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
+    if not int(payload[0]) & plan.PRODUCT:
+        return _decode_rest_into(backend, payload, out, add, block)
+    factors, rest = lowrank.unpack(payload, out.numel())
+    rest[0] &= 255 - plan.PRODUCT
+    whole = torch.empty_like(out) if add else out  # an entry's two parts are added to each other first
+    _decode_rest_into(backend, rest, whole, False, block)
+    factors.add_to(whole.view(-1, len(factors.right)))
+    if add:
+        out += whole
+
+
+def _decode_rest_into(backend, payload, out, add, block):
     spending, apart, at = _read_header(payload, out.numel(), block)
     if isinstance(apart, list):
         turned = torch.empty_like(out)

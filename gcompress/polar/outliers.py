@@ -123,7 +123,7 @@ def histogram(values, layout, total):
 
 
 def _sampled(values, layout):
-    """(magnitudes, classes) of about SAMPLE entries, those of a code 0 left out; no classes if there is only one."""
+    """(magnitudes, classes) of about SAMPLE entries, 0 for those of a code 0; no classes if there is only one."""
     lone = layout.row_codes is None and layout.column_codes is None
     step = -(-values.numel() // (SAMPLE // 4 if lone else SAMPLE))
     if lone:
@@ -133,13 +133,12 @@ def _sampled(values, layout):
     rows = np.full(layout.rows, plan.NO_CODE) if layout.row_codes is None else layout.row_codes
     columns = np.full(layout.columns, plan.NO_CODE) if layout.column_codes is None else layout.column_codes
     rows, columns = (torch.from_numpy(codes.astype(np.int64)).to(values.device) for codes in (rows, columns))
-    rows = rows[::step].unsqueeze(1)
-    coded = (rows > 0) & (columns > 0)
-    of_class = torch.where(coded, rows + columns, 0)
-    index = torch.arange(0, layout.rows, step, device=values.device).unsqueeze(1) * layout.columns
-    index = index + torch.arange(layout.columns, device=values.device)
-    there = coded & (index < values.numel())
-    return values[index[there]].abs(), of_class[there]
+    of_class = torch.where((rows[::step, None] > 0) & (columns > 0), rows[::step, None] + columns, 0).view(-1)
+    whole = values.numel() // layout.columns * layout.columns
+    magnitudes = values[:whole].view(-1, layout.columns)[::step].reshape(-1).abs()
+    if whole < values.numel() and (layout.rows - 1) % step == 0:
+        magnitudes = torch.cat([magnitudes, values[whole:].abs()])
+    return magnitudes, of_class[: len(magnitudes)]
 
 
 def choose(found, nbytes, share, flat, thorough):

@@ -24,13 +24,14 @@ from .tables import (
     levels_for,
     octave_codes,
     power_of_two,
+    powers_of_two,
 )  # fmt: skip
 
 # flags, coded classes, base (octaves), columns, and for rows and for columns bits of a code and the smallest code.
 HEADER = struct.Struct("<BBhIBBBB")
 CLASS = struct.Struct("<BBe")  # class, design, amplitude in 2^base
 TILE = struct.Struct("<H")  # words
-NOT_FINITE, ROWS, COLUMNS, APART, TURNED = 1, 2, 4, 8, 16
+NOT_FINITE, ROWS, COLUMNS, APART, TURNED, PRODUCT = 1, 2, 4, 8, 16, 32
 SMALLEST_PAYLOAD = HEADER.size + CLASS.size + 2 * TILE.size + 8
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -283,11 +284,7 @@ def class_rates(counts, variances, bits, flat):
 
 def modelled_error(counts, variances, rates):
     """The squared error of ideal codes."""
-    return math.fsum(
-        count * power_of_two(2 * int(variance - rate))
-        for count, variance, rate in zip(counts.tolist(), variances, rates, strict=True)
-        if count
-    )
+    return math.fsum((counts * powers_of_two(2 * (variances - rates))).tolist())
 
 
 def choose_classes(counts, rates):
@@ -357,21 +354,35 @@ def candidate_layouts(numel, columns, row_sums, column_sums):
 
 
 def choose_layout(layouts, nbytes, flat):
-    """The layout with the least modelled error, all of them judged by the finest one's variances."""
-    variances = 16 * np.arange(CLASSES)
+    """(the layout with the least modelled error, that error), all judged by the finest one's variances.
+
+    The error is in squares of what code 0 of the finest layout stands for. (None, infinity) if nothing fits.
+    """
     finest = layouts[-1]
     row_power, column_power = _mean_power(finest.row_codes), _mean_power(finest.column_codes)
     best, least = None, math.inf
     for layout in layouts:
-        counts = layout.histogram()
-        bits = 8 * (nbytes - HEADER.size - CLASS.size - TILE.size - side_bytes(layout))
-        rates = class_rates(counts, variances, bits, flat)
-        error = math.inf if rates is None else modelled_error(counts, variances, rates)
+        error = error_model(layout, flat)[0](8 * nbytes)
         error *= row_power if layout.row_codes is None else 1.0  # a factor that is not sent has its mean power
         error *= column_power if layout.column_codes is None else 1.0
         if error < least * (LEAST_GAIN if best else 1.0):
             best, least = layout, error
-    return best
+    return best, least
+
+
+def error_model(layout, flat):
+    """(the function from a payload's bits to the modelled error, the modelled energy), by the scale codes alone.
+
+    Both are in squares of what code 0 stands for; the error is infinite where nothing fits.
+    """
+    counts, variances = layout.histogram(), 16 * np.arange(CLASSES)
+    overhead = 8 * (HEADER.size + CLASS.size + TILE.size + side_bytes(layout))
+
+    def error(bits):
+        rates = class_rates(counts, variances, int(bits) - overhead, flat)
+        return math.inf if rates is None else modelled_error(counts, variances, rates)
+
+    return error, modelled_error(counts, variances, np.zeros(CLASSES, np.int64))
 
 
 def _mean_power(codes):

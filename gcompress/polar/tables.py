@@ -200,6 +200,11 @@ def power_of_two(sixty_fourths):
     return math.ldexp(_roots()[sixty_fourths & 63], sixty_fourths >> 6)
 
 
+def powers_of_two(sixty_fourths):
+    """The same for an integer array."""
+    return np.ldexp(np.array(_roots())[sixty_fourths & 63], sixty_fourths >> 6)
+
+
 def octave_codes(values, steps):
     """round(steps log2(values)) for positive doubles, `steps` a divisor of 32: int64."""
     mantissa, exponent = np.frexp(values)

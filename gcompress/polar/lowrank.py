@@ -1,0 +1,307 @@
+"""A matrix as the product of two thin matrices of integers, and what remains of it for the polar code.
+
+Gradients of layers are sums of a few strong outer products (Vogels et al., PowerSGD, arXiv
+1905.13727): a handful of singular vectors holds most of the energy, and costs few bits because a
+matrix has far fewer rows and columns than entries. They are found by subspace iteration on a
+sample of the rows, rounded to steps that the water level asks for, and Rice coded.
+
+Every product of matrices here is of integers held in doubles and stays below 2^53: it is exact, so
+that any order of summation, number of threads and device give the same bytes.
+"""
+
+import math
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .. import packing
+from ..errors import PayloadError
+from . import plan
+from .tables import LOG_TWO, _log
+
+HEADER = struct.Struct("<IBh")  # columns, components, the smallest exponent
+COMPONENT = struct.Struct("<BBB")  # exponent above the smallest; widths of the Rice codes, left and right
+LENGTH = struct.Struct("<I")
+MOST, MOST_OF_FEW = 32, 16  # components; where there is less than a bit for an entry
+SMALLEST_MATRIX = 4096
+LARGEST_MATRIX, LARGEST_SIDE = 1 << 28, 1 << 22
+SAMPLE = 1 << 17  # entries
+ROUNDS = 3  # of subspace iteration
+MEAN_STEPS = 5  # the mean magnitude is about 2^5 steps of the integers
+LARGEST_ENTRY, LARGEST_FACTOR = 1 << 17, 1 << 18
+BASIS_BITS = 15
+MOST_SHIFT = 10
+LEAST_ERROR = 2.0**-24  # of the energy
+DEPENDENT = 2.0**-24  # of a column's energy left beside the others: it adds nothing
+CODE_LOSS = 0.7  # bits of a rounded factor beyond half the logarithm of its power over the water level
+LARGEST_EXPONENT = 200
+WIDEST = 20  # low bits of a Rice code
+MOST_SHARE = 0.9  # of the bytes for the factors
+
+
+class Factors(NamedTuple):
+    """int64 left [rows, rank] and right [columns, rank]; component j counts 2^exponents[j]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    exponents: list
+
+    def products(self):
+        """left @ right^T in parts: (rows as a slice, their float32 [some rows, columns])."""
+        least = min(self.exponents)
+        weights = torch.tensor([float(1 << (e - least)) for e in self.exponents], dtype=torch.float64)
+        left, right = self.left.double() * weights.to(self.left.device), self.right.double().t().contiguous()
+        for rows in _chunks(len(left), right.shape[1]):
+            exact = (left[rows] @ right) * math.ldexp(1.0, least)
+            yield rows, exact.clamp(-plan.LARGEST, plan.LARGEST).to(torch.float32)
+
+    def without_weakest(self):
+        return Factors(self.left[:, :-1], self.right[:, :-1], self.exponents[:-1])
+
+    def taken_from(self, matrix):
+        """What remains of a float32 [rows, columns]."""
+        rest = torch.empty_like(matrix)
+        for rows, product in self.products():
+            torch.sub(matrix[rows], product, out=rest[rows])
+        return rest
+
+    def add_to(self, matrix):
+        """Add the product to a float32 [rows, columns]."""
+        for rows, product in self.products():
+            matrix[rows] += product
+
+
+def _chunks(rows, columns):
+    step = max(1, (1 << 16) // columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+# Finding -----------------------------------------------------------------------------------
+
+
+def find(matrix, total, nbytes, left_over, most):
+    """The Factors of least modelled error, or None.
+
+    Args:
+        matrix: float32 [rows, columns], finite, whose magnitudes sum to `total`.
+        nbytes: for the factors and the rest.
+        left_over: the share of its energy that a rest like the matrix errs by, from its bits.
+        most: components at most, or "auto".
+    """
+    if not SMALLEST_MATRIX <= matrix.numel() <= LARGEST_MATRIX or max(matrix.shape) > LARGEST_SIDE:
+        return None
+    if most == "auto":
+        most = MOST if 8 * nbytes >= matrix.numel() else MOST_OF_FEW
+    most = min(most, *matrix.shape)
+    exponent = MEAN_STEPS - math.frexp(total / matrix.numel())[1]
+    sample = _integers(matrix[:: _sampling(matrix)], exponent)
+    basis = _basis(sample, most)
+    powers, energy = _powers(sample @ basis), float(sample.square().sum())
+    count, water = _choose(powers, energy, sample.numel(), matrix.shape, 8 * nbytes, left_over)
+    if count == 0:
+        return None
+    step = math.sqrt(12 * water)
+    left = _rounded(_times(matrix, exponent, basis[:, :count]), BASIS_BITS + _octave(step))
+    lengths = left.t() @ left
+    products, powers = _integral(_transposed_times(matrix, exponent, left))
+    right = _combined(products, _inverse(lengths.cpu().numpy()) / powers.cpu().numpy()[:, None])
+    steps = [_octave(step / math.sqrt(max(power, 1.0))) for power in torch.diagonal(lengths).tolist()]
+    steps = [max(step, max(steps) - MOST_SHIFT) for step in steps]
+    right = torch.cat([_rounded(right[:, j : j + 1], step) for j, step in enumerate(steps)], 1)
+    return Factors(left.to(torch.int64), right.to(torch.int64), [step - exponent for step in steps])
+
+
+def _powers(columns):
+    return packing.ordered_sum(columns.t().square() * 2.0 ** (-2 * BASIS_BITS)).tolist()
+
+
+def _sampling(matrix):
+    rows, columns = matrix.shape
+    return max(1, rows // max(SAMPLE // columns, 8 * MOST_OF_FEW))
+
+
+def _integers(entries, exponent):
+    scaled = torch.round(entries * math.ldexp(1.0, exponent))
+    return scaled.clamp_(-LARGEST_ENTRY, LARGEST_ENTRY).double()
+
+
+def _times(matrix, exponent, basis):
+    """The integer matrix times the basis."""
+    return torch.cat([_integers(matrix[rows], exponent) @ basis for rows in _chunks(*matrix.shape)])
+
+
+def _transposed_times(matrix, exponent, left):
+    total = torch.zeros((matrix.shape[1], left.shape[1]), dtype=torch.float64, device=matrix.device)
+    for rows in _chunks(*matrix.shape):
+        total += _integers(matrix[rows], exponent).t() @ left[rows]
+    return total
+
+
+def _basis(sample, count):
+    """Integers [columns, count], about orthogonal, of length 2^BASIS_BITS: the strongest right directions."""
+    index = torch.arange(len(sample) * count, device=sample.device)
+    left = (1 - 2 * (packing.hashed(index, 0) & 1)).double().view(len(sample), count)
+    right = _orthogonal(sample.t() @ left)
+    for _ in range(ROUNDS - 1):
+        right = _orthogonal(sample.t() @ _orthogonal(sample @ right))
+    return right
+
+
+def _orthogonal(columns):
+    """The columns by Gram-Schmidt, rounded to integers of length 2^BASIS_BITS; those that depend on others are 0."""
+    small = _integral(columns)[0]
+    weights = _whitening((small.t() @ small).cpu().numpy())
+    return torch.round(_combined(small, weights) * 2.0**BASIS_BITS)
+
+
+def _integral(columns):
+    """(columns times a power of two each, in integers of up to 2^BASIS_BITS, the powers)."""
+    largest = columns.abs().amax(0).tolist()
+    powers = [math.ldexp(1.0, BASIS_BITS - math.frexp(value)[1]) for value in largest]
+    powers = torch.tensor(powers, dtype=torch.float64, device=columns.device)
+    return torch.round(columns * powers), powers
+
+
+def _combined(integers, weights):
+    """integers @ weights, the weights rounded to so many bits that the product is exact."""
+    weights, powers = _integral(torch.from_numpy(weights).to(integers.device))
+    return integers @ weights / powers
+
+
+def _whitening(gram):
+    """The upper triangular W with W^T G W = 1 for G [k, k], columns of dependent ones 0: float64."""
+    size = len(gram)
+    work = np.concatenate([gram, np.eye(size)], 1)
+    roots = np.zeros(size)
+    for i in range(size):
+        if work[i, i] <= DEPENDENT * gram[i, i]:
+            work[:, i] = work[i, :] = 0.0
+            continue
+        roots[i] = 1.0 / math.sqrt(work[i, i])
+        work[i + 1 :] -= (work[i + 1 :, i] / work[i, i])[:, None] * work[i]
+    return work[:, size:].T * roots
+
+
+def _inverse(gram):
+    white = _whitening(gram)
+    total = np.zeros_like(gram)
+    for column in white.T:  # one after the other: a product of matrices may add in any order
+        total += column[:, None] * column
+    return total
+
+
+def _rounded(columns, exponent):
+    return torch.round(columns * math.ldexp(1.0, -exponent)).clamp(-LARGEST_FACTOR, LARGEST_FACTOR)
+
+
+def _octave(value):
+    """The whole number nearest to the logarithm of a positive double to 2."""
+    mantissa, exponent = math.frexp(value)
+    return exponent - (mantissa * mantissa < 0.5)
+
+
+def _choose(powers, energy, numel, shape, bits, left_over):
+    """(number of components, water level: the mean squared error of an entry) of least modelled error.
+
+    Args:
+        powers, energy: squares of the components and of all entries, in a sample of `numel` entries.
+        shape, bits: of the whole matrix.
+    """
+    entries = shape[0] * shape[1]
+    least = energy * left_over(bits)
+    best, water, spent, left, worse = 0, least / numel, 8 * (HEADER.size + LENGTH.size), energy, 0
+    level = water
+    for count, power in enumerate(powers, 1):
+        left = max(left - power, 0.0)
+        spent += 8 * COMPONENT.size + sum(_modelled_bits(power * entries / numel, side, level) for side in shape)
+        if power <= 0 or spent >= MOST_SHARE * bits:
+            break
+        error = left * left_over(bits - spent)
+        level = max(error, LEAST_ERROR * energy) / numel
+        if error < least:
+            best, water, least, worse = count, level, error, 0
+        elif (worse := worse + 1) > 2:
+            break
+    return best, water
+
+
+def _modelled_bits(power, entries, water):
+    """Of a factor with so many entries whose component has energy `power`."""
+    ratio = power / (entries * water)
+    return entries * max(float(_log(np.float64(max(ratio, 1e-9)))) / (2 * LOG_TWO) + CODE_LOSS, 1.0)
+
+
+# Bytes -------------------------------------------------------------------------------------
+
+
+def pack(factors):
+    """The section of the payload, as bytes; its length comes last.
+
+    Rice codes: the low bits of the entries of every column of the factors, then what is above them in unary.
+    """
+    columns = [_folded(side[:, j]) for j in range(len(factors.exponents)) for side in (factors.left, factors.right)]
+    widths = [_rice_width(int(column.sum()), column) for column in columns]
+    least = min(factors.exponents)
+    head = HEADER.pack(len(factors.right), len(factors.exponents), least)
+    for j, exponent in enumerate(factors.exponents):
+        head += COMPONENT.pack(exponent - least, widths[2 * j], widths[2 * j + 1])
+    low = [packing.pack_bits(v & ((1 << w) - 1), w) for v, w in zip(columns, widths, strict=True) if w]
+    ends = torch.cumsum(torch.cat([v >> w for v, w in zip(columns, widths, strict=True)]) + 1, 0)
+    unary = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=ends.device)
+    unary[ends - 1] = 1
+    section = head + torch.cat([*low, packing.pack_bits(unary, 1)]).cpu().numpy().tobytes()
+    return section + LENGTH.pack(len(section) + LENGTH.size)
+
+
+def _rice_width(total, values):
+    """The number of low bits with the fewest bits in all."""
+    mean = max(total // len(values), 1).bit_length() - 1
+    return min(range(max(mean - 2, 0), mean + 2), key=lambda width: len(values) * width + int((values >> width).sum()))
+
+
+def unpack(payload, numel):
+    """(Factors, the payload of the rest) from a uint8 tensor; PayloadError if it contradicts itself."""
+    (size,) = LENGTH.unpack(bytes(payload[-LENGTH.size :].tolist()))
+    if not HEADER.size + LENGTH.size <= size <= payload.numel() - plan.SMALLEST_PAYLOAD:
+        raise PayloadError(f"payload: factors of {size} bytes do not fit {payload.numel()}")
+    section = payload[-size : -LENGTH.size]
+    columns, count, least = HEADER.unpack(bytes(section[: HEADER.size].tolist()))
+    at = HEADER.size + COMPONENT.size * count
+    if not 1 <= count <= MOST or not 1 <= columns <= numel or numel % columns or section.numel() < at:
+        raise PayloadError(f"payload: {count} factors of {columns} columns do not fit {numel} entries")
+    components = [*COMPONENT.iter_unpack(bytes(section[HEADER.size : at].tolist()))]
+    if abs(least) > LARGEST_EXPONENT or max(shift for shift, *_ in components) > MOST_SHIFT:
+        raise PayloadError(f"payload: factors with exponents from {least} on, {MOST_SHIFT} above it at most")
+    widths = [width for _, *both in components for width in both]
+    parts = _unpack_rice(section[at:], widths, [numel // columns, columns] * count)
+    left, right = (torch.stack([_unfolded(part) for part in parts[side::2]], 1) for side in (0, 1))
+    if max(int(left.abs().max()), int(right.abs().max())) > LARGEST_FACTOR:
+        raise PayloadError(f"payload: an entry of a factor beyond {LARGEST_FACTOR}")
+    return Factors(left, right, [least + shift for shift, *_ in components]), payload[:-size].clone()
+
+
+def _unpack_rice(section, widths, lengths):
+    sizes = [packing.packed_bytes(length, width) for length, width in zip(lengths, widths, strict=True)]
+    if max(widths) > WIDEST or sum(sizes) > section.numel():
+        raise PayloadError(f"payload: factors of {sum(sizes)} bytes do not fit {section.numel()}")
+    unary = section[sum(sizes) :]
+    ends = torch.nonzero(packing.unpack_bits(unary, 8 * unary.numel(), 1)).view(-1)
+    if len(ends) != sum(lengths):
+        raise PayloadError(f"payload: {len(ends)} entries of factors, expected {sum(lengths)}")
+    above = (torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1).split(lengths)
+    low = section[: sum(sizes)].split(sizes)
+    return [
+        high << width | packing.unpack_bits(bits, length, width).to(torch.int64) if width else high
+        for high, bits, length, width in zip(above, low, lengths, widths, strict=True)
+    ]
+
+
+def _folded(values):
+    """0, -1, 1, -2, 2 … to 0, 1, 2, 3, 4 …"""
+    return torch.where(values >= 0, 2 * values, -2 * values - 1)
+
+
+def _unfolded(values):
+    return torch.where(values % 2 == 0, values // 2, -(values + 1) // 2)
