@@ -249,13 +249,13 @@ def decoded_by_the_book(data, numel, block):
 def product_by_the_book(data, numel):
     columns, count, least = struct.unpack_from("<IBh", data)
     components = [struct.unpack_from("<BBB", data, 7 + 3 * k) for k in range(count)]
-    at, sides = 7 + 3 * count, []
+    stream, at, sides = np.unpackbits(np.frombuffer(data[7 + 3 * count :], np.uint8), bitorder="little"), 0, []
     for _, *widths in components:
         for width, length in zip(widths, (numel // columns, columns), strict=True):
-            low = bit_stream(data[at : at + -(-length * width // 8)], length, width) if width else [0] * length
-            at += -(-length * width // 8)
+            low = stream[at : at + length * width].reshape(length, width) @ (1 << np.arange(width))
+            at += length * width
             sides.append((width, low))
-    unary, bit, columns_of = np.unpackbits(np.frombuffer(data[at:], np.uint8), bitorder="little"), 0, []
+    unary, bit, columns_of = stream[-(-at // 8) * 8 :], 0, []
     for width, low in sides:
         column = []
         for part in low:

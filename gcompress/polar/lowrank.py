@@ -119,7 +119,7 @@ def _powers(columns):
 
 def _sampling(matrix):
     rows, columns = matrix.shape
-    return max(1, rows // max(SAMPLE // columns, 8 * MOST_OF_FEW))
+    return max(1, rows // max(SAMPLE // columns, 4 * MOST_OF_FEW))
 
 
 def _integers(entries, exponent):
@@ -239,26 +239,36 @@ def _modelled_bits(power, entries, water):
 def pack(factors):
     """The section of the payload, as bytes; its length comes last.
 
-    Rice codes: the low bits of the entries of every column of the factors, then what is above them in unary.
+    Rice codes, column after column: the low bits of every entry, then what is above them in unary.
     """
-    columns = [_folded(side[:, j]) for j in range(len(factors.exponents)) for side in (factors.left, factors.right)]
-    widths = [_rice_width(int(column.sum()), column) for column in columns]
-    least = min(factors.exponents)
+    least, sides = min(factors.exponents), [_folded(side) for side in (factors.left, factors.right)]
+    widths = np.stack([_rice_widths(side) for side in sides], 1).tolist()
     head = HEADER.pack(len(factors.right), len(factors.exponents), least)
-    for j, exponent in enumerate(factors.exponents):
-        head += COMPONENT.pack(exponent - least, widths[2 * j], widths[2 * j + 1])
-    low = [packing.pack_bits(v & ((1 << w) - 1), w) for v, w in zip(columns, widths, strict=True) if w]
-    ends = torch.cumsum(torch.cat([v >> w for v, w in zip(columns, widths, strict=True)]) + 1, 0)
+    for exponent, both in zip(factors.exponents, widths, strict=True):
+        head += COMPONENT.pack(exponent - least, *both)
+    values = torch.cat([torch.cat([side[:, j] for side in sides]) for j in range(len(widths))])
+    places, width = _low_places(widths, [len(side) for side in sides], values.device)
+    low = (values.unsqueeze(1) >> torch.arange(places.shape[1], device=values.device) & 1)[places]
+    ends = torch.cumsum((values >> width) + 1, 0)
     unary = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=ends.device)
     unary[ends - 1] = 1
-    section = head + torch.cat([*low, packing.pack_bits(unary, 1)]).cpu().numpy().tobytes()
+    body = torch.cat([packing.pack_bits(low, 1), packing.pack_bits(unary, 1)])
+    section = head + body.cpu().numpy().tobytes()
     return section + LENGTH.pack(len(section) + LENGTH.size)
 
 
-def _rice_width(total, values):
-    """The number of low bits with the fewest bits in all."""
-    mean = max(total // len(values), 1).bit_length() - 1
-    return min(range(max(mean - 2, 0), mean + 2), key=lambda width: len(values) * width + int((values >> width).sum()))
+def _rice_widths(values):
+    """For every column of nonnegative integers, the number of low bits with the fewest bits in all: int64."""
+    most = min(int(values.max()).bit_length(), WIDEST)
+    bits = [len(values) * width + (values >> width).sum(0) for width in range(most + 1)]
+    return torch.stack(bits).cpu().numpy().argmin(0)
+
+
+def _low_places(widths, lengths, device):
+    """(bool [entries, most low bits of one], True where an entry has that bit; int64 [entries], how many it has)."""
+    each = torch.tensor([width for both in widths for width in both], device=device)
+    width = each.repeat_interleave(torch.tensor(lengths * len(widths), device=device))
+    return torch.arange(max(1, int(each.max())), device=device) < width.unsqueeze(1), width
 
 
 def unpack(payload, numel):
@@ -274,28 +284,28 @@ def unpack(payload, numel):
     components = [*COMPONENT.iter_unpack(bytes(section[HEADER.size : at].tolist()))]
     if abs(least) > LARGEST_EXPONENT or max(shift for shift, *_ in components) > MOST_SHIFT:
         raise PayloadError(f"payload: factors with exponents from {least} on, {MOST_SHIFT} above it at most")
-    widths = [width for _, *both in components for width in both]
-    parts = _unpack_rice(section[at:], widths, [numel // columns, columns] * count)
-    left, right = (torch.stack([_unfolded(part) for part in parts[side::2]], 1) for side in (0, 1))
-    if max(int(left.abs().max()), int(right.abs().max())) > LARGEST_FACTOR:
+    lengths = [numel // columns, columns]
+    values = _unfolded(_unpack_rice(section[at:], [both for _, *both in components], lengths))
+    if int(values.abs().max()) > LARGEST_FACTOR:
         raise PayloadError(f"payload: an entry of a factor beyond {LARGEST_FACTOR}")
-    return Factors(left, right, [least + shift for shift, *_ in components]), payload[:-size].clone()
+    left, right = values.view(count, -1).split(lengths, 1)
+    return Factors(left.t(), right.t(), [least + shift for shift, *_ in components]), payload[:-size].clone()
 
 
 def _unpack_rice(section, widths, lengths):
-    sizes = [packing.packed_bytes(length, width) for length, width in zip(lengths, widths, strict=True)]
-    if max(widths) > WIDEST or sum(sizes) > section.numel():
-        raise PayloadError(f"payload: factors of {sum(sizes)} bytes do not fit {section.numel()}")
-    unary = section[sum(sizes) :]
+    """The entries, column after column: int64."""
+    bits = sum(length * width for both in widths for length, width in zip(lengths, both, strict=True))
+    if max(max(both) for both in widths) > WIDEST or packing.packed_bytes(bits, 1) > section.numel():
+        raise PayloadError(f"payload: {bits} low bits of factors do not fit {section.numel()} bytes")
+    places, width = _low_places(widths, lengths, section.device)
+    low = torch.zeros(places.shape, dtype=torch.int64, device=section.device)
+    low[places] = packing.unpack_bits(section, bits, 1).to(torch.int64)
+    unary = section[packing.packed_bytes(bits, 1) :]
     ends = torch.nonzero(packing.unpack_bits(unary, 8 * unary.numel(), 1)).view(-1)
-    if len(ends) != sum(lengths):
-        raise PayloadError(f"payload: {len(ends)} entries of factors, expected {sum(lengths)}")
-    above = (torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1).split(lengths)
-    low = section[: sum(sizes)].split(sizes)
-    return [
-        high << width | packing.unpack_bits(bits, length, width).to(torch.int64) if width else high
-        for high, bits, length, width in zip(above, low, lengths, widths, strict=True)
-    ]
+    if len(ends) != len(low):
+        raise PayloadError(f"payload: {len(ends)} entries of factors, expected {len(low)}")
+    above = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
+    return above << width | (low << torch.arange(low.shape[1], device=low.device)).sum(1)
 
 
 def _folded(values):

@@ -8,6 +8,7 @@ than a step, is coded in its place like every other entry.
 All decisions are integers, or floats combined in a fixed order, so that every machine decides alike.
 """
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -264,33 +265,29 @@ def _power_of_two(exponent):
 
 def _error(found, deviations, rates, energy, magnitude, limits):
     """The modelled squared error of every class: what a real code makes of a Gaussian, and what it loses otherwise."""
-    ideal = np.array([1 / float(_exp(np.float64(-2 * LOG_TWO * rate))) if rate else 1.0 for rate in rates])
+    ideal = 1 / _exp(-2 * LOG_TWO * rates)
     loss = np.minimum(1.012 + rates / 8, 1.2)  # of the code against the bound, by its figures
     gain = 1 - np.minimum(loss / ideal, 1.0)
     # Signs alone make less of entries whose mean magnitude is small.
     peaked = np.clip(1 - magnitude**2 / np.maximum(energy, 1e-300) * GAUSSIAN_RMS**2, 0.0, 1.0)
     gain *= 1 - peaked * np.where(rates <= 0.6, 0.3 + 0.9 * rates, 0.25)
     parts = energy * (1 - gain)
-    reaches = np.array([_reach(int(64 * rate)) for rate in rates])
+    reaches, tails = np.array([_reach_and_tail(rate) for rate in (64 * rates).astype(np.int64).tolist()]).T
     reach = reaches * np.sqrt(energy)
     n, s1, s2 = found.beyond(np.minimum(reach, limits)) - found.beyond(limits)
-    excess = (
-        s2 - 2 * reach * s1 + reach * reach * n - TAIL_SHARE * np.array([_gaussian_tail(r) for r in reaches]) * energy
-    )
+    excess = s2 - 2 * reach * s1 + reach * reach * n - TAIL_SHARE * tails * energy
     parts = parts + np.where(rates > 1, EXCESS_SHARE * np.maximum(excess, 0.0), 0.0)
     return math.fsum(found.counts * parts * deviations**2)
 
 
-def _reach(rate):
-    """The largest reproduction point for a rate in 1/64 bit, in deviations."""
+@functools.lru_cache(4096)
+def _reach_and_tail(rate):
+    """The largest reproduction point for a rate in 1/64 bit, in deviations, and a Gaussian's tail beyond it."""
     levels = levels_for(rate)
-    return int(design_at(design_index(levels, (rate + 4) // 8)).points.max()) / (1 if levels == 1 else POINT_ONE)
-
-
-def _gaussian_tail(reach):
+    reach = int(design_at(design_index(levels, (rate + 4) // 8)).points.max()) / (1 if levels == 1 else POINT_ONE)
     place = min(2 * reach, len(GAUSSIAN_TAIL) - 1.001)
     low = int(place)
-    return GAUSSIAN_TAIL[low] + (place - low) * (GAUSSIAN_TAIL[low + 1] - GAUSSIAN_TAIL[low])
+    return reach, GAUSSIAN_TAIL[low] + (place - low) * (GAUSSIAN_TAIL[low + 1] - GAUSSIAN_TAIL[low])
 
 
 def _bits(found, limits, outliers):

@@ -70,11 +70,13 @@ def _stored_designs():
     return json.loads(pathlib.Path(__file__).with_name("designs.json").read_text())
 
 
+@functools.lru_cache(4096)
 def levels_for(rate):
     """Label bits for a rate in 1/64 bits per entry: where one code's error crosses the next one's."""
     return 1 + sum(rate > limit for limit in (38, 51, 83, 109, 166, 218, 384))
 
 
+@functools.lru_cache(4096)
 def design_index(levels, rate):
     """The number of the design with `levels` nearest to a rate in eighths of a bit.
 
