@@ -39,7 +39,7 @@ def error_of(tensor, compressor):
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.5, 1, 2])
-@pytest.mark.parametrize("shape", [(256, 512), (600, 128), (64, 3, 5, 64)])
+@pytest.mark.parametrize("shape", [(256, 512), (600, 128), (64, 3, 5, 64), (32, 9000)])
 def test_a_matrix_of_low_rank_errs_less(shape, rate):
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
     matrix = low_rank(rows, columns, 3, 0.5).view(shape)
@@ -87,7 +87,7 @@ def test_scale_does_not_matter(factor):
 @pytest.mark.parametrize("backend", native.available_backends())
 def test_the_same_bytes_everywhere(rate, backend):
     """By any backend and number of threads; on any machine: the digests were written once."""
-    digests = {0.25: "3a6a0e5893ddfe06", 1: "258e3fc293c82410", 2: "649769af9cf7a8af"}
+    digests = {0.25: "6a32f762dbb54c2f", 1: "b5451d4a56d29cec", 2: "77667589304c2d15"}
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):

@@ -94,6 +94,13 @@ def find(matrix, total, nbytes, left_over, most):
         return None
     if most == "auto":
         most = MOST if 8 * nbytes >= matrix.numel() else MOST_OF_FEW
+    if matrix.shape[0] < matrix.shape[1]:  # a sample of the longer side's members
+        turned = _find(matrix.t(), total, nbytes, left_over, most)
+        return turned and Factors(turned.right, turned.left, turned.exponents)
+    return _find(matrix, total, nbytes, left_over, most)
+
+
+def _find(matrix, total, nbytes, left_over, most):
     most = min(most, *matrix.shape)
     exponent = MEAN_STEPS - math.frexp(total / matrix.numel())[1]
     sample = _integers(matrix[:: _sampling(matrix)], exponent)
