@@ -16,8 +16,11 @@ and all; the others are calculated, the better for them (ideal_codes.py):
     QSGD        quantize:bits=…,rounding=stochastic, a scale for 1024 entries; at 1 and 2 bits (and .04 more)
     scalar      uniform with a dead zone, centroids, at its entropy
     + scales    the same, its entropy coder knowing row and column scales as Polar does, and paying for them
+    low rank    the best product of thin matrices in float16
+    rank 0      polar:rank=0, which sends no product of thin matrices apart
     bound       of a memoryless source of this histogram (Blahut, Arimoto), which a Gaussian's is 2^(-2 rate);
-                for gradients of independent Gaussian entries whose row and column scales are known for nothing
+                for gradients of independent Gaussian entries whose row and column scales are known for nothing;
+                layers of low rank are none of that, and below it there is much to be had
 """
 
 import argparse
@@ -35,6 +38,7 @@ from ideal_codes import (
     Trellis,
     bound_given_scales,
     lloyd_max_rotated,
+    low_rank,
     memoryless_bound,
     scalar,
     scalar_with_scales,
@@ -46,12 +50,14 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 RATES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 LAYER_RATES = (0.25, 0.5, 1.0, 2.0)
 LARGE = 100_000  # entries of a layer in the tables
-COLUMNS = ("polar", "EDEN", "trellis", "QSGD", "top-k", "scalar", "+ scales", "bound")
+COLUMNS = ("polar", "rank 0", "EDEN", "trellis", "QSGD", "top-k", "low rank", "scalar", "+ scales", "bound")
 STYLES = {  # colour, line, width
     "polar": (COLOURS[1], "o-", 2.2),
+    "rank 0": (COLOURS[1], ":", 1.6),
     "EDEN": (COLOURS[3], "v--", 1.2),
     "trellis": (COLOURS[2], "D:", 1.2),
     "top-k": (COLOURS[4], "^--", 1.2),
+    "low rank": ("#777777", "P--", 1.2),
     "scalar": (COLOURS[0], "s--", 1.2),
     "+ scales": (COLOURS[5], "x-.", 1.2),
     "bound": (COLOURS[6], "-", 1.2),
@@ -123,9 +129,11 @@ def layer_errors(tensor, rates, trellis, options):
     matrix = tensor.double().flatten(1).numpy()
     return {
         "polar": dict(polar_point(tensor, rate, options) for rate in rates),
+        "rank 0": {rate: polar_point(tensor, rate, {**options, "rank": 0})[1] for rate in rates},
         "EDEN": {rate: lloyd_max_rotated(rate) for rate in rates},
         "trellis": trellis,
         "QSGD": qsgd_errors(tensor),
+        "low rank": dict(zip(rates, low_rank(matrix, rates), strict=True)),
         "top-k": dict(zip(rates, top_k(matrix.ravel(), rates), strict=True)),
         "scalar": dict(zip(rates, scalar(matrix.ravel(), rates), strict=True)),
         "+ scales": dict(zip(rates, scalar_with_scales(matrix, rates), strict=True)),
@@ -173,10 +181,10 @@ def layer_table(of_layers):
         for rate, polar in zip(errors["bound"], errors["polar"].values(), strict=True):
             if rate not in LAYER_RATES:
                 continue
-            cells = [polar if column == "polar" else errors[column].get(rate) for column in COLUMNS]
-            least = min(cell for cell in cells[:-1] if cell is not None)
+            cells = {column: polar if column == "polar" else errors[column].get(rate) for column in COLUMNS}
+            least = min(cells[column] for column in COLUMNS if cells[column] and column not in ("rank 0", "bound"))
             wins += polar == least
-            marks = [f"{cell:.4f}{'*' if cell == least else ' '}" if cell is not None else "- " for cell in cells]
+            marks = [f"{cell:.4f}{'*' if cell == least else ' '}" if cell else "- " for cell in cells.values()]
             lines.append(f"{key:<{width}}{rate:6g}" + "".join(f"{mark:>10}" for mark in marks))
     lines.append(f"Polar errs least in {wins} of {len(LAYER_RATES) * len(of_layers)} cases.")
     return "\n".join(lines)
@@ -205,7 +213,10 @@ def draw(panels, path):
             lower.plot(x, decibels - bound, style, **line)
         upper.set_title(title)
         lower.set_xlabel("rate (bits per entry)")
-        lower.set_ylim(-0.2, 4.2)
+        below = min(
+            10 * math.log10(a / b) for a, b in zip(errors["polar"].values(), errors["bound"].values(), strict=True)
+        )
+        lower.set_ylim(min(-0.2, below - 0.5), 4.2)
         for axis in (upper, lower):
             axis.set_xlim(0, 3.05)
             axis.grid(alpha=0.3)
@@ -213,14 +224,16 @@ def draw(panels, path):
     axes[1, 0].set_ylabel("NMSE over the bound (dB)")
     names = {
         "polar": "polar (packed bytes, all charged)",
+        "rank 0": "polar:rank=0",
         "EDEN": "EDEN: rotation, Lloyd-Max",
         "trellis": "rotation, trellis of 256 states",
         "top-k": "top-k, ideal index coding",
+        "low rank": "low rank, float16",
         "scalar": "uniform scalar, ideal entropy coding",
         "+ scales": "the same, given row and column scales",
         "bound": "bound",
     }
-    figure.legend(handles.values(), [names[column] for column in handles], loc="lower center", ncol=4, frameon=False)
+    figure.legend(handles.values(), [names[column] for column in handles], loc="lower center", ncol=5, frameon=False)
     figure.tight_layout(rect=(0, 0.075, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

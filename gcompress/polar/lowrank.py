@@ -24,7 +24,7 @@ from .tables import LOG_TWO, _log
 HEADER = struct.Struct("<IBh")  # columns, components, the smallest exponent
 COMPONENT = struct.Struct("<BBB")  # exponent above the smallest; widths of the Rice codes, left and right
 LENGTH = struct.Struct("<I")
-MOST, MOST_OF_FEW = 32, 16  # components; where there is less than a bit for an entry
+MOST, MOST_OF_FEW, FEW = 32, 16, 0.4  # components; where there are so few bits for an entry
 SMALLEST_MATRIX = 4096
 LARGEST_MATRIX, LARGEST_SIDE = 1 << 28, 1 << 22
 SAMPLE = 1 << 17  # entries
@@ -93,7 +93,7 @@ def find(matrix, total, nbytes, left_over, most):
     if not SMALLEST_MATRIX <= matrix.numel() <= LARGEST_MATRIX or max(matrix.shape) > LARGEST_SIDE:
         return None
     if most == "auto":
-        most = MOST if 8 * nbytes >= matrix.numel() else MOST_OF_FEW
+        most = MOST if 8 * nbytes >= FEW * matrix.numel() else MOST_OF_FEW
     if matrix.shape[0] < matrix.shape[1]:  # a sample of the longer side's members
         turned = _find(matrix.t(), total, nbytes, left_over, most)
         return turned and Factors(turned.right, turned.left, turned.exponents)
