@@ -26,7 +26,7 @@ LAYER = struct.Struct("<I")  # members, and above them 5 bits: the low bits of a
 COUNT_BITS = 27
 MOST_LAYERS = 24
 GAUSSIAN_RMS = 1.2533141373155001  # root mean square over mean magnitude
-SAMPLE = 1 << 18  # entries that decisions are made by
+SAMPLE = 1 << 16  # entries that decisions are made by
 BINS, LOWEST_OCTAVE = 128, -4  # of magnitudes over modelled deviations: eight to an octave
 # The limit is strength max(root of water, SLOPE deviation + INTERCEPT root of water): a code of two bits
 # reaches about two deviations, and an entry's bits must spare as much as they would elsewhere.
@@ -126,7 +126,7 @@ def histogram(values, layout, total):
 def _sampled(values, layout):
     """(magnitudes, classes) of about SAMPLE entries, 0 for those of a code 0; no classes if there is only one."""
     lone = layout.row_codes is None and layout.column_codes is None
-    step = -(-values.numel() // (SAMPLE // 4 if lone else SAMPLE))
+    step = -(-values.numel() // SAMPLE)
     if lone:
         whole = values.numel() // 256 * 256
         taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
