@@ -3,6 +3,7 @@
 
     python benchmarks/compressors.py                      # the defaults, every instruction set
     python benchmarks/compressors.py --specs topk:sparsity=0.999 --numel 1000000
+    python benchmarks/compressors.py --specs polar:rate=0.25 polar:rate=0.25,rank=0 --layer 1024x1024
 
 Speeds are GB/s of float32 input, each the best of --repeat runs through the public API,
 payload allocation included (from 32 MB up the C library takes fresh pages from the kernel
@@ -79,11 +80,33 @@ def best_seconds(repeat, *functions):
     return best
 
 
+def sides(text):
+    """(rows, columns) from "ROWSxCOLUMNS"."""
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+def entries(arguments):
+    """Normal entries; for a layer its strongest directions too."""
+    generator = torch.Generator().manual_seed(0)
+    if not arguments.layer:
+        return torch.randn(arguments.numel, generator=generator)
+    rows, columns = arguments.layer
+    directions = torch.randn(rows, 8, generator=generator) * 0.7 ** torch.arange(8)
+    return directions @ torch.randn(8, columns, generator=generator) + torch.randn(rows, columns, generator=generator)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", nargs="+", default=SPECS, metavar="SPEC", help="compressors to measure")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what to measure (default cpu)")
     parser.add_argument("--numel", type=int, help="entries of the tensor (default 2^23, on a GPU 2^26)")
+    parser.add_argument(
+        "--layer",
+        type=sides,
+        metavar="ROWSxCOLUMNS",
+        help="a matrix: eight outer products of falling strength, and noise",
+    )
     parser.add_argument("--repeat", type=int, default=5, help="runs of which the best counts (default 5)")
     parser.add_argument("--backends", nargs="+", choices=native.available_backends(), help="default: all native ones")
     parser.add_argument("--no-reference", action="store_true", help="leave the slow torch reference out")
@@ -92,12 +115,13 @@ def main():
     if arguments.device == "cuda":
         return on_device(arguments)
     torch.set_num_threads(1)
-    tensor = torch.randn(arguments.numel, generator=torch.Generator().manual_seed(0))
+    tensor = entries(arguments)
+    arguments.numel = tensor.numel()
     out = torch.empty_like(tensor)
     size = 4 * arguments.numel / 1e9
     (copy,) = best_seconds(arguments.repeat, lambda: out.copy_(tensor))
     k = max(1, round(arguments.numel * 0.01))
-    (select,) = best_seconds(2, lambda: torch.topk(tensor.abs(), k, sorted=False))
+    (select,) = best_seconds(2, lambda: torch.topk(tensor.abs().view(-1), k, sorted=False))
     print(f"plain copy {size / copy:.2f} GB/s, torch.topk at 1 % {size / select:.3f} GB/s, {arguments.numel} entries")
     print(f"{'compressor':40s} {'backend':10s} {'bits':>6s} {'encode':>7s} {'decode':>7s} {'both/copy':>9s}  vs torch")
     backends = arguments.backends or native.available_backends()[1:]
@@ -125,7 +149,7 @@ def measure(backend, compressor, tensor, out, repeat):
             repeat,
             lambda: out.copy_(tensor),
             lambda: compressor.compress(tensor),
-            lambda: compressor.decode_into(payload, out),
+            lambda: compressor.decode_into(payload, out.view(-1)),
         )
 
 
@@ -136,7 +160,8 @@ def on_device(arguments):
         print(f"no kernels for a GPU: {reason}", file=sys.stderr)
         return 2
     print(f"{reason}, torch {torch.__version__}")
-    tensor = torch.randn(arguments.numel, generator=torch.Generator().manual_seed(0)).cuda()
+    tensor = entries(arguments).cuda()
+    arguments.numel = tensor.numel()
     out, size = torch.empty_like(tensor), 4 * arguments.numel / 1e9
     (copy,) = best_event_seconds(arguments.repeat, lambda: out.copy_(tensor))
     print(f"plain copy {size / copy:.0f} GB/s of input, {2 * size / copy:.0f} GB/s moved, {arguments.numel} entries")
@@ -150,8 +175,8 @@ def on_device(arguments):
         seconds = best_event_seconds(
             arguments.repeat,
             lambda c=compressor: c.compress(tensor),
-            lambda c=compressor, p=payload: c.decode_into(p, out),
-            lambda c=compressor, p=payload: c.decode_into(p, out, add=True),
+            lambda c=compressor, p=payload: c.decode_into(p, out.view(-1)),
+            lambda c=compressor, p=payload: c.decode_into(p, out.view(-1), add=True),
         )
         speeds = " ".join(f"{size / part:8.1f}" for part in seconds)
         fractions = " ".join(f"{copy / part:8.3f}" for part in seconds)
