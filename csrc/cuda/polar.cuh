@@ -48,11 +48,15 @@ GC_INLINE int log_of(int64_t size) { return 31 - __clz((uint32_t)size); }
 GC_INLINE uint32_t reversed(uint32_t i, int bits) { return (uint32_t)((uint64_t)__brev(i) >> (32 - bits)); }
 GC_INLINE uint64_t low_ones(int count) { return ~0ull >> (64 - count); }  // from 1 to 64
 
-// Types of all subtrees for `free` information bits, in shared memory. All threads; begins and ends with a barrier.
+// Types of all subtrees of two positions or more for `free` information bits, in shared memory: those of two always have
+// a short cut, as the second one is better. All threads; begins and ends with a barrier.
 GC_INLINE void find_types(const uint16_t* rank, int rows, int64_t free, uint8_t* types) {
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < rows; i += THREADS) types[rows + i] = rank[i] < free ? ALL_FREE : ALL_FROZEN;
-    for (int size = 2, level = rows / 2; level > 0; level /= 2, size *= 2) {
+    for (int i = (int)threadIdx.x; i < rows / 2; i += THREADS) {
+        const uint8_t left = rank[2 * i] < free ? ALL_FREE : ALL_FROZEN, right = rank[2 * i + 1] < free ? ALL_FREE : ALL_FROZEN;
+        types[rows / 2 + i] = subtree_type(left, right, 2);
+    }
+    for (int size = 4, level = rows / 4; level > 0; level /= 2, size *= 2) {
         __syncthreads();
         for (int node = level + (int)threadIdx.x; node < 2 * level; node += THREADS)
             types[node] = subtree_type(types[2 * node], types[2 * node + 1], size);

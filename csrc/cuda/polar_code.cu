@@ -50,8 +50,8 @@ GC_INLINE uint64_t encode_leaf(int type, int n, const Words& words) {
 template <int n>
 GC_INLINE uint32_t encode_word(const uint8_t* types, int node, uint32_t word) {
     const int type = types[node];
-    if (n == 1 || type != GENERAL) return (uint32_t)encode_leaf(type, n, NodeWord<n>{word});
-    if constexpr (n >= 2) {
+    if (n == 2 || type != GENERAL) return (uint32_t)encode_leaf(type, n, NodeWord<n>{word});
+    if constexpr (n > 2) {
         uint32_t upper, lower;
         halves<n>(word, &upper, &lower);
         const uint32_t left = encode_word<n / 2>(types, 2 * node, four_check_nodes(upper, lower));
@@ -143,7 +143,7 @@ struct Cancellation {
 
 }  // namespace
 
-// A block a tile. Shared memory besides: the types of its subtrees, twice as many bytes as rows.
+// A block a tile. Dynamic shared memory: the types of its subtrees, as many bytes as rows.
 GC_KERNEL(polar_encode)(const float* x, int64_t n, double scale, const int8_t* samples, const PolarTile* tiles,
                         const PolarClass* classes, const uint16_t* ranks, uint8_t* workspace, uint8_t* words,
                         uint64_t* products) {

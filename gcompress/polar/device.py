@@ -131,7 +131,7 @@ class DevicePolar:
         words = self._launcher.empty(sum(tile.nbytes for tile in spending.tiles))
         products = self._launcher.zeros(16 * len(spending.classes)).view(torch.int64)
         places = classes.data_ptr(), ranks.data_ptr(), workspace.data_ptr(), words.data_ptr(), products.data_ptr()
-        shared, lists = 2 * max(tile.rows for tile in spending.tiles), len(spending.tiles) - single
+        shared, lists = max(tile.rows for tile in spending.tiles), len(spending.tiles) - single
         if single:
             arguments = *source, tiles.data_ptr(), *places
             self._launch("polar_code", "polar_encode", single, *arguments, shared=shared)
