@@ -320,7 +320,7 @@ def test_a_barrier_left_out_is_noticed(library):
     """Every single one: without it, some schedule makes other bytes or ends in an error."""
     program = f"import test_cuda; test_cuda.print_unnoticed({str(library)!r})"
     command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=480)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert found["barriers"] >= 25

@@ -12,7 +12,7 @@ import emulation
 from gcompress import Polar, native
 from gcompress.cuda.kernels import DeviceKernels
 from gcompress.feedback import ErrorFeedback
-from gcompress.polar import device, reference
+from gcompress.polar import device, outliers, plan, reference
 from gcompress.polar.code import PolarCode
 from gcompress.polar.device import DevicePolar
 from gcompress.polar.kernels import NativePolar
@@ -49,9 +49,9 @@ def test_matrices_make_the_bytes_of_the_cpu(shape, scales, launcher):
     """With rows and columns of no share (codes 0), rows of zeros, and outliers."""
     tensor = spread(shape, 9)
     tensor[3] = 0
-    for rate, outliers in ((0.2, 0.0), (1.5, "auto"), (1.5, 0.05)):
-        compressor = Polar(rate=rate, block=512, scales=scales, outliers=outliers, rank=0, floor=0)
-        check_bytes(compressor, DeviceKernels(launcher), tensor, (rate, outliers))
+    for rate, share in ((0.2, 0.0), (1.5, "auto"), (1.5, 0.05)):
+        compressor = Polar(rate=rate, block=512, scales=scales, outliers=share, rank=0, floor=0)
+        check_bytes(compressor, DeviceKernels(launcher), tensor, (rate, share))
 
 
 def test_a_product_apart_makes_the_bytes_of_the_cpu(launcher):
@@ -90,10 +90,23 @@ def test_samples_as_they_are_and_more_bits_than_shared_memory_holds(launcher, mo
         check_bytes(compressor, DeviceKernels(launcher), tensor, most)
 
 
-def test_a_tile_of_the_real_size(launcher):
-    """4096 rows of 64 lanes, and a tail."""
-    for rate in (0.5, 2.0):
-        check_bytes(Polar(rate=rate), DeviceKernels(launcher), gauss(4096 * 64 + 17), rate)
+@pytest.mark.parametrize("blocks", [1, 2, 6, 256])
+def test_a_tile_of_the_real_size(blocks, launcher, monkeypatch):
+    """4096 rows of 64 lanes, and a tail, whatever the number of thread blocks that share a tile."""
+    monkeypatch.setattr(device, "ENOUGH_BLOCKS", blocks)
+    check_bytes(Polar(rate=0.5 if blocks < 256 else 2.0), DeviceKernels(launcher), gauss(4096 * 64 + 17), blocks)
+
+
+def test_outliers_are_those_that_reach_their_limit(launcher):
+    """Also by nothing."""
+    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(native.kernels(torch.zeros(1)))
+    values = torch.randint(-9, 10, (9000,), generator=torch.Generator().manual_seed(2)).float()
+    layout = plan.Layout(9000, 9000, None, None)
+    for floor in (5.0, 8.0, 9.0, 9.5):
+        limits = outliers.Limits(floor, 0.0)
+        places = backend.beyond(values, layout, limits, 0)
+        assert torch.equal(places, host.beyond(values, layout, limits, 0))
+        assert torch.equal(places, torch.nonzero(values.abs() >= floor).view(-1))
 
 
 def test_the_code_for_bits_uses_the_kernels(launcher):

@@ -1,10 +1,10 @@
 // Polar: what the successive-cancellation encoder (polar_code.cu) and the list encoder (polar_list.cu) share.
 //
-// A thread block takes a tile, and each of its warps eight lanes: blocks of the code that lie side by side. Four threads
-// share a lane; thread s of them owns the positions that are s modulo 4, four of them in a word, and all that becomes of
-// them. So down to nodes of eight positions nothing passes between threads, neither values nor barriers, a lane's
-// codeword is a string of bits in its four threads, and the polar transform is shifts of it. Only in nodes of four
-// positions, in repetitions and in parity checks do the four look at each other, by shuffles.
+// A thread block takes a tile, or a part of its lanes where tiles are few, and each warp eight lanes: blocks of the code
+// that lie side by side. Four threads share a lane; thread s of them owns the positions that are s modulo 4, four of them
+// in a word, and all that becomes of them. So down to nodes of eight positions nothing passes between threads, neither
+// values nor barriers, a lane's codeword is a string of bits in its four threads, and the polar transform is shifts of
+// it. Only in nodes of four positions, in repetitions and in parity checks do the four look at each other, by shuffles.
 //
 // Positions of a node of n > SUBTREE lie in global memory, of smaller ones in shared memory, below 16 in registers.
 #ifndef GCOMPRESS_CUDA_POLAR_CUH
@@ -81,14 +81,14 @@ struct PolarWarp {
 GC_INLINE int64_t code_words(int64_t rows) { return rows <= SUBTREE ? 1 : rows / SUBTREE; }
 
 // Bytes of a tile's workspace per group of lanes: see `group_workspace` in gcompress/polar/device.py.
-GC_INLINE PolarWarp polar_warp(const PolarTile& tile, uint8_t* workspace, uint32_t* shared, bool lists) {
+GC_INLINE PolarWarp polar_warp(const PolarTile& tile, int group, uint8_t* workspace, uint32_t* shared, bool lists) {
     const int64_t rows = tile.rows, code_bytes = 256 * code_words(rows);
     const int64_t parts = 16 * rows + (tile.levels > 1 ? 16 * rows : 0) + code_bytes;
     const int64_t all = parts + (lists ? 8 * rows + code_bytes : 0);
     PolarWarp own;
     own.rows = (int)rows;
     own.bits = log_of(rows);
-    own.group = warp();
+    own.group = group;
     own.shared = shared + lane();
     uint8_t* memory = workspace + tile.workspace + all * own.group;
     own.code = (uint64_t*)memory + lane();
@@ -235,14 +235,17 @@ GC_INLINE void label_products(const PolarWarp& own, const PolarTile& tile, const
     if (lane() == 0) add_products(products, slot, dot, norm);
 }
 
-// All of a tile: `encode(types, own)` makes the codeword `own.code` of the inputs `own.inputs`. All threads call it.
+// All of a tile, or a block's of `parts` parts of it: `encode(types, own)` makes the codeword `own.code` of the inputs
+// `own.inputs`. All threads call it.
 template <class Encode>
-GC_INLINE void encode_tile(const PolarTile* tiles, const PolarSource& source, const PolarClass* classes,
-                           const uint16_t* ranks, bool lists, uint8_t* workspace, uint32_t* shared, uint8_t* types,
+GC_INLINE void encode_tile(const PolarTile* tiles, int64_t parts, const PolarSource& source,
+                           const PolarClass* classes, const uint16_t* ranks, bool lists, uint8_t* workspace, uint32_t* shared, uint8_t* types,
                            uint8_t* words, uint64_t* products, const Encode& encode) {
+    tiles += blockIdx.x / parts;
     const PolarTile tile = *tiles;
-    const PolarWarp own = polar_warp(tile, workspace, shared, lists);
-    const bool active = own.group < tile.lanes / LANE_GROUP, signs = tile.levels == 1;
+    const int warps = WARPS / (int)parts, group = (int)(blockIdx.x % parts) * warps + warp();
+    const PolarWarp own = polar_warp(tile, group, workspace, shared, lists);
+    const bool active = warp() < warps && group < tile.lanes / LANE_GROUP, signs = tile.levels == 1;
     const uint16_t* rank = ranks + tile.rank;
     words += tile.words + own.group;
     if (active) {

@@ -1,7 +1,7 @@
 // Polar: the successive-cancellation encoder, and the decoder. Encoding reads 4 bytes an entry (1 where samples were
 // gathered), writes rate / 8, and moves about 2 of workspace, 4 more for each level of a code of several; work, not
-// memory, bounds it: some ten operations on four entries in each stage of the code that has no short cut. Decoding reads
-// rate / 8 and writes 4, or reads 4 more to add.
+// memory, bounds it: some ten to thirty operations on four entries in each stage of the code that has no short cut.
+// Decoding reads rate / 8 and writes 4, or reads 4 more to add.
 #include "polar.cuh"
 
 namespace {
@@ -143,15 +143,15 @@ struct Cancellation {
 
 }  // namespace
 
-// A block a tile. Dynamic shared memory: the types of its subtrees, as many bytes as rows.
+// A block a tile, or a part of one. Dynamic shared memory: the types of its subtrees, as many bytes as rows.
 GC_KERNEL(polar_encode)(const float* x, int64_t n, double scale, const int8_t* samples, const PolarTile* tiles,
                         const PolarClass* classes, const uint16_t* ranks, uint8_t* workspace, uint8_t* words,
-                        uint64_t* products) {
+                        uint64_t* products, int64_t parts) {
     GC_DYNAMIC_SHARED(uint8_t, types);
     GC_SHARED(PolarShared, shared);
     const PolarSource source = {x, n, (float)scale, samples};
     const Cancellation encode = {};
-    encode_tile(tiles + blockIdx.x, source, classes, ranks, false, workspace, shared.words[warp()], types, words, products,
+    encode_tile(tiles, parts, source, classes, ranks, false, workspace, shared.words[warp()], types, words, products,
                 encode);
 }
 GC_REGISTER(polar_encode)

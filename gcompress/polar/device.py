@@ -15,6 +15,7 @@ from .tables import ERASED, MAX_LEVELS, design_at, rank
 LANE_GROUP = 8
 SUBTREE = 256
 SECTION, PLACES = 64, 1024  # rows and columns that a block gathers
+ENOUGH_BLOCKS = 256  # about two for each processor of a large GPU
 DECODE_SHARED = 64 << 10  # bytes of a tile's decoded bits that may lie in shared memory
 TURN_SHARED = 4 * (turning.BLOCK + turning.BLOCK // 32)
 
@@ -133,11 +134,13 @@ class DevicePolar:
         places = classes.data_ptr(), ranks.data_ptr(), workspace.data_ptr(), words.data_ptr(), products.data_ptr()
         shared, lists = max(tile.rows for tile in spending.tiles), len(spending.tiles) - single
         if single:
-            arguments = *source, tiles.data_ptr(), *places
-            self._launch("polar_code", "polar_encode", single, *arguments, shared=shared)
+            parts = _parts(single)
+            arguments = *source, tiles.data_ptr(), *places, parts
+            self._launch("polar_code", "polar_encode", single * parts, *arguments, shared=shared)
         if lists:
-            arguments = *source, tiles[single:].data_ptr(), *places, list_size
-            self._launch("polar_list", "polar_encode_list", lists, *arguments, shared=shared)
+            parts = _parts(lists)
+            arguments = *source, tiles[single:].data_ptr(), *places, parts, list_size
+            self._launch("polar_list", "polar_encode_list", lists * parts, *arguments, shared=shared)
         return words, products.view(-1, 2).cpu().numpy()  # waits
 
     def decode(self, words, spending, out, add):
@@ -208,6 +211,11 @@ class DevicePolar:
 
 def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parts(tiles):
+    """Blocks that share the lanes of a tile, so that a few tiles do not leave most of a device idle."""
+    return next((parts for parts in (1, 2, 4) if tiles * parts >= ENOUGH_BLOCKS), LANE_GROUP)
 
 
 def _sections(layout):
