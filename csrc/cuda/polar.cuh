@@ -53,7 +53,8 @@ GC_INLINE uint64_t low_ones(int count) { return ~0ull >> (64 - count); }  // fro
 GC_INLINE void find_types(const uint16_t* rank, int rows, int64_t free, uint8_t* types) {
     __syncthreads();
     for (int i = (int)threadIdx.x; i < rows / 2; i += THREADS) {
-        const uint8_t left = rank[2 * i] < free ? ALL_FREE : ALL_FROZEN, right = rank[2 * i + 1] < free ? ALL_FREE : ALL_FROZEN;
+        const uint8_t left = rank[2 * i] < free ? ALL_FREE : ALL_FROZEN;
+        const uint8_t right = rank[2 * i + 1] < free ? ALL_FREE : ALL_FROZEN;
         types[rows / 2 + i] = subtree_type(left, right, 2);
     }
     for (int size = 4, level = rows / 4; level > 0; level /= 2, size *= 2) {
@@ -239,8 +240,8 @@ GC_INLINE void label_products(const PolarWarp& own, const PolarTile& tile, const
 // `own.inputs`. All threads call it.
 template <class Encode>
 GC_INLINE void encode_tile(const PolarTile* tiles, int64_t parts, const PolarSource& source,
-                           const PolarClass* classes, const uint16_t* ranks, bool lists, uint8_t* workspace, uint32_t* shared, uint8_t* types,
-                           uint8_t* words, uint64_t* products, const Encode& encode) {
+                           const PolarClass* classes, const uint16_t* ranks, bool lists, uint8_t* workspace,
+                           uint32_t* shared, uint8_t* types, uint8_t* words, uint64_t* products, const Encode& encode) {
     tiles += blockIdx.x / parts;
     const PolarTile tile = *tiles;
     const int warps = WARPS / (int)parts, group = (int)(blockIdx.x % parts) * warps + warp();
@@ -302,8 +303,8 @@ GC_INLINE int32_t summed(int32_t value, int n) {
     return value;
 }
 
-// A thread's words of a node in memory, and that of a node of n <= 16: visit(word, number of its first own position, bytes
-// in it) for each.
+// A thread's words of a node in memory, and that of a node of n <= 16: visit(word, number of its first own position,
+// bytes in it) for each.
 struct NodeWords {
     const uint32_t* words;
     int n;

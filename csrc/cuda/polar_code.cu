@@ -55,15 +55,18 @@ GC_INLINE uint32_t encode_word(const uint8_t* types, int node, uint32_t word) {
         uint32_t upper, lower;
         halves<n>(word, &upper, &lower);
         const uint32_t left = encode_word<n / 2>(types, 2 * node, four_check_nodes(upper, lower));
-        return joined<n>(left, encode_word<n / 2>(types, 2 * node + 1, four_variable_nodes(upper, lower, four_ones(left))));
+        const uint32_t inputs = four_variable_nodes(upper, lower, four_ones(left));
+        return joined<n>(left, encode_word<n / 2>(types, 2 * node + 1, inputs));
     }
     return 0;
 }
 
 // At most SUBTREE positions, of which the left ones' bits are in one word.
 GC_INLINE void enter_right(const uint32_t* parent, uint32_t* child, int words, uint64_t left) {
-    for (int i = 0; i < words; ++i)
-        child[32 * i] = four_variable_nodes(parent[32 * i], parent[32 * (i + words)], four_ones((uint32_t)(left >> (4 * i))));
+    for (int i = 0; i < words; ++i) {
+        const uint32_t bits = four_ones((uint32_t)(left >> (4 * i)));
+        child[32 * i] = four_variable_nodes(parent[32 * i], parent[32 * (i + words)], bits);
+    }
 }
 
 // The codeword of a subtree of 16 to SUBTREE positions, whose inputs lie in shared memory: a bit an own position.

@@ -200,7 +200,8 @@ struct PolarLimits {
     GC_INLINE bool reached(int64_t i) const {
         const int64_t row = by_row || by_column ? quotient(i, columns) : 0;
         const float of_row = rows[by_row ? row : 0] * slope;
-        return magnitude_of(x[i]) >= outlier_limit(of_row, of_columns[by_column ? i - row * columns : 0], intercept, floor);
+        const float of_column = of_columns[by_column ? i - row * columns : 0];
+        return magnitude_of(x[i]) >= outlier_limit(of_row, of_column, intercept, floor);
     }
 };
 
@@ -242,6 +243,7 @@ GC_KERNEL(polar_beyond)(const float* x, int64_t n, int64_t columns, const float*
                                 (float)intercept};
     find_beyond(limits, &shared);
     for (int place = (int)threadIdx.x; place < TILE; place += THREADS)
-        if (shared.bits.has(place)) places[before[blockIdx.x] + shared.bits.rank(place)] = (int64_t)blockIdx.x * TILE + place;
+        if (shared.bits.has(place))
+            places[before[blockIdx.x] + shared.bits.rank(place)] = (int64_t)blockIdx.x * TILE + place;
 }
 GC_REGISTER(polar_beyond)
