@@ -6,6 +6,7 @@
 #ifndef GCOMPRESS_POLAR_H
 #define GCOMPRESS_POLAR_H
 
+#include "arith/polar.h"
 #include "gcompress.h"
 #include "simd.h"
 #if defined(__SSE2__)
@@ -16,9 +17,7 @@ namespace {
 
 const int LANES = 64;
 const int MAX_BLOCK = 16384;
-const int MAX_LEVELS = 8;  // with so many, labels are the samples themselves
 const uint8_t PADDING_ROW = 255;
-const int8_t ERASED = -128;  // a sample that does not matter: padding, or sent apart
 
 // 64 signed bytes (sums saturate at -128 and 127, magnitudes at 127), and 64 bits in the form that is cheapest to select by.
 #if defined(__AVX512BW__)
@@ -162,11 +161,6 @@ inline Bytes with_bit(Bytes labels, Signs a, int level) {
 
 // a, or -a where c.
 inline Bytes negate_where(Bytes a, Signs c) { return variable_node(a, zero_bytes(), c); }
-
-// What a subtree of the code is; everything but GENERAL has a short cut.
-enum { GENERAL = 0, ALL_FROZEN = 1, ALL_FREE = 2, REPETITION = 3, SINGLE_PARITY = 4 };
-const int MAX_REPETITION = 128;  // 128 * 128 fits 16 bits
-const int MAX_PARITY = 64;
 
 // Types of the 2 N - 1 subtrees, the root at 1 and the children of t at 2 t and 2 t + 1:
 // position i carries information if rank[i] < free.
@@ -371,8 +365,7 @@ inline Bytes samples_of(const float* x, float scale) {
 #else
     int8_t bytes[LANES];
     for (int j = 0; j < LANES; ++j) {  // vectorised
-        const float value = x[j] * scale, low = value < -127.0f ? -127.0f : value;
-        bytes[j] = (int8_t)round_even(low > 127.0f ? 127.0f : low);
+        bytes[j] = sample_of(x[j] * scale);
     }
     return load_bytes(bytes);
 #endif
@@ -887,7 +880,6 @@ const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, co
 // Sums of |x| 2^-24 over every row and, if asked, every column of a matrix of n entries in rows
 // of `cols`: a row's in 16 interleaved sums that then fold in halves, a column's from top to bottom.
 inline void polar_sums_of(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
-    const float scale = 1.0f / 16777216.0f;
     if (column_sums) memset(column_sums, 0, (size_t)cols * sizeof(float));
     for (int64_t start = 0; start < n; start += cols) {
         const int64_t count = min64(cols, n - start);
@@ -895,19 +887,14 @@ inline void polar_sums_of(const float* x, int64_t n, int64_t cols, float* row_su
         float sums[16] = {0};
         int64_t j = 0;
         for (; j + 16 <= count; j += 16)
-            for (int k = 0; k < 16; ++k) sums[k] += __builtin_fabsf(row[j + k]) * scale;  // vectorised
-        for (int k = 0; j + k < count; ++k) sums[k] += __builtin_fabsf(row[j + k]) * scale;
+            for (int k = 0; k < 16; ++k) sums[k] += sum_term(row[j + k]);  // vectorised
+        for (int k = 0; j + k < count; ++k) sums[k] += sum_term(row[j + k]);
         for (int half = 8; half > 0; half /= 2)
             for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
         *row_sums++ = sums[0];
         if (column_sums)
-            for (j = 0; j < count; ++j) column_sums[j] += __builtin_fabsf(row[j]) * scale;  // vectorised
+            for (j = 0; j < count; ++j) column_sums[j] += sum_term(row[j]);  // vectorised
     }
-}
-
-inline int8_t sample_of(float value) {
-    const float low = value < -127.0f ? -127.0f : value;
-    return (int8_t)round_even(low > 127.0f ? 127.0f : low);
 }
 
 inline void quantize_run(const float* x, int64_t count, float scale, int8_t* samples) {
@@ -961,11 +948,6 @@ inline void for_each_matrix_run(const float* x, const PolarLayout* layout, float
     }
 }
 
-inline float clamped(float value, float limit) {
-    const float low = value < -limit ? -limit : value;
-    return low > limit ? limit : low;
-}
-
 // Places of entries of at least max(floor, (row factor slope) column factor + intercept) in magnitude: all are
 // counted, the first `capacity` written. A factor that is the same everywhere is given once.
 inline int64_t polar_places_beyond(const float* x, int64_t n, int64_t cols, const float* row_factors, bool by_row,
@@ -975,8 +957,7 @@ inline int64_t polar_places_beyond(const float* x, int64_t n, int64_t cols, cons
     for (int64_t start = 0, row = 0; start < n; start += cols, ++row) {
         const int64_t count = min64(cols, n - start);
         const float of_row = row_factors[by_row ? row : 0] * slope;
-        const float product = of_row * column_factors[0], sum = product + intercept;
-        const float common = sum < floor ? floor : sum;
+        const float common = outlier_limit(of_row, column_factors[0], intercept, floor);
         for (int64_t first = 0; first < count; first += 64) {
             const float* entries = x + start + first;
             const int64_t length = min64(64, count - first);
@@ -984,8 +965,8 @@ inline int64_t polar_places_beyond(const float* x, int64_t n, int64_t cols, cons
             int32_t any = 0;
             if (by_column) {
                 for (int64_t j = 0; j < length; ++j) {  // vectorised
-                    const float limit = of_row * column_factors[first + j] + intercept;
-                    const int32_t reaches = __builtin_fabsf(entries[j]) >= (limit < floor ? floor : limit);
+                    const float limit = outlier_limit(of_row, column_factors[first + j], intercept, floor);
+                    const int32_t reaches = __builtin_fabsf(entries[j]) >= limit;
                     over[j] = (uint8_t)reaches;
                     any |= reaches;
                 }
@@ -1012,10 +993,7 @@ inline void polar_class_energies(const float* x, const PolarLayout* layout, floa
     for_each_matrix_run(x, layout, row_buffer, [=](int slot, const float* entries, int64_t length) {
         const float scale = scales[slot];
         int64_t total = 0;
-        for (int64_t j = 0; j < length; ++j) {  // vectorised
-            const int32_t rounded = round_even(clamped(entries[j] * scale, 32767.0f));
-            total += rounded * rounded;
-        }
+        for (int64_t j = 0; j < length; ++j) total += energy_of(entries[j] * scale);  // vectorised
         totals[slot] += total;
     });
 }
@@ -1027,8 +1005,7 @@ inline void polar_gather_rows(const float* x, const PolarLayout* layout, int64_t
     for_each_matrix_run(x, layout, row_buffer, [=](int slot, const float* entries, int64_t length) {
         const float scale = scales[slot];
         int8_t* target = samples + cursors[slot];
-        for (int64_t j = 0; j < length; ++j)  // vectorised
-            target[j] = (int8_t)round_even(clamped(entries[j] * scale, 127.0f));
+        for (int64_t j = 0; j < length; ++j) target[j] = sample_of(entries[j] * scale);  // vectorised
         cursors[slot] += length;
     });
 }

@@ -11,8 +11,6 @@
 
 namespace {
 
-const int16_t WORST = 2047;  // leaves four bits of a 16-bit key to the number of a candidate
-
 // Vectors of 16-bit values, and what Bytes need beyond polar.h. Shuffles stay within 16 bytes.
 #if defined(__AVX512BW__)
 typedef int16_t Shorts __attribute__((vector_size(64)));

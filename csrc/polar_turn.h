@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_POLAR_TURN_H
 #define GCOMPRESS_POLAR_TURN_H
 
+#include "arith/polar_turn.h"
 #include "eden.h"
 
 namespace {
@@ -29,9 +30,9 @@ void polar_turn_blocks(const float* x, int64_t n, uint32_t seed, float* y, doubl
             for (int64_t i = 0; i < block.entries; ++i) turned[i] = entries[i] * factor;
             block.rotate(turned);
             const double power = ordered_products(turned, turned, block.entries);
-            const float unit = (float)(1.0 / __builtin_sqrt(power / (double)block.entries));
+            const float unit = turn_unit(power, block.entries);
             for (int64_t i = 0; i < block.entries; ++i) turned[i] *= unit;
-            *lengths = two_to_the(exponent - 128) / (block.whole() ? (double)block.entries : 1.0) / (double)unit;
+            *lengths = turn_length(exponent, block.whole(), block.entries, unit);
         }
         ++lengths;
     }
@@ -43,8 +44,7 @@ void polar_turn_scales_of(const float* y, const float* decoded, int64_t n, const
         const int64_t entries = min64(TURN_BLOCK, n - first);
         const double power = ordered_products(y + first, y + first, entries);
         const double dot = ordered_products(y + first, decoded + first, entries);
-        const double scale = dot > 0.0 ? *lengths * (power / dot) : 0.0;
-        *scales = scale >= (double)LARGEST ? LARGEST : (float)scale;
+        *scales = turn_scale(*lengths, power, dot);
     }
 }
 
@@ -55,9 +55,7 @@ void polar_turn_blocks_back(float* y, int64_t n, uint32_t seed, const float* sca
         float* turned = y + first;
         block.rotate_back(turned);
         for (int64_t i = 0; i < block.entries; ++i) {  // vectorised
-            float value = turned[i] * *scales;
-            value = value > LARGEST ? LARGEST : value;
-            turned[i] = value < -LARGEST ? -LARGEST : value;
+            turned[i] = eden_clamped(turned[i] * *scales);
         }
         flip_signs(turned, block.entries, block.word, seed);
         for (int64_t i = 0; i < block.entries; ++i) out[first + i] = add ? out[first + i] + turned[i] : turned[i];

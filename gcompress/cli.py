@@ -52,7 +52,9 @@ def doctor(arguments):
         print(f"{name:6} {'kernels' if active else 'torch reference' if count else 'none'}: {reason}")
     kernels = sorted(DeviceKernels.methods)
     print(f"       with kernels: {', '.join(kernels)}")
-    print(f"       by the torch reference: {', '.join(sorted(set(REGISTRY) - set(kernels)))}")
+    others = sorted(set(REGISTRY) - set(kernels))
+    if others:
+        print(f"       by the torch reference: {', '.join(others)}")
 
 
 def run_example(name, arguments):

@@ -73,7 +73,7 @@ class EmulatedLauncher:
         self._library.emulator_barriers.restype = ctypes.c_char_p
         self._library.emulator_allocate.restype = ctypes.c_void_p
         self.schedules, self.turn = schedules, 0
-        self.launched = set()
+        self.launched, self.constants = set(), {}
 
     def kernels(self):
         """The names of all kernels."""
@@ -95,6 +95,12 @@ class EmulatedLauncher:
 
     def numbers(self, values):
         return torch.tensor(values)
+
+    def constant(self, key, make):
+        return self.constants.setdefault(key, torch.from_numpy(make()))
+
+    def upload(self, array):
+        return torch.from_numpy(array).clone()
 
     def read(self, tensor):
         return tensor.view(torch.int32).tolist()

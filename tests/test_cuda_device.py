@@ -15,11 +15,12 @@ REQUIRED = bool(os.environ.get("GCOMPRESS_REQUIRE_GPU"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ACTIVE and not REQUIRED, reason=REASON)]
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
-# Those that never ask the device for a size; the encoder of lowrank is torch's.
+# Those that never ask the device for a number; the encoder of lowrank is torch's, and polar plans on the host.
 ASYNCHRONOUS = [
     compressor
     for compressor in ON_DEVICE
-    if compressor.fixed_size and not any(name in str(compressor) for name in ("threshold", "entropy", "lowrank"))
+    if compressor.fixed_size
+    and not any(name in str(compressor) for name in ("threshold", "entropy", "lowrank", "polar"))
 ]
 
 
@@ -115,6 +116,22 @@ def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor):
         except PayloadError:
             pass
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(
+    "spec", ["polar:rate=0.5", "polar:rate=2.0,outliers=0.01", "polar:rate=1.0,list_size=4,rank=0"]
+)
+@pytest.mark.parametrize("shape", [(64, 64), (1000, 300), (257, 3, 40), (3000, 4096)], ids=str)
+def test_a_matrix_is_polar_coded_to_the_bytes_of_the_cpu(shape, spec):
+    """Scales by row and column, strong products, all tiles, and what one entry has of several parts."""
+    generator = torch.Generator().manual_seed(6)
+    noise, rows = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator).exp()
+    tensor = noise * rows.view(-1, *[1] * (len(shape) - 1)) * torch.randn(shape[-1], generator=generator).exp()
+    compressor = from_spec(spec)
+    payload, ctx = compressor.compress(tensor)
+    on_device, _ = compressor.compress(tensor.cuda())
+    assert torch.equal(on_device.cpu(), payload)
+    assert same(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
 
 
 def test_half_precision_and_strides_come_back():

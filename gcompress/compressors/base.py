@@ -129,7 +129,8 @@ class Compressor:
             payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
             self._encode_native(remembering, values, payload, seed & 0xFFFFFFFF)
         else:
-            payload, _ = self.compress(values if owed is None else values + owed, seed=seed)
+            corrected = values if owed is None else values + owed
+            payload, _ = self.compress(corrected.view(tensor.shape), seed=seed)
             sent = torch.empty_like(values)
             self.decode_into(payload, sent)
             remembering.keep_left(values.data_ptr(), values.numel(), sent.data_ptr())

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..polar import codec, lowrank, plan, reference, turning
-from ..polar.kernels import NativePolar
+from ..polar.device import backend_of
 from .base import Compressor, check_choice, check_integer, check_number
 
 
@@ -90,7 +90,7 @@ class Polar(Compressor):
         return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):
-        payload.copy_(self._encode(NativePolar(kernels), values, seed))
+        payload.copy_(self._encode(backend_of(kernels), values, seed))
 
     def _encode_reference(self, values, seed):
         return self._encode(reference, values, seed)
@@ -105,7 +105,7 @@ class Polar(Compressor):
         )  # fmt: skip
 
     def _decode_native(self, kernels, payload, out, add):
-        codec.decode_into(NativePolar(kernels), payload, out, add, self.block)
+        codec.decode_into(backend_of(kernels), payload, out, add, self.block)
 
     def _decode_reference(self, payload, numel):
         out = torch.empty(numel, dtype=torch.float32, device=payload.device)

@@ -10,6 +10,8 @@ docstring says that it reads a number back.
 import copy
 from typing import Any, NamedTuple
 
+import torch
+
 TILE = 4096  # entries that a block takes to shared memory
 THREADS = 256
 FOUR = 4 * THREADS  # entries a block has at four a thread
@@ -55,7 +57,7 @@ class DeviceKernels:
     methods = frozenset(
         (
             *("bf16", "chain", "fp16", "fp8", "hybrid", "mask", "mxfp4", "natural", "onebit", "qsgd", "quantize"),
-            *("eden", "entropy", "lowrank", "randomk", "shared", "sign", "ternary", "threshold", "topk"),
+            *("eden", "entropy", "lowrank", "polar", "randomk", "shared", "sign", "ternary", "threshold", "topk"),
         )
     )
     # Those whose encoder keeps the new residual of error feedback as well.
@@ -67,7 +69,7 @@ class DeviceKernels:
     )
 
     def __init__(self, launcher):
-        self._launcher = launcher
+        self.launcher = launcher
         self._feedback = (0, 0, 0)
 
     def remembering(self, owed, fresh, poisoned):
@@ -87,7 +89,7 @@ class DeviceKernels:
         self._launch("memory", "feedback_restore", ceil_div(n, FOUR), owed, n, poisoned, fresh)
 
     def _launch(self, module, kernel, blocks, *arguments, shared=0):
-        self._launcher.launch(module, kernel, blocks, *arguments, shared=shared)
+        self.launcher.launch(module, kernel, blocks, *arguments, shared=shared)
 
     def _zeros_into(self, target, nbytes):
         self._launch("memory", "fill_zeros", ceil_div(nbytes, 16 * THREADS), target, nbytes)
@@ -107,14 +109,14 @@ class DeviceKernels:
         Returns the buckets' scales, where they are kept: if `codes` are another kernel's, or buckets large.
         """
         buckets = ceil_div(n, bucket)
-        scales = self._launcher.empty(0 if codes and bucket <= TILE else SCALE_BYTES * buckets)
+        scales = self.launcher.empty(0 if codes and bucket <= TILE else SCALE_BYTES * buckets)
         if bucket <= TILE:
             blocks = ceil_div(n, TILE // bucket * bucket)
             places = 0, scales.data_ptr(), payload
             self._launch(module, f"{name}_encode", blocks, x, *self._feedback, n, bucket, STEP_ALL, 0, *places, *extra)
             return scales
         blocks = buckets * ceil_div(bucket, TILE)
-        partials = self._launcher.empty(PARTIAL_BYTES * blocks)
+        partials = self.launcher.empty(PARTIAL_BYTES * blocks)
 
         def launch(kernel, count, step, stage):
             places = partials.data_ptr(), scales.data_ptr(), payload
@@ -177,7 +179,7 @@ class DeviceKernels:
         self._launch("natural", "natural_decode", ceil_div(n, FOUR), payload, n, add, out)
 
     def randomk_encode(self, x, n, k, unbiased, seed, payload):
-        poisoned = self._launcher.zeros(4)
+        poisoned = self.launcher.zeros(4)
         self._launch("randomk", "find_poison", ceil_div(n, FOUR), x, n, poisoned.data_ptr())
         places = poisoned.data_ptr(), payload
         self._launch("randomk", "randomk_encode", ceil_div(k, THREADS), x, n, k, unbiased, seed, *places)
@@ -190,8 +192,8 @@ class DeviceKernels:
     def _select(self, x, n, k, signed, feedback):
         """The k largest of n; `feedback`: (owed, fresh, poisoned), of which fresh gets all entries as not sent."""
         owed, _, _ = feedback
-        tiles, empty = ceil_div(n, TILE), self._launcher.empty
-        histogram, selection = self._launcher.zeros(HISTOGRAM_BYTES), self._launcher.zeros(SELECTION_BYTES)
+        tiles, empty = ceil_div(n, TILE), self.launcher.empty
+        histogram, selection = self.launcher.zeros(HISTOGRAM_BYTES), self.launcher.zeros(SELECTION_BYTES)
         survivors, counts = empty(2 * TILE * tiles), empty(4 * tiles)
         above, equal = empty(4 * tiles), empty(4 * tiles)
         places = selection.data_ptr(), survivors.data_ptr(), counts.data_ptr()
@@ -222,7 +224,7 @@ class DeviceKernels:
         index, low_bytes = payload + 4 * k, ceil_div(k * width, 8)
         high_bytes = ceil_div(k + (n - 1 >> width), 8) if form == GAPS else 0
         low_words = ceil_div(low_bytes, 4) * 4 + 4
-        words = self._launcher.zeros(0 if form == BITMAP else low_words + high_bytes + 4)
+        words = self.launcher.zeros(0 if form == BITMAP else low_words + high_bytes + 4)
         low, high = words.data_ptr(), words.data_ptr() + low_words
         places = *selected.places(), payload, index, low, high
         self._launch("topk", "topk_output", selected.tiles, x, owed, fresh, n, form, width, *places)
@@ -232,7 +234,7 @@ class DeviceKernels:
 
     def topk_decode(self, payload, n, k, form, width, add, out):
         """An index that is not k increasing places below n makes all of `out` NaN."""
-        wrong, places = self._launcher.zeros(4), self._launcher.empty(4 * k)
+        wrong, places = self.launcher.zeros(4), self.launcher.empty(4 * k)
         index, low_bytes, selection = payload + 4 * k, ceil_div(k * width, 8), None
         if not add:
             self._zeros_into(out, 4 * n)
@@ -253,7 +255,7 @@ class DeviceKernels:
 
     def _counted(self, module, kernel, tiles, *arguments):
         """What a kernel counts in each tile, summed over the tiles before; and where their total is."""
-        before, selection = self._launcher.empty(4 * tiles), self._launcher.zeros(SELECTION_BYTES)
+        before, selection = self.launcher.empty(4 * tiles), self.launcher.zeros(SELECTION_BYTES)
         self._launch(module, kernel, tiles, *arguments, before.data_ptr())
         self._launch("select", "select_scan", 1, before.data_ptr(), 0, tiles, selection.data_ptr())
         return before, selection
@@ -263,8 +265,8 @@ class DeviceKernels:
 
         Waits for the device, once: nobody knew the size of the payload.
         """
-        tiles, empty = ceil_div(n, TILE), self._launcher.empty
-        largest, selection = self._launcher.zeros(4), self._launcher.zeros(SELECTION_BYTES)
+        tiles, empty = ceil_div(n, TILE), self.launcher.empty
+        largest, selection = self.launcher.zeros(4), self.launcher.zeros(SELECTION_BYTES)
         above, equal = empty(4 * tiles), empty(4 * tiles)
         if relative:
             self._launch("select", "largest_key", ceil_div(n, FOUR), x, n, largest.data_ptr())
@@ -273,7 +275,7 @@ class DeviceKernels:
         selected = Selected(tiles, selection, None, None, above, equal)
         self._launch("select", "select_count", tiles, x, 0, n, True, *selected.places())
         self._launch("select", "select_scan", 1, above.data_ptr(), equal.data_ptr(), tiles, selection.data_ptr())
-        return self._launcher.read(selection)[4] & 0xFFFFFFFF, selected
+        return self.launcher.read(selection)[4] & 0xFFFFFFFF, selected
 
     def large_encode(self, x, n, k, selected, form, width, payload):
         """Values and index of the k entries that `count_large` found."""
@@ -291,20 +293,20 @@ class DeviceKernels:
         selection, _, _, above, equal = selected.places()
         chosen = selection, above, equal
         classes = self._lloyd_classes(x, owed, n, bits, signed, selected.tiles, chosen) if lloyd else None
-        sums, counts = self._launcher.zeros(8 * 256), self._launcher.zeros(8 * 256)
+        sums, counts = self.launcher.zeros(8 * 256), self.launcher.zeros(8 * 256)
         totals = sums.data_ptr(), counts.data_ptr()
         class_of_bin = classes.data_ptr() if lloyd else 0
         arguments = x, owed, n, k, bits, signed, *chosen, class_of_bin, *totals, payload
         self._launch("mask", "mask_codes", selected.tiles, *arguments)
         self._launch("mask", "mask_levels", 1, *totals, bits, signed, selection, payload)
         if fresh:  # what a level stands for is known only now
-            sent = self._launcher.empty(4 * n)
+            sent = self.launcher.empty(4 * n)
             self.mask_decode(payload, n, k, bits, signed, False, sent.data_ptr())
             self.keep_left(x, n, sent.data_ptr())
 
     def _lloyd_classes(self, x, owed, n, bits, signed, tiles, chosen):
-        histogram, classes = self._launcher.zeros(4 * LLOYD_BINS), self._launcher.empty(LLOYD_BINS)
-        below = self._launcher.empty(2 * 8 * (LLOYD_BINS + 1))
+        histogram, classes = self.launcher.zeros(4 * LLOYD_BINS), self.launcher.empty(LLOYD_BINS)
+        below = self.launcher.empty(2 * 8 * (LLOYD_BINS + 1))
         places = histogram.data_ptr(), bits, signed, below.data_ptr(), below.data_ptr() + 8 * (LLOYD_BINS + 1)
         self._launch("mask", "mask_histogram", tiles, x, owed, n, signed, *chosen, histogram.data_ptr())
         self._launch("mask", "mask_lloyd", 1, *places, classes.data_ptr())
@@ -312,7 +314,7 @@ class DeviceKernels:
 
     def mask_decode(self, payload, n, k, bits, signed, add, out):
         """A mask that does not keep k entries makes all of `out` NaN."""
-        wrong, tiles = self._launcher.zeros(4), ceil_div(n, TILE)
+        wrong, tiles = self.launcher.zeros(4), ceil_div(n, TILE)
         codes = (1 << bits) - 1
         packed = payload + 4 * ((codes - 1) // 2 if signed else codes) + 4 * k
         before, selection = self._counted("mask", "mask_count", tiles, packed, n, bits)
@@ -345,7 +347,7 @@ class DeviceKernels:
         places = x, owed, *shape, unbiased, seed, levels, payload
         self._launch("eden", "eden_encode", ceil_div(n, block), *places, shared=_eden_shared(block))
         if fresh:
-            decoded = self._launcher.empty(4 * n)
+            decoded = self.launcher.empty(4 * n)
             self.eden_decode(payload, *shape, levels, False, decoded.data_ptr())
             self.keep_left(x, n, decoded.data_ptr())
 
@@ -360,14 +362,14 @@ class DeviceKernels:
             planes += [(offset + p, stride, ceil_div(nbytes - p, stride)) for p in range(min(stride, nbytes))]
             offset += nbytes
         longest = max(count for _, _, count in planes)
-        return self._launcher.numbers(tuple(planes)), len(planes), len(planes) * ceil_div(longest, ENTROPY_CHUNK)
+        return self.launcher.numbers(tuple(planes)), len(planes), len(planes) * ceil_div(longest, ENTROPY_CHUNK)
 
     def entropy_payload(self, inner, size, sections, payload):
         """Encode `size` bytes; returns the payload's, for which it waits for the device, once."""
         planes, count, blocks = self._planes(sections)
-        histograms, frequencies = self._launcher.zeros(8 * 256 * count), self._launcher.empty(2 * 256 * count)
-        state, capacity = self._launcher.zeros(ENTROPY_STATE_BYTES), size + 2 * ENTROPY_STATES
-        words, places = self._launcher.empty(capacity), self._launcher.empty(8 * count)
+        histograms, frequencies = self.launcher.zeros(8 * 256 * count), self.launcher.empty(2 * 256 * count)
+        state, capacity = self.launcher.zeros(ENTROPY_STATE_BYTES), size + 2 * ENTROPY_STATES
+        words, places = self.launcher.empty(capacity), self.launcher.empty(8 * count)
         modes, which, at = payload + 4, (planes.data_ptr(), count), state.data_ptr()
         codes = frequencies.data_ptr()
 
@@ -380,18 +382,30 @@ class DeviceKernels:
         launch("entropy_layout", 1, *which, size, codes, places.data_ptr(), at, payload)
         launch("entropy_raw", blocks, inner, *which, modes, places.data_ptr(), at, 0, payload)
         launch("entropy_words", ceil_div(capacity, FOUR), words.data_ptr(), capacity, at, payload)
-        return self._launcher.read(state)[8] & 0xFFFFFFFF
+        return self.launcher.read(state)[8] & 0xFFFFFFFF
 
     def entropy_inner(self, payload, size, sections, inner):
         """Decode to the bytes of the inner payload; returns a memo for `poison` of whether they are any."""
         planes, count, blocks = self._planes(sections)
-        frequencies, places = self._launcher.empty(2 * 256 * count), self._launcher.empty(8 * count)
-        state = self._launcher.zeros(ENTROPY_STATE_BYTES)
+        frequencies, places = self.launcher.empty(2 * 256 * count), self.launcher.empty(8 * count)
+        state = self.launcher.zeros(ENTROPY_STATE_BYTES)
         which, codes, at = (planes.data_ptr(), count), frequencies.data_ptr(), state.data_ptr()
         self._launch("entropy", "entropy_parse", 1, payload, size, *which, codes, places.data_ptr(), at)
         self._launch("entropy", "entropy_raw", blocks, inner, *which, payload + 4, places.data_ptr(), at, 1, payload)
         self._launch("entropy", "entropy_decode", 1, payload, size, *which, codes, at, inner)
         return state[4:8]
+
+    def polar_beyond(self, n, *where):
+        """The places of entries that reach their limits, int64, rising; `where`: as polar_count_beyond takes them.
+
+        Waits for the device, once: nobody knew how many there are.
+        """
+        tiles = ceil_div(n, TILE)
+        before, selection = self._counted("polar_scan", "polar_count_beyond", tiles, *where)
+        places = self.launcher.empty(8 * (self.launcher.read(selection)[4] & 0xFFFFFFFF)).view(torch.int64)
+        if len(places):
+            self._launch("polar_scan", "polar_beyond", tiles, *where, before.data_ptr(), places.data_ptr())
+        return places
 
     def poison(self, wrong, n, out):
         """Make all of `out` NaN if a memo says so."""

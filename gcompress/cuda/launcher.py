@@ -39,6 +39,16 @@ class CupyLauncher:
             self._numbers[values] = torch.tensor(values, device=self._device)
         return self._numbers[values]
 
+    def constant(self, key, make):
+        """The array that `make()` makes for a key, on the device, where it stays."""
+        if key not in self._numbers:
+            self._numbers[key] = torch.from_numpy(make()).to(self._device)
+        return self._numbers[key]
+
+    def upload(self, array):
+        """A small NumPy array to the device, without waiting for it: by way of pinned memory, on the current stream."""
+        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
     def read(self, tensor):
         """Bytes of the device as a list of numbers below 2^32: waits for the device."""
         return tensor.view(torch.int32).tolist()

@@ -12,7 +12,7 @@ from .. import native, packing
 from ..compressors.base import check_choice, check_integer
 from ..errors import ConfigError, PayloadError
 from . import plan, reference
-from .kernels import NativePolar
+from .device import backend_of
 from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK
 
 LARGEST_CODE = 65536
@@ -117,7 +117,7 @@ class PolarCode:
 
     def _backend(self, tensor):
         kernels = native.kernels(tensor) if self.block <= LARGEST_BLOCK else None
-        return reference if kernels is None else NativePolar(kernels)
+        return reference if kernels is None else backend_of(kernels)
 
 
 def _side_by_side(blocks, spending):

@@ -23,6 +23,7 @@ NOTHING = 4096  # 1/32 octaves below the largest variance: that of a class of ze
 ENERGY_STEPS = 64.0  # per modelled standard deviation, where energies of classes are measured
 LEAST_FOR_OUTLIERS = 32  # bytes
 RETRIES = 6
+USUAL_HEADER = 16384  # bytes
 SMALLEST_DEVIATION = 2.0**-88
 LEAST_RANK_GAIN = 0.9  # a product must lower the modelled error to this
 
@@ -172,10 +173,10 @@ def _encode_words(backend, values, spending, rates, variances, list_size):
 
 
 def _assembled(payload, header, words):
-    payload[: len(header)] = np.frombuffer(header, np.uint8)
-    payload = torch.from_numpy(payload).to(words.device)
-    payload[len(header) : len(header) + words.numel()] = words
-    return payload
+    assembled = torch.zeros(len(payload), dtype=torch.uint8, device=words.device)
+    assembled[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    assembled[len(header) : len(header) + words.numel()] = words
+    return assembled
 
 
 def encode_unbiased(backend, values, nbytes, *, block, list_size, seed):
@@ -218,13 +219,29 @@ def _pack_header(spending, flags, section):
     return head + codes + section + classes + b"".join(plan.TILE.pack(tile.words) for tile in spending.tiles)
 
 
+class _Beginning:
+    """The bytes of a payload, brought to the host as far as they are asked for: mostly once, mostly little."""
+
+    def __init__(self, payload):
+        self._payload, self._known = payload, b""
+
+    def __len__(self):
+        return self._payload.numel()
+
+    def __getitem__(self, part):
+        if part.stop > len(self._known):
+            size = max(USUAL_HEADER, 2 * part.stop)
+            self._known = self._payload[:size].cpu().numpy().tobytes()
+        return self._known[part]
+
+
 def _read_header(payload, numel, block):
     """(spending, Outliers or what turning.unpack finds or None, where the words begin).
 
     A float in place of the first if all entries are that.
     """
-    data = payload.cpu().numpy().tobytes()
-    flags, count, base, columns, *forms = plan.HEADER.unpack_from(data)
+    data = _Beginning(payload)
+    flags, count, base, columns, *forms = plan.HEADER.unpack(data[: plan.HEADER.size])
     known = (plan.TURNED,) if flags & plan.TURNED else (plan.NOT_FINITE, plan.ROWS, plan.COLUMNS, plan.APART)
     if flags & ~sum(known):
         raise PayloadError(f"payload: unknown flags {flags:#x}")
@@ -253,7 +270,7 @@ def _read_header(payload, numel, block):
     if len(data) < at + plan.TILE.size * len(tiles):
         raise PayloadError(f"payload: {len(tiles)} tiles do not fit {len(data)} bytes")
     for k, tile in enumerate(tiles):
-        (words,) = plan.TILE.unpack_from(data, at + plan.TILE.size * k)
+        (words,) = plan.TILE.unpack(data[at + plan.TILE.size * k : at + plan.TILE.size * (k + 1)])
         if words > tile.levels * tile.real:
             raise PayloadError(f"payload: a tile of {tile.real} rows and {tile.levels} levels has {words} words")
         tiles[k] = tile._replace(words=words)
@@ -282,7 +299,7 @@ def _read_classes(data, at, count, layout):
         raise PayloadError(f"payload: {count} classes do not fit {len(data)} bytes")
     histogram, classes, before = layout.histogram(), [], (MAX_LEVELS + 1, 0)
     for k in range(count):
-        of_class, design, amplitude = plan.CLASS.unpack_from(data, at + plan.CLASS.size * k)
+        of_class, design, amplitude = plan.CLASS.unpack(data[at + plan.CLASS.size * k : at + plan.CLASS.size * (k + 1)])
         if of_class >= plan.CLASSES or histogram[of_class] == 0 or design >= design_count():
             raise PayloadError(f"payload: class {of_class} of design {design} has no entries or no such design")
         coded = plan.CodedClass(of_class, int(histogram[of_class]), design, amplitude)

@@ -151,6 +151,11 @@ inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __popcll(uint64_t value) { return __builtin_popcountll(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs((int)value); }
 inline int __ffsll(uint64_t value) { return __builtin_ffsll((long long)value); }
+inline uint32_t __brev(uint32_t value) {
+    uint32_t reversed = 0;
+    for (int bit = 0; bit < 32; ++bit) reversed |= (value >> bit & 1) << (31 - bit);
+    return reversed;
+}
 inline int __clz(uint32_t value) { return value ? __builtin_clz(value) : 32; }
 
 #endif
