@@ -223,7 +223,7 @@ def _read_header(payload, numel, block):
 
     A float in place of the first if all entries are that.
     """
-    data = payload.cpu().numpy().tobytes()
+    data = memoryview(payload.cpu().numpy())
     flags, count, base, columns, *forms = plan.HEADER.unpack_from(data)
     known = (plan.TURNED,) if flags & plan.TURNED else (plan.NOT_FINITE, plan.ROWS, plan.COLUMNS, plan.APART)
     if flags & ~sum(known):
