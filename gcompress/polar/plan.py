@@ -44,6 +44,7 @@ PLAIN_RATE = 384  # 1/64 bit: classes of more are sent as plain samples of eight
 PLAIN_COST = 512
 LEAST_GAIN = 0.96  # finer scales must lower the modelled error to this: less is the noise of their estimates
 NEARLY_ALL = 4063  # of 4096
+STRETCH = 8192  # of a long array: what numpy makes on the way stays in the caches
 LONG_ENOUGH = 1024  # rows, of which longer blocks are made only when all lanes are in use
 # Classes that share one code, by its levels: with one level there is no loss in it, with more some.
 MIXED = {1: 64, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 64}
@@ -341,9 +342,13 @@ def spend(layout, variances, nbytes, flat, block, apart=0, keep_codes=False):
 
 def _scale_codes(means):
     """Codes of a quarter octave, the largest at CODES; 0 for those far below it and for means of 0."""
-    codes = octave_codes(np.maximum(means, 1e-300), 4)
-    codes -= int(codes.max()) - CODES
-    codes = np.maximum(codes, 0, out=codes).astype(np.uint8)
+    offset = int(octave_codes(np.maximum(means.max(keepdims=True), 1e-300), 4)[0]) - CODES
+    codes = np.empty(len(means), np.uint8)
+    for first in range(0, len(means), STRETCH):
+        part = means[first : first + STRETCH]
+        logarithms = octave_codes(np.maximum(part, 1e-300), 4)
+        logarithms -= offset
+        codes[first : first + STRETCH] = np.maximum(logarithms, 0, out=logarithms)
     codes[means <= 0] = 0
     return codes
 
