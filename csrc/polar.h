@@ -3,6 +3,11 @@
 //
 // A tile is N rows of 64 lanes, one block a lane: entry (row, lane) is byte 64 row + lane, so
 // nothing is transposed. A row of 64 values is one `Bytes`, its 64 bits one `Signs`.
+//
+// Position i of a block is the row that has the bits of i reversed, so that in the order of rows every step of the code
+// pairs neighbours. What costs time is moving rows of long nodes through the second cache: they are made by the chunk,
+// several steps are taken with a row in registers, and information bits leave from the leaves of the code. Decoding,
+// which needs words alone, goes by positions.
 #ifndef GCOMPRESS_POLAR_H
 #define GCOMPRESS_POLAR_H
 
@@ -1181,7 +1186,7 @@ inline void write_points(Bytes labels, const float* table, int levels, float* ou
         return;
     }
 #endif
-    look_up_64<mode == ADD>(bytes, table, true, out);
+    look_up_64<mode == ADD>(bytes, table, levels > 4, out);
 }
 
 // A codeword from words of so many bytes for its information bits; returns their end. Without a branch: where there is
