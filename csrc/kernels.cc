@@ -121,44 +121,55 @@ inline void read_polar_tables(const PolarTile* tile, int64_t count, const uint8_
     }
 }
 
-void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
-                  int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
+inline void polar_encode_source(PolarSource source, int64_t count, const void* tiles, const uint8_t* slots,
+                                const void* designs, int list_size, uint8_t* workspace, uint8_t* words,
+                                int64_t* products) {
     const PolarWorkspace work = polar_workspace(workspace);
     const PolarTile* tile = (const PolarTile*)tiles;
     PolarTables tables;
     read_polar_tables(tile, count, slots, (const PolarDesign*)designs, &tables);
-    for (const PolarTile* end = tile + count; tile < end; ++tile) {
-        words = polar_encode_tile(samples, tile, slots, &tables, list_size, work, words, products);
-        samples += tile->lanes * tile->rows;
-        slots += tile->rows;
+    for (int64_t k = 0; k < count; ++k) {
+        polar_pass_tile(&source, tile + k, 1);
+        slots += tile[k].rows;
+        words += polar_tile_bytes(tile + k);
     }
+    // The last tile first: of a vector whose magnitudes were just summed, the end is still in the caches. A tile's words
+    // touch up to 8 bytes more, which are the next one's.
+    uint8_t after[8];
+    for (int64_t k = count - 1; k >= 0; --k) {
+        polar_pass_tile(&source, tile + k, -1);
+        slots -= tile[k].rows;
+        memcpy(after, words, sizeof after);
+        uint8_t* end = words;
+        words -= polar_tile_bytes(tile + k);
+        polar_encode_tile(&source, tile + k, slots, &tables, list_size, work, words, products);
+        memcpy(end, after, sizeof after);
+    }
+}
+
+void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
+                  int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
+    polar_encode_source({samples, 0, 0, 0.0f}, count, tiles, slots, designs, list_size, workspace, words, products);
 }
 
 void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, const void* tiles,
                          const uint8_t* slots, const void* designs, int list_size, uint8_t* workspace,
                          uint8_t* words, int64_t* products) {
-    const PolarWorkspace work = polar_workspace(workspace);
-    const PolarTile* tile = (const PolarTile*)tiles;
-    PolarTables tables;
-    read_polar_tables(tile, count, slots, (const PolarDesign*)designs, &tables);
-    for (const PolarTile* end = tile + count; tile < end; ++tile) {
-        words = polar_encode_entries(x, n, scale, tile, slots, &tables, list_size, work, words, products);
-        x += tile->lanes * tile->rows;
-        n -= tile->lanes * tile->rows;
-        slots += tile->rows;
-    }
+    polar_encode_source({0, x, n, scale}, count, tiles, slots, designs, list_size, workspace, words, products);
 }
 
 void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
                   int64_t n, int add, uint64_t* workspace, float* out) {
     const PolarTile* tile = (const PolarTile*)tiles;
+    const bool stream = n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0;
+    const auto decode = add ? polar_decode_tile<ADD> : stream ? polar_decode_tile<STREAM> : polar_decode_tile<REPLACE>;
     for (const PolarTile* end = tile + count; tile < end; ++tile) {
-        words = add ? polar_decode_tile<true>(words, tile, slots, values, workspace, n, out)
-                    : polar_decode_tile<false>(words, tile, slots, values, workspace, n, out);
+        words = decode(words, tile, slots, values, workspace, n, out);
         n -= tile->lanes * tile->rows;
         out += tile->lanes * tile->rows;
         slots += tile->rows;
     }
+    finish_streams();
 }
 
 void polar_scatter(const float* values, const void* layout, int64_t* cursors, float* row_buffer, int add, float* out) {

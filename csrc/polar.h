@@ -3,6 +3,11 @@
 //
 // A tile is N rows of 64 lanes, one block a lane: entry (row, lane) is byte 64 row + lane, so
 // nothing is transposed. A row of 64 values is one `Bytes`, its 64 bits one `Signs`.
+//
+// Position i of a block is the row that has the bits of i reversed, so that in the order of rows every step of the code
+// pairs neighbours. What costs time is moving rows of long nodes through the second cache: they are made by the chunk,
+// several steps are taken with a row in registers, and information bits leave from the leaves of the code. Decoding,
+// which needs words alone, goes by positions.
 #ifndef GCOMPRESS_POLAR_H
 #define GCOMPRESS_POLAR_H
 
@@ -42,8 +47,9 @@ inline Signs exclusive_or(Signs a, Signs b) { return a ^ b; }
 inline Signs both(Signs a, Signs b) { return a & b; }
 inline Signs without(Signs a, Signs b) { return a & ~b; }
 inline uint64_t word_of(Signs a) { return a; }
-inline Bytes with_bit(Bytes labels, Signs a, int level) {
-    return _mm512_or_si512(labels, _mm512_maskz_set1_epi8(a, (char)(1 << level)));
+inline Bytes doubled_plus(Bytes a, Signs bit) {  // 2 a + bit
+    const __m512i twice = _mm512_add_epi8(a, a);
+    return _mm512_mask_sub_epi8(twice, bit, twice, _mm512_set1_epi8(-1));
 }
 #elif defined(__AVX2__)
 struct Bytes {
@@ -90,9 +96,9 @@ inline Signs without(Signs a, Signs b) { GC_PAIR(a.low & ~b.low, a.high & ~b.hig
 inline uint64_t word_of(Signs a) {
     return (uint32_t)_mm256_movemask_epi8(a.low) | (uint64_t)(uint32_t)_mm256_movemask_epi8(a.high) << 32;
 }
-inline Bytes with_bit(Bytes labels, Signs a, int level) {
-    const __m256i bit = _mm256_set1_epi8((char)(1 << level));
-    GC_PAIR(labels.low | (a.low & bit), labels.high | (a.high & bit));
+inline Bytes doubled_plus(Bytes a, Signs bit) {
+    GC_PAIR(_mm256_sub_epi8(_mm256_add_epi8(a.low, a.low), bit.low),
+            _mm256_sub_epi8(_mm256_add_epi8(a.high, a.high), bit.high));
 }
 #undef GC_PAIR
 #else
@@ -153,9 +159,7 @@ inline uint64_t word_of(Signs a) {
     }
     return word;
 }
-inline Bytes with_bit(Bytes labels, Signs a, int level) {
-    GC_PARTS(labels.part[k] | (a.part[k] & (int8_t)(1 << level)));
-}
+inline Bytes doubled_plus(Bytes a, Signs bit) { GC_PARTS(((a.part[k] & 127) << 1) - bit.part[k]); }
 #undef GC_PARTS
 #endif
 
@@ -187,20 +191,156 @@ inline void subtree_types(const uint16_t* rank, int rows, int free, uint8_t* typ
     }
 }
 
+// Eight words at once; the compiler makes of it what registers there are.
+typedef uint64_t EightWords __attribute__((vector_size(64)));
+inline void load_eight(EightWords* value, const uint64_t* words) { memcpy(value, words, sizeof *value); }
+inline void store_eight(uint64_t* words, const EightWords* value) { memcpy(words, value, sizeof *value); }
+
+// The polar transform of 8 words; and of N >= 16 words, in place, of which those of every eight are done. It is its own
+// inverse. Strides from 8 on are taken three at a time.
+inline void transform_eight(uint64_t* w) {
+    for (int half = 1; half < 8; half *= 2)
+        for (int k = 0; k < 8; ++k)
+            if (!(k & half)) w[k] ^= w[k + half];
+}
+template <int strides>
+inline void transform_strides(uint64_t* words, int rows, int first) {
+    const int count = 1 << strides;
+    for (int i = 0; i < rows; i += count * first) {
+        for (int j = i; j < i + first; j += 8) {
+            EightWords w[count];
+            for (int k = 0; k < count; ++k) load_eight(w + k, words + j + k * first);
+            for (int half = 1; half < count; half *= 2)
+                for (int k = 0; k < count; ++k)
+                    if (!(k & half)) w[k] ^= w[k + half];
+            for (int k = 0; k < count; ++k) store_eight(words + j + k * first, w + k);
+        }
+    }
+}
+inline void transform_beyond_eight(uint64_t* words, int rows) {
+    int stride = 8;
+    for (; 4 * stride < rows; stride *= 8) transform_strides<3>(words, rows, stride);
+    if (2 * stride < rows)
+        transform_strides<2>(words, rows, stride);
+    else if (stride < rows)
+        transform_strides<1>(words, rows, stride);
+}
+inline void transform(uint64_t* words, int rows) {
+    for (int i = 0; i < rows; i += 8) {
+        uint64_t w[8];
+        memcpy(w, words + i, sizeof w);
+        transform_eight(w);
+        memcpy(words + i, w, sizeof w);
+    }
+    transform_beyond_eight(words, rows);
+}
+
+// Where the information bits of a block go: a word of `step` bytes for each, up to 8 bytes more are touched.
+struct Output {
+    uint8_t* at;
+    int step;
+    int rows;                   // of the whole block
+    const uint16_t* positions;  // of the whole block
+    uint64_t* buffer;           // of as many rows
+};
+inline void put_words(const uint64_t* words, int count, Output* out) {
+    if (out->step == 8) {
+        memcpy(out->at, words, (size_t)count * sizeof(uint64_t));
+    } else {
+        for (int i = 0; i < count; ++i) store(out->at + out->step * i, words[i]);
+    }
+    out->at += out->step * count;
+}
+
+// The row of a node's position i: its bits reversed.
+template <int n>
+struct Reversed {
+    uint8_t row[n];
+    constexpr Reversed() : row() {
+        for (int i = 0; i < n; ++i)
+            for (int bit = 1; bit < n; bit *= 2) row[i] = (uint8_t)(2 * row[i] + (i & bit ? 1 : 0));
+    }
+};
+
+// The words of a node's positions but the first `skipped`, by its codeword.
+template <int fixed>
+inline void put_node(const Signs* code, int size, int skipped, Output* out) {
+    if constexpr (fixed > 0) {
+        static constexpr Reversed<fixed> reversed;
+        const int group = fixed < 8 ? fixed : 8;
+        uint64_t words[fixed];
+        for (int i = 0; i < fixed; i += group) {
+            uint64_t w[group];
+            for (int k = 0; k < group; ++k) w[k] = word_of(code[reversed.row[i + k]]);
+            for (int half = 1; half < group; half *= 2)
+                for (int k = 0; k < group; ++k)
+                    if (!(k & half)) w[k] ^= w[k + half];
+            memcpy(words + i, w, sizeof w);
+        }
+        for (int half = 8; half < fixed; half *= 2) {
+            for (int i = 0; i < fixed; i += 8) {
+                if (i & half) continue;
+                EightWords a, b;
+                load_eight(&a, words + i);
+                load_eight(&b, words + i + half);
+                a ^= b;
+                store_eight(words + i, &a);
+            }
+        }
+        put_words(words + skipped, fixed - skipped, out);
+    } else {
+        for (int i = 0; i < size; ++i) out->buffer[i] = word_of(code[i]);
+        transform(out->buffer, size);
+        const int stride = out->rows / size;
+        for (int i = 0; i < size; ++i) {
+            store(out->at, out->buffer[out->positions[i] / stride]);
+            out->at += out->step;
+        }
+    }
+}
+
+// Rows of log-likelihoods: in memory, or computed when they are asked for. The rows of a node come in such an order that
+// the first step pairs neighbours (a tile's own: position i of a block is the row that has the bits of i reversed), so
+// that every step streams through memory.
+struct Stored {
+    enum { in_memory = 1, sums = 0 };
+    const Bytes* l;
+    Bytes operator()(int i) const { return l[i]; }
+};
+struct Variable {  // inputs of the second half, given the first half's code
+    enum { in_memory = 0, sums = 0 };
+    const Bytes* l;
+    const Signs* left;
+    Bytes operator()(int i) const { return variable_node(l[2 * i], l[2 * i + 1], left[i]); }
+};
+template <class Row>
+struct Sums {  // the same if the first half is frozen
+    enum { in_memory = 0, sums = 1 };
+    Row row;
+    Bytes operator()(int i) const { return add_saturated(row(2 * i), row(2 * i + 1)); }
+};
+inline const Bytes* place_of(const Stored& rows, const Bytes*) { return rows.l; }
+template <class Row>
+inline const Bytes* place_of(const Row&, const Bytes* scratch) {  // where they go to be stored
+    return scratch;
+}
+
 // The sign of the sum of n <= 128 rows, summed in 16 bits.
-inline Signs sum_signs(const Bytes* l, int n) {
+template <class Row>
+inline Signs sum_signs(const Row& rows, int n) {
 #if defined(__AVX512BW__)
     __m512i low = _mm512_setzero_si512(), high = low;
     for (int i = 0; i < n; ++i) {
-        low = _mm512_add_epi16(low, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(l[i])));
-        high = _mm512_add_epi16(high, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(l[i], 1)));
+        const __m512i row = rows(i);
+        low = _mm512_add_epi16(low, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(row)));
+        high = _mm512_add_epi16(high, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(row, 1)));
     }
     return (uint64_t)_mm512_movepi16_mask(low) | (uint64_t)_mm512_movepi16_mask(high) << 32;
 #else
     int16_t sums[LANES] = {0};
-    int8_t signs[LANES];
+    int8_t row[LANES], signs[LANES];
     for (int i = 0; i < n; ++i) {
-        const int8_t* row = (const int8_t*)(l + i);
+        store_bytes(row, rows(i));
         for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + row[j]);  // vectorised
     }
     for (int j = 0; j < LANES; ++j) signs[j] = (int8_t)(sums[j] >> 15);
@@ -208,8 +348,10 @@ inline Signs sum_signs(const Bytes* l, int n) {
 #endif
 }
 
-// Wagner's rule: hard decisions, and where their parity is odd the first least reliable one flips.
-inline void single_parity(const Bytes* l, int n, Signs* code) {
+// Wagner's rule: hard decisions, and where their parity is odd the least reliable one at the first position flips.
+template <int n>
+inline void single_parity(const Bytes* l, Signs* code) {
+    static constexpr Reversed<n> reversed;
     Signs odd = no_signs();
     Bytes weakest = magnitude(l[0]);
     for (int i = 0; i < n; ++i) {
@@ -217,120 +359,172 @@ inline void single_parity(const Bytes* l, int n, Signs* code) {
         odd = exclusive_or(odd, code[i]);
         weakest = least(weakest, magnitude(l[i]));
     }
-    for (int i = 0; i < n; ++i) {
+    for (int k = 0; k < n; ++k) {
+        const int i = reversed.row[k];
         const Signs flip = both(odd, equal(magnitude(l[i]), weakest));
         code[i] = exclusive_or(code[i], flip);
         odd = without(odd, flip);
     }
 }
 
-// Successive cancellation with min-sum in saturated bytes: the codeword nearest to n rows of
-// log-likelihoods, as this node of the code sees them. `scratch` has room for n rows.
-template <int n>
+// How many steps in a row begin with check nodes, from this node on along the first halves; at most AHEAD, which are
+// taken together.
+#if defined(__AVX512BW__)
+const int AHEAD = 3;
+#else
+const int AHEAD = 2;  // fewer registers
+#endif
+inline int steps_ahead(const uint8_t* types, int node) {
+    int steps = 0;
+    for (; steps < AHEAD && types[node] == GENERAL && types[2 * node] != ALL_FROZEN; node *= 2) ++steps;
+    return steps;
+}
+
+// Rows from … to - 1 of n go to l unless they are there already, and so many steps of check nodes, one behind the
+// other, to `next`: n / 2 rows, n / 4, n / 8.
+template <int steps, class Row>
+inline void take_steps_of(const Row& row, int from, int to, int n, Bytes* l, Bytes* next) {
+    Bytes *half = next, *quarter = next + n / 2, *eighth = quarter + n / 4;
+    for (int i = from; i < to; i += 1 << steps) {
+        Bytes a[1 << steps];
+        for (int k = 0; k < 1 << steps; ++k) {
+            a[k] = row(i + k);
+            if (l) l[i + k] = a[k];
+        }
+        for (int k = 0; k < 1 << (steps - 1); ++k) half[i / 2 + k] = a[k] = check_node(a[2 * k], a[2 * k + 1]);
+        for (int k = 0; k < 1 << steps >> 2; ++k) quarter[i / 4 + k] = a[k] = check_node(a[2 * k], a[2 * k + 1]);
+        if (steps == 3) eighth[i / 8] = check_node(a[0], a[1]);
+    }
+}
+template <class Row>
+inline void take_steps(int steps, const Row& row, int from, int to, int n, Bytes* l, Bytes* next) {
+    switch (steps) {
+        case 1: return take_steps_of<1>(row, from, to, n, l, next);
+        case 2: return take_steps_of<2>(row, from, to, n, l, next);
+        default: return take_steps_of<AHEAD>(row, from, to, n, l, next);
+    }
+}
+
+// A codeword from those of both halves.
+inline void join(const Signs* left, const Signs* right, int half, Signs* code) {
+    for (int i = 0; i < half; ++i) {
+        const Signs second = right[i];
+        code[2 * i] = exclusive_or(left[i], second);
+        code[2 * i + 1] = second;
+    }
+}
+
+// Successive cancellation with min-sum in saturated bytes: the codeword nearest to n rows of log-likelihoods, as this
+// node of the code sees them. `scratch` has room for 2 n rows less what `rows` takes there, `parts` for 2 n signs.
+// With fixed = 0 the size is known at run time only, and above 64.
+template <int fixed>
 struct Node {
-    static void encode(const uint8_t* types, int node, const Bytes* l, Signs* code, Bytes* scratch) {
-        const int half = n / 2;
+    template <class Row>
+    static void encode(int size, const uint8_t* types, int node, const Row& row, Signs* code, Bytes* scratch,
+                       Signs* parts, Output* out) {
+        const int n = fixed ? fixed : size;
+        const Bytes* l = place_of(row, scratch);
         switch (types[node]) {
             case ALL_FROZEN:
                 for (int i = 0; i < n; ++i) code[i] = no_signs();
                 return;
             case ALL_FREE:
-                for (int i = 0; i < n; ++i) code[i] = negative(l[i]);
-                return;
+                for (int i = 0; i < n; ++i) code[i] = negative(row(i));
+                return put_node<fixed>(code, n, 0, out);
             case REPETITION: {
-                const Signs sign = sum_signs(l, n);
+                const Signs sign = sum_signs(row, n);
                 for (int i = 0; i < n; ++i) code[i] = sign;
-                return;
+                const uint64_t word = word_of(sign);
+                return put_words(&word, 1, out);
             }
             case SINGLE_PARITY:
-                single_parity(l, n, code);
+                for (int i = 0; i < n && !Row::in_memory; ++i) scratch[i] = row(i);
+                if constexpr (fixed >= 4) {
+                    single_parity<fixed>(l, code);
+                    put_node<fixed>(code, n, 1, out);
+                }
                 return;
             default:
                 break;
         }
         if (types[2 * node] == ALL_FROZEN) {
-            for (int i = 0; i < half; ++i) scratch[i] = add_saturated(l[i + half], l[i]);
-            Node<half>::encode(types, 2 * node + 1, scratch, code + half, scratch + half);
-            for (int i = 0; i < half; ++i) code[i] = code[i + half];
+            encode_sums(n, types, node, Sums<Row>{row}, parts, scratch, parts + n / 2, out);
+            for (int i = 0; i < n / 2; ++i) code[2 * i] = code[2 * i + 1] = parts[i];
             return;
         }
-        for (int i = 0; i < half; ++i) scratch[i] = check_node(l[i], l[i + half]);
-        Node<half>::encode(types, 2 * node, scratch, code, scratch + half);
-        if (types[2 * node + 1] == ALL_FREE) {
-            for (int i = 0; i < half; ++i) {
-                const Signs right = negative(variable_node(l[i], l[i + half], code[i]));
-                code[i + half] = right;
-                code[i] = exclusive_or(code[i], right);
-            }
-            return;
+        const int steps = steps_ahead(types, node);
+        Bytes* next = Row::in_memory ? scratch : scratch + n;
+        take_steps(steps, row, 0, n, n, Row::in_memory ? 0 : scratch, next);
+        encode_ahead(n, types, node, l, steps, code, next, parts, out);
+    }
+
+    // The second half of a node whose first half is frozen.
+    template <class Row>
+    static void encode_sums(int n, const uint8_t* types, int node, const Sums<Row>& sums, Signs* code, Bytes* scratch,
+                            Signs* parts, Output* out) {
+        if constexpr (Row::sums) {  // sums of sums
+            for (int i = 0; i < n / 2; ++i) scratch[i] = sums(i);
+            encode_half(n, types, 2 * node + 1, Stored{scratch}, code, scratch + n / 2, parts, out);
+        } else {
+            encode_half(n, types, 2 * node + 1, sums, code, scratch, parts, out);
         }
-        for (int i = 0; i < half; ++i) scratch[i] = variable_node(l[i], l[i + half], code[i]);
-        Node<half>::encode(types, 2 * node + 1, scratch, code + half, scratch + half);
-        for (int i = 0; i < half; ++i) code[i] = exclusive_or(code[i], code[i + half]);
+    }
+
+    // The same for a node that begins with check nodes, if its rows are stored and so many steps taken, to `scratch`.
+    static void encode_ahead(int size, const uint8_t* types, int node, const Bytes* l, int steps, Signs* code,
+                             Bytes* scratch, Signs* parts, Output* out) {
+        const int n = fixed ? fixed : size, half = n / 2;
+        Signs *left = parts, *right = parts + half;
+        if (steps > 1)
+            encode_half_ahead(n, types, 2 * node, scratch, steps - 1, left, scratch + half, parts + n, out);
+        else
+            encode_half(n, types, 2 * node, Stored{scratch}, left, scratch + half, parts + n, out);
+        const Variable below = {l, left};
+        encode_half(n, types, 2 * node + 1, below, right, scratch, parts + n, out);
+        join(left, right, half, code);
+    }
+
+    template <class Row>
+    static void encode_half(int n, const uint8_t* types, int child, const Row& row, Signs* code, Bytes* scratch,
+                            Signs* parts, Output* out) {
+        if constexpr (fixed > 0)
+            Node<fixed / 2>::encode(n / 2, types, child, row, code, scratch, parts, out);
+        else if (n == 128)
+            Node<64>::encode(64, types, child, row, code, scratch, parts, out);
+        else
+            Node<0>::encode(n / 2, types, child, row, code, scratch, parts, out);
+    }
+    static void encode_half_ahead(int n, const uint8_t* types, int child, const Bytes* l, int steps, Signs* code,
+                                  Bytes* scratch, Signs* parts, Output* out) {
+        if constexpr (fixed > 0)
+            Node<fixed / 2>::encode_ahead(n / 2, types, child, l, steps, code, scratch, parts, out);
+        else if (n == 128)
+            Node<64>::encode_ahead(64, types, child, l, steps, code, scratch, parts, out);
+        else
+            Node<0>::encode_ahead(n / 2, types, child, l, steps, code, scratch, parts, out);
     }
 };
 template <>
 struct Node<1> {
-    static void encode(const uint8_t* types, int node, const Bytes* l, Signs* code, Bytes*) {
-        code[0] = types[node] == ALL_FROZEN ? no_signs() : negative(l[0]);
+    template <class Row>
+    static void encode(int, const uint8_t* types, int node, const Row& row, Signs* code, Bytes*, Signs*, Output* out) {
+        code[0] = types[node] == ALL_FROZEN ? no_signs() : negative(row(0));
+        if (types[node] != ALL_FROZEN) put_node<1>(code, 1, 0, out);
     }
+    static void encode_ahead(int, const uint8_t*, int, const Bytes*, int, Signs*, Bytes*, Signs*, Output*) {}  // never
 };
 
-inline void encode_block(int rows, const uint8_t* types, const Bytes* l, Signs* code, Bytes* scratch) {
+// A whole block: its rows are at l and so many steps taken, to `scratch`.
+inline void encode_block(int rows, const uint8_t* types, const Bytes* l, int steps, Signs* code, Bytes* scratch,
+                         Signs* parts, Output* out) {
+    const Stored stored = {l};
+    if (rows > 64)
+        return steps ? Node<0>::encode_ahead(rows, types, 1, l, steps, code, scratch, parts, out)
+                     : Node<0>::encode(rows, types, 1, stored, code, scratch, parts, out);
     switch (rows) {
-        case 16: return Node<16>::encode(types, 1, l, code, scratch);
-        case 32: return Node<32>::encode(types, 1, l, code, scratch);
-        case 64: return Node<64>::encode(types, 1, l, code, scratch);
-        case 128: return Node<128>::encode(types, 1, l, code, scratch);
-        case 256: return Node<256>::encode(types, 1, l, code, scratch);
-        case 512: return Node<512>::encode(types, 1, l, code, scratch);
-        case 1024: return Node<1024>::encode(types, 1, l, code, scratch);
-        case 2048: return Node<2048>::encode(types, 1, l, code, scratch);
-        case 4096: return Node<4096>::encode(types, 1, l, code, scratch);
-        case 8192: return Node<8192>::encode(types, 1, l, code, scratch);
-        default: return Node<16384>::encode(types, 1, l, code, scratch);
-    }
-}
-
-// Eight words at once; the compiler makes of it what registers there are.
-typedef uint64_t EightWords __attribute__((vector_size(64)));
-inline void load_eight(EightWords* value, const uint64_t* words) { memcpy(value, words, sizeof *value); }
-inline void store_eight(uint64_t* words, const EightWords* value) { memcpy(words, value, sizeof *value); }
-
-// The polar transform of N >= 16 words, in place; it is its own inverse. Strides 1, 2, 4, then two at a time.
-inline void transform(uint64_t* words, int rows) {
-    for (int i = 0; i < rows; i += 8) {
-        uint64_t w[8];
-        memcpy(w, words + i, sizeof w);
-        w[0] ^= w[1], w[2] ^= w[3], w[4] ^= w[5], w[6] ^= w[7];
-        w[0] ^= w[2], w[1] ^= w[3], w[4] ^= w[6], w[5] ^= w[7];
-        w[0] ^= w[4], w[1] ^= w[5], w[2] ^= w[6], w[3] ^= w[7];
-        memcpy(words + i, w, sizeof w);
-    }
-    int half = 8;
-    for (; 2 * half < rows; half *= 4) {
-        for (int i = 0; i < rows; i += 4 * half) {
-            for (int j = i; j < i + half; j += 8) {
-                EightWords a, b, c, d;
-                load_eight(&a, words + j);
-                load_eight(&b, words + j + half);
-                load_eight(&c, words + j + 2 * half);
-                load_eight(&d, words + j + 3 * half);
-                const EightWords cd = c ^ d, bd = b ^ d, all = a ^ b ^ cd;
-                store_eight(words + j, &all);
-                store_eight(words + j + half, &bd);
-                store_eight(words + j + 2 * half, &cd);
-            }
-        }
-    }
-    if (half < rows) {
-        for (int j = 0; j < half; j += 8) {
-            EightWords a, b;
-            load_eight(&a, words + j);
-            load_eight(&b, words + j + half);
-            a ^= b;
-            store_eight(words + j, &a);
-        }
+        case 16: return Node<16>::encode(16, types, 1, stored, code, scratch, parts, out);
+        case 32: return Node<32>::encode(32, types, 1, stored, code, scratch, parts, out);
+        default: return Node<64>::encode(64, types, 1, stored, code, scratch, parts, out);
     }
 }
 
@@ -419,47 +613,140 @@ inline void store_lanes(int8_t* p, Bytes a, int lanes) {
     memcpy(p, row, (size_t)lanes);
 }
 
-// Log-likelihoods of a level from its table of [2^level prefixes][256 sample values].
+// Signs from a word, the inverse of word_of.
+inline Signs signs_of(uint64_t word) {
 #if defined(__AVX512BW__)
-__attribute__((target("avx512f,avx512bw,avx512vbmi"))) inline __m512i look_up_sample(const int8_t* table, __m512i x) {
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), x, _mm512_loadu_si512(table + 64));
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), x, _mm512_loadu_si512(table + 192));
-    return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high);
+    return word;
+#elif defined(__AVX2__)
+    const __m256i all = _mm256_set1_epi64x((long long)word), bits = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                           2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i second = _mm256_or_si256(first, _mm256_set1_epi8(4));
+    const __m256i low = _mm256_shuffle_epi8(all, first), high = _mm256_shuffle_epi8(all, second);
+    Signs result = {_mm256_cmpeq_epi8(low & bits, bits), _mm256_cmpeq_epi8(high & bits, bits)};
+    return result;
+#else
+    int8_t bytes[LANES];
+    for (int j = 0; j < LANES; ++j) bytes[j] = (int8_t)-(int)(word >> j & 1);
+    return load_bytes(bytes);
+#endif
 }
+
+// The labels of a row from their bits, the first at `bits` and the next ones `stride` further.
+inline Bytes label_of(const uint64_t* bits, int stride, int levels) {
+    Bytes label = zero_bytes();
+    for (int k = levels - 1; k >= 0; --k) label = doubled_plus(label, signs_of(bits[k * stride]));
+    return label;
+}
+
+// Labels of rows from … to - 1 of a tile, a byte each, from their bits: words[level][row].
+inline void labels_of(const uint64_t* words, int rows, int levels, int from, int to, int lanes, int8_t* labels) {
+    for (int i = from; i < to; ++i) store_lanes(labels + lanes * (i - from), label_of(words + i, rows, levels), lanes);
+}
+
+// Log-likelihoods of a level, from its table of [2^level prefixes][256 sample values]. All bits of a label of the negative
+// sample are those of the sample inverted, so the tables' halves for samples >= 0 are enough: the rest is
+// table[prefix][x] = -table[~prefix][-x], and 0 for ERASED.
+const int CHUNK_ROWS = 64;
+#if defined(__AVX512BW__)
+#define GC_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 template <int level>
 struct Prefix {
-    __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static inline __m512i look_up(const int8_t* table,
-                                                                                        __m512i x,
-                                                                                        const Signs* prefix) {
-        const __m512i zero = Prefix<level - 1>::look_up(table, x, prefix);
-        const __m512i one = Prefix<level - 1>::look_up(table + (256 << (level - 1)), x, prefix);
+    GC_VBMI static inline __m512i look_up(const __m512i* table, __m512i magnitude, const Signs* prefix) {
+        const __m512i zero = Prefix<level - 1>::look_up(table, magnitude, prefix);
+        const __m512i one = Prefix<level - 1>::look_up(table + (1 << level), magnitude, prefix);
         return _mm512_mask_mov_epi8(zero, prefix[level - 1], one);
     }
 };
 template <>
 struct Prefix<0> {
-    __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static inline __m512i look_up(const int8_t* table,
-                                                                                        __m512i x, const Signs*) {
-        return look_up_sample(table, x);
+    GC_VBMI static inline __m512i look_up(const __m512i* table, __m512i magnitude, const Signs*) {
+        return _mm512_permutex2var_epi8(table[0], magnitude, table[1]);
     }
 };
 template <int level>
-__attribute__((target("avx512f,avx512bw,avx512vbmi"))) void level_inputs_vbmi(const int8_t* samples, int rows, int lanes,
-                                                                            const uint8_t* slots,
-                                                                            const int8_t* const* tables,
-                                                                            const uint16_t* positions,
-                                                                            const int8_t* labels, Bytes* l) {
-    for (int i = 0; i < rows; ++i) {
-        if (slots[i] == PADDING_ROW) {
-            l[positions[i]] = zero_bytes();
-            continue;
-        }
-        const __m512i label = load_lanes(labels + lanes * i, lanes);
+GC_VBMI void level_inputs_vbmi(const int8_t* samples, int rows, int from, int to, int lanes, const int8_t* table,
+                               const uint64_t* words, Bytes* l) {
+    __m512i halves[2 << level];  // in registers, if there are few
+    for (int k = 0; k < 2 << level; ++k) halves[k] = _mm512_loadu_si512(table + 256 * (k / 2) + 64 * (k % 2));
+    for (int i = from; i < to; ++i) {
+        const __m512i x = load_lanes(samples + lanes * i, lanes);
+        const Signs minus = _mm512_movepi8_mask(x), there = _mm512_cmpneq_epi8_mask(x, _mm512_set1_epi8(ERASED));
         Signs prefix[MAX_LEVELS];
-        for (int k = 0; k < level; ++k) prefix[k] = _mm512_test_epi8_mask(label, _mm512_set1_epi8((char)(1 << k)));
-        const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
-        l[positions[i]] = Prefix<level>::look_up(table, load_lanes(samples + lanes * i, lanes), prefix);
+        for (int k = 0; k < level; ++k) prefix[k] = words[k * rows + i] ^ minus;
+        const __m512i found = Prefix<level>::look_up(halves, _mm512_abs_epi8(x), prefix);
+        l[i] = _mm512_maskz_mov_epi8(there, _mm512_mask_sub_epi8(found, minus, zero_bytes(), found));
     }
+}
+#undef GC_VBMI
+inline bool level_inputs_by_vectors(const int8_t* samples, int rows, int from, int to, int lanes, int level,
+                                    const int8_t* table, const uint64_t* words, Bytes* l) {
+    if (!__builtin_cpu_supports("avx512vbmi")) return false;
+    switch (level) {
+        case 0: return level_inputs_vbmi<0>(samples, rows, from, to, lanes, table, words, l), true;
+        case 1: return level_inputs_vbmi<1>(samples, rows, from, to, lanes, table, words, l), true;
+        case 2: return level_inputs_vbmi<2>(samples, rows, from, to, lanes, table, words, l), true;
+        case 3: return level_inputs_vbmi<3>(samples, rows, from, to, lanes, table, words, l), true;
+        case 4: return level_inputs_vbmi<4>(samples, rows, from, to, lanes, table, words, l), true;
+        default: return false;  // by then as many tables as entries in a row
+    }
+}
+#elif defined(__AVX2__)
+// table[magnitude] by shuffles of 16 bytes, among which bits 4, 5 and 6 choose; 0 for a magnitude of 128.
+inline __m256i look_up_magnitude(const int8_t* table, __m256i magnitude) {
+    __m256i part[8];
+    for (int k = 0; k < 8; ++k)
+        part[k] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(table + 16 * k))),
+                                      magnitude);
+    const __m256i bit4 = _mm256_slli_epi16(magnitude, 3), bit5 = _mm256_slli_epi16(magnitude, 2);
+    const __m256i bit6 = _mm256_slli_epi16(magnitude, 1);
+    for (int k = 0; k < 4; ++k) part[k] = _mm256_blendv_epi8(part[2 * k], part[2 * k + 1], bit4);
+    for (int k = 0; k < 2; ++k) part[k] = _mm256_blendv_epi8(part[2 * k], part[2 * k + 1], bit5);
+    return _mm256_blendv_epi8(part[0], part[1], bit6);
+}
+template <int level>
+inline __m256i look_up_half(const int8_t* table, __m256i magnitude, const __m256i* prefix) {
+    if constexpr (level == 0) {
+        return look_up_magnitude(table, magnitude);
+    } else {
+        const __m256i zero = look_up_half<level - 1>(table, magnitude, prefix);
+        const __m256i one = look_up_half<level - 1>(table + (128 << level), magnitude, prefix);
+        return _mm256_blendv_epi8(zero, one, prefix[level - 1]);
+    }
+}
+template <int level>
+inline __m256i level_input(const int8_t* table, __m256i x, const __m256i* bits) {
+    const __m256i minus = _mm256_cmpgt_epi8(_mm256_setzero_si256(), x);
+    __m256i prefix[MAX_LEVELS];
+    for (int k = 0; k < level; ++k) prefix[k] = bits[k] ^ minus;
+    return _mm256_sub_epi8(look_up_half<level>(table, _mm256_abs_epi8(x), prefix) ^ minus, minus);
+}
+template <int level>
+void level_inputs_shuffled(const int8_t* samples, int rows, int from, int to, int lanes, const int8_t* table,
+                           const uint64_t* words, Bytes* l) {
+    for (int i = from; i < to; ++i) {
+        const Bytes x = load_lanes(samples + lanes * i, lanes);
+        __m256i low[MAX_LEVELS], high[MAX_LEVELS];
+        for (int k = 0; k < level; ++k) {
+            const Signs bits = signs_of(words[k * rows + i]);
+            low[k] = bits.low, high[k] = bits.high;
+        }
+        l[i].low = level_input<level>(table, x.low, low);
+        l[i].high = level_input<level>(table, x.high, high);
+    }
+}
+inline bool level_inputs_by_vectors(const int8_t* samples, int rows, int from, int to, int lanes, int level,
+                                    const int8_t* table, const uint64_t* words, Bytes* l) {
+    switch (level) {
+        case 0: return level_inputs_shuffled<0>(samples, rows, from, to, lanes, table, words, l), true;
+        case 1: return level_inputs_shuffled<1>(samples, rows, from, to, lanes, table, words, l), true;
+        case 2: return level_inputs_shuffled<2>(samples, rows, from, to, lanes, table, words, l), true;
+        default: return false;
+    }
+}
+#else
+inline bool level_inputs_by_vectors(const int8_t*, int, int, int, int, int, const int8_t*, const uint64_t*, Bytes*) {
+    return false;
 }
 #endif
 
@@ -482,35 +769,28 @@ inline void look_up_samples(const int8_t* table, const int8_t* samples, const in
 }
 #endif
 
-inline void level_inputs(const int8_t* samples, int rows, int lanes, int level, const uint8_t* slots,
-                         const int8_t* const* tables, const uint16_t* positions, const int8_t* labels, Bytes* l) {
-    const bool plain = tables[slots[0]] == 0;
-#if defined(__AVX512BW__)
-    if (!plain && __builtin_cpu_supports("avx512vbmi")) {
-        switch (level) {
-            case 0: return level_inputs_vbmi<0>(samples, rows, lanes, slots, tables, positions, labels, l);
-            case 1: return level_inputs_vbmi<1>(samples, rows, lanes, slots, tables, positions, labels, l);
-            case 2: return level_inputs_vbmi<2>(samples, rows, lanes, slots, tables, positions, labels, l);
-            case 3: return level_inputs_vbmi<3>(samples, rows, lanes, slots, tables, positions, labels, l);
-            case 4: return level_inputs_vbmi<4>(samples, rows, lanes, slots, tables, positions, labels, l);
-            default: break;  // by then as many tables as entries in a row
-        }
-    }
-#endif
-    for (int i = 0; i < rows; ++i) {
+// Inputs of a level of rows from … to - 1, at most CHUNK_ROWS. A tile of 2 … 7 levels is of one class, whose tables these
+// are; one of 8 has none: its labels are the samples.
+inline void level_inputs(const int8_t* samples, int rows, int from, int to, int lanes, int level, const uint8_t* slots,
+                         const int8_t* tables, const uint64_t* words, Bytes* l) {
+    const int8_t* table = tables + 256 * ((1 << level) - 1);
+    if (tables && level_inputs_by_vectors(samples, rows, from, to, lanes, level, table, words, l)) return;
+    int8_t labels[CHUNK_ROWS * LANES];
+    if (tables) labels_of(words, rows, level, from, to, lanes, labels);
+    for (int i = from; i < to; ++i) {
         int8_t inputs[LANES] = {0};
-        if (slots[i] != PADDING_ROW && plain) {
-            for (int j = 0; j < lanes; ++j) inputs[j] = (int8_t)(1 - 2 * (samples[lanes * i + j] >> level & 1));
+        const int8_t *sample = samples + lanes * i, *label = labels + lanes * (i - from);
+        if (slots[i] == PADDING_ROW) {
+        } else if (!tables) {
+            for (int j = 0; j < lanes; ++j) inputs[j] = (int8_t)(1 - 2 * (sample[j] >> level & 1));
 #if defined(__AVX2__)
-        } else if (slots[i] != PADDING_ROW && lanes == LANES) {
-            look_up_samples(tables[slots[i]] + 256 * ((1 << level) - 1), samples + LANES * i, labels + LANES * i, inputs);
+        } else if (lanes == LANES) {
+            look_up_samples(table, sample, label, inputs);
 #endif
-        } else if (slots[i] != PADDING_ROW) {
-            const int8_t* table = tables[slots[i]] + 256 * ((1 << level) - 1);
-            for (int j = 0; j < lanes; ++j)
-                inputs[j] = table[256 * (int)labels[lanes * i + j] + (uint8_t)samples[lanes * i + j]];
+        } else {
+            for (int j = 0; j < lanes; ++j) inputs[j] = table[256 * (int)label[j] + (uint8_t)sample[j]];
         }
-        l[positions[i]] = load_bytes(inputs);
+        l[i] = load_bytes(inputs);
     }
 }
 
@@ -535,11 +815,11 @@ struct PolarTyped {
 
 // What encoding a tile needs besides.
 struct PolarWorkspace {
-    Bytes *inputs, *scratch, *list;
-    Signs* code;
-    int8_t *labels, *samples;
-    uint64_t* words;
-    uint8_t* types;  // [MAX_LEVELS][2 MAX_BLOCK]
+    Bytes *inputs, *scratch, *list;  // list: 3 MAX_BLOCK, shared with parts
+    Signs *code, *parts;
+    int8_t* samples;
+    uint64_t *words, *information;  // words: [MAX_LEVELS][rows]
+    uint8_t* types;                 // [MAX_LEVELS][2 MAX_BLOCK]
     uint16_t* counts;
     PolarTyped* typed;  // [MAX_LEVELS]
 };
@@ -550,13 +830,14 @@ inline PolarWorkspace polar_workspace(uint8_t* memory) {
     work.inputs = (Bytes*)memory;
     work.scratch = (Bytes*)(memory + LANES * MAX_BLOCK);
     work.code = (Signs*)(memory + 2 * LANES * MAX_BLOCK);
-    work.labels = (int8_t*)(memory + 3 * LANES * MAX_BLOCK);
-    work.words = (uint64_t*)(memory + 4 * LANES * MAX_BLOCK);
-    work.counts = (uint16_t*)(memory + (4 * LANES + 8) * MAX_BLOCK);
-    work.list = (Bytes*)(memory + (4 * LANES + 12) * MAX_BLOCK);
-    work.samples = (int8_t*)(memory + (7 * LANES + 12) * MAX_BLOCK);
-    work.types = memory + (8 * LANES + 12) * MAX_BLOCK;
-    work.typed = (PolarTyped*)(memory + (8 * LANES + 12 + 2 * MAX_LEVELS) * MAX_BLOCK);
+    work.list = (Bytes*)(memory + 3 * LANES * MAX_BLOCK);
+    work.parts = (Signs*)work.list;
+    work.samples = (int8_t*)(memory + 6 * LANES * MAX_BLOCK);
+    work.words = (uint64_t*)(memory + 7 * LANES * MAX_BLOCK);
+    work.information = work.words + MAX_LEVELS * MAX_BLOCK;
+    work.counts = (uint16_t*)(work.information + MAX_BLOCK);
+    work.types = (uint8_t*)(work.counts + 2 * MAX_BLOCK);
+    work.typed = (PolarTyped*)(work.types + 2 * MAX_LEVELS * MAX_BLOCK);
     memset(work.typed, 0, MAX_LEVELS * sizeof *work.typed);
     return work;  // (8 LANES + 29) MAX_BLOCK bytes
 }
@@ -578,33 +859,44 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
                            int64_t* products) {
     int64_t dot = 0, norm = 0;
 #if defined(__AVX512BW__)
-    int16_t padded[128] = {0};
-    memcpy(padded, points, sizeof(int16_t) << (levels < 8 ? levels : 7));
-    const __m512i table[4] = {_mm512_loadu_si512(padded), _mm512_loadu_si512(padded + 32),
-                              _mm512_loadu_si512(padded + 64), _mm512_loadu_si512(padded + 96)};
+    // Points of up to 32 labels by byte shuffles, their lower and upper bytes apart.
+    int8_t bytes[2][32] = {{0}, {0}};
+    for (int k = 0; k < 1 << levels && levels <= 5; ++k) {
+        bytes[0][k] = (int8_t)(points[k] & 255);
+        bytes[1][k] = (int8_t)(points[k] >> 8);
+    }
+    __m512i parts[4];
+    for (int k = 0; k < 4; ++k)
+        parts[k] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(bytes[k / 2] + 16 * (k % 2))));
     __m512i norms = _mm512_setzero_si512();
     int j = 0;
-    while (levels < 8 && j + 32 <= count) {
-        __m512i dots = _mm512_setzero_si512();
-        for (int part = 0; part < 256 && j + 32 <= count; ++part, j += 32) {  // so many products fit 32 bits
-            const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(labels + j)));
-            __m512i point = _mm512_permutex2var_epi16(table[0], index, table[1]);
-            if (levels > 6)
-                point = _mm512_mask_mov_epi16(point, _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
-                                              _mm512_permutex2var_epi16(table[2], index, table[3]));
-            const __m512i sample = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(samples + j)));
-            point = _mm512_maskz_mov_epi16(_mm512_cmpneq_epi16_mask(sample, _mm512_set1_epi16(ERASED)), point);
-            dots = _mm512_add_epi32(dots, _mm512_madd_epi16(sample, point));
-            const __m512i squares = _mm512_madd_epi16(point, point);
-            norms = _mm512_add_epi64(norms, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(squares)));
-            norms = _mm512_add_epi64(norms, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(squares, 1)));
+    while (levels <= 5 && j + 64 <= count) {
+        __m512i dots = _mm512_setzero_si512(), squares = dots;
+        for (int part = 0; part < 8 && j + 64 <= count; ++part, j += 64) {  // sums of points below 2^13.5 fit 32 bits
+            const __m512i label = _mm512_loadu_si512(labels + j), sample = _mm512_loadu_si512(samples + j);
+            const __mmask64 there = _mm512_cmpneq_epi8_mask(sample, _mm512_set1_epi8(ERASED));
+            const __mmask64 upper = _mm512_mask_test_epi8_mask(there, label, _mm512_set1_epi8(16));
+            __m512i low = _mm512_maskz_shuffle_epi8(there, parts[0], label);
+            __m512i high = _mm512_maskz_shuffle_epi8(there, parts[2], label);
+            if (levels == 5) {
+                low = _mm512_mask_shuffle_epi8(low, upper, parts[1], label);
+                high = _mm512_mask_shuffle_epi8(high, upper, parts[3], label);
+            }
+            const __m512i minus = _mm512_movm_epi8(_mm512_movepi8_mask(sample));
+            for (int side = 0; side < 2; ++side) {
+                const __m512i point = side ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
+                const __m512i value = side ? _mm512_unpackhi_epi8(sample, minus) : _mm512_unpacklo_epi8(sample, minus);
+                dots = _mm512_add_epi32(dots, _mm512_madd_epi16(point, value));
+                squares = _mm512_add_epi32(squares, _mm512_madd_epi16(point, point));
+            }
         }
-        dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(dots)));
-        dot += _mm512_reduce_add_epi64(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(dots, 1)));
+        dot += _mm512_reduce_add_epi32(dots);
+        norms = _mm512_add_epi64(norms, _mm512_and_si512(squares, _mm512_set1_epi64(0xffffffff)));
+        norms = _mm512_add_epi64(norms, _mm512_srli_epi64(squares, 32));
     }
     norm = _mm512_reduce_add_epi64(norms);
 #elif defined(__AVX2__)
-    // Points of up to 32 labels by byte shuffles, their lower and upper bytes apart.
+    // The same by halves.
     __m256i low_bytes[2], high_bytes[2];
     for (int half = 0; half < 2; ++half) {
         int8_t bytes[2][16] = {{0}, {0}};
@@ -616,17 +908,19 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
         high_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1]));
     }
     const __m256i erased = _mm256_set1_epi8(ERASED), zero = _mm256_setzero_si256();
+    __m256i norms = zero;
     int j = 0;
     while (levels <= 5 && j + 32 <= count) {
-        __m256i dots = zero, norms = zero;
-        for (int part = 0; part < 128 && j + 32 <= count; ++part, j += 32) {  // so many products fit 32 bits
+        __m256i dots = zero, all_squares = zero;
+        for (int part = 0; part < 8 && j + 32 <= count; ++part, j += 32) {
             const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + j));
             const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + j));
-            const __m256i upper = _mm256_slli_epi16(label, 3);  // bit 4 to the top of its byte
-            __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(low_bytes[0], label),
-                                             _mm256_shuffle_epi8(low_bytes[1], label), upper);
-            __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(high_bytes[0], label),
-                                              _mm256_shuffle_epi8(high_bytes[1], label), upper);
+            __m256i low = _mm256_shuffle_epi8(low_bytes[0], label), high = _mm256_shuffle_epi8(high_bytes[0], label);
+            if (levels == 5) {
+                const __m256i upper = _mm256_slli_epi16(label, 3);  // bit 4 to the top of its byte
+                low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(low_bytes[1], label), upper);
+                high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(high_bytes[1], label), upper);
+            }
             const __m256i absent = _mm256_cmpeq_epi8(sample, erased);
             low = _mm256_andnot_si256(absent, low);
             high = _mm256_andnot_si256(absent, high);
@@ -635,18 +929,18 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
                 const __m256i point = side ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
                 const __m256i value = side ? _mm256_unpackhi_epi8(sample, minus) : _mm256_unpacklo_epi8(sample, minus);
                 dots = _mm256_add_epi32(dots, _mm256_madd_epi16(point, value));
-                const __m256i squares = _mm256_madd_epi16(point, point);
-                norms = _mm256_add_epi64(norms, _mm256_and_si256(squares, _mm256_set1_epi64x(0xffffffff)));
-                norms = _mm256_add_epi64(norms, _mm256_srli_epi64(squares, 32));
+                all_squares = _mm256_add_epi32(all_squares, _mm256_madd_epi16(point, point));
             }
         }
         int32_t dot_parts[8];
-        int64_t norm_parts[4];
         memcpy(dot_parts, &dots, sizeof dots);
-        memcpy(norm_parts, &norms, sizeof norms);
         for (int k = 0; k < 8; ++k) dot += dot_parts[k];
-        for (int k = 0; k < 4; ++k) norm += norm_parts[k];
+        norms = _mm256_add_epi64(norms, _mm256_and_si256(all_squares, _mm256_set1_epi64x(0xffffffff)));
+        norms = _mm256_add_epi64(norms, _mm256_srli_epi64(all_squares, 32));
     }
+    int64_t norm_parts[4];
+    memcpy(norm_parts, &norms, sizeof norms);
+    for (int k = 0; k < 4; ++k) norm += norm_parts[k];
 #else
     int j = 0;
     (void)levels;
@@ -661,11 +955,9 @@ inline void label_products(const int8_t* samples, const int8_t* labels, int coun
 }
 
 // The same with one level: the sum of samples, each by the sign of its codeword's bit.
-inline void sign_products(const int8_t* samples, int rows, int lanes, const uint16_t* positions, const Signs* code,
-                          int64_t* products) {
+inline void sign_products(const Bytes* samples, const Signs* code, int rows, int64_t* products) {
     ByteSum sum = no_sum();
-    for (int i = 0; i < rows; ++i)
-        sum = with_bytes(sum, negate_where(load_lanes(samples + lanes * i, lanes), code[positions[i]]));
+    for (int i = 0; i < rows; ++i) sum = with_bytes(sum, negate_where(samples[i], code[i]));
     products[0] += folded(sum, rows);
 }
 
@@ -674,125 +966,169 @@ struct PolarTables {
     const int16_t* points[PADDING_ROW];
 };
 
-// polar_list.h
-inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const Bytes* l, Signs* code,
-                              Bytes* memory);
+// Where a tile's samples come from: they are there, or `count` entries of a vector become them, which are all of one class.
+struct PolarSource {
+    const int8_t* samples;
+    const float* x;
+    int64_t count;
+    float scale;
+};
 
-// Writes a tile's words and returns their end. Without `samples` the tile has one level and one class and its inputs
-// are in place. `slots` gives every row's class, and `products`
-// per class: <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
-inline uint8_t* polar_encode_tile(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
-                                  const PolarTables* tables, int list_size, PolarWorkspace work, uint8_t* words,
-                                  int64_t* products) {
+// The source of the next tile, or with direction -1 of the one before.
+inline void polar_pass_tile(PolarSource* source, const PolarTile* tile, int direction) {
+    const int64_t entries = direction * tile->lanes * tile->rows;
+    if (source->samples) source->samples += entries;
+    if (source->x) source->x += entries;
+    source->count -= entries;
+}
+
+inline int64_t polar_tile_bytes(const PolarTile* tile) {
+    int64_t words = 0;
+    for (int64_t level = 0; level < tile->levels; ++level) words += tile->free[level];
+    return words * tile->lanes / 8;
+}
+
+// polar_list.h
+inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const uint16_t* positions,
+                              const Bytes* l, Signs* code, Bytes* memory);
+
+// Row i of a tile made from entries; those beyond the last are `absent`.
+inline Bytes row_of_entries(const PolarSource* source, int i, int lanes, int8_t absent) {
+    const int64_t start = (int64_t)lanes * i, left = source->count - start;
+    if (left >= LANES && lanes == LANES) return samples_of(source->x + start, source->scale);
+    float entries[LANES] = {0};
+    int8_t row[LANES];
+    const int64_t present = left < 0 ? 0 : left < lanes ? left : lanes;
+    if (present > 0) memcpy(entries, source->x + start, (size_t)present * sizeof(float));
+    store_bytes(row, samples_of(entries, source->scale));
+    for (int64_t j = present; j < lanes; ++j) row[j] = absent;
+    return load_bytes(row);
+}
+
+// Inputs of a level in the order of the rows, chunk by chunk, of which the first steps are taken while they are in the
+// nearest cache.
+inline void polar_tile_inputs(const PolarSource* source, const PolarTile* tile, int level, const uint8_t* slots,
+                              const int8_t* tables, int steps, PolarWorkspace work) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes;
+    const int8_t* samples = source->samples ? source->samples : work.samples;
+    for (int from = 0, to; from < rows; from = to) {
+        to = from + CHUNK_ROWS < rows ? from + CHUNK_ROWS : rows;
+        if (tile->levels == 1) {
+            for (int i = from; i < to; ++i)
+                work.inputs[i] = source->x ? row_of_entries(source, i, lanes, 0) : load_lanes(samples + lanes * i, lanes);
+        } else {
+            for (int i = from; i < to && level == 0 && source->x; ++i)
+                store_lanes(work.samples + lanes * i, row_of_entries(source, i, lanes, ERASED), lanes);
+            level_inputs(samples, rows, from, to, lanes, level, slots, tables, work.words, work.inputs);
+        }
+        if (steps) take_steps(steps, Stored{work.inputs}, from, to, rows, 0, work.scratch);
+    }
+}
+
+// Per class <samples, codeword> and <codeword, codeword>, for the amplitude of least error.
+inline void polar_tile_products(const int8_t* samples, const PolarTile* tile, const uint8_t* slots,
+                                const PolarTables* tables, PolarWorkspace work, int64_t* products) {
     const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
-    const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
-    if (levels > 1) memset(work.labels, 0, (size_t)(lanes * rows));
-    for (int level = 0; level < levels; ++level) {
-        const int free = (int)tile->free[level];
-        if (levels > 1)
-            level_inputs(samples, rows, lanes, level, slots, tables->levels, positions, work.labels, work.inputs);
-        else if (samples)
-            for (int i = 0; i < rows; ++i) work.inputs[positions[i]] = load_lanes(samples + lanes * i, lanes);
-        uint8_t* types = types_of(rank, rows, level, free, work);
-        if (list_size > 1 && levels < MAX_LEVELS)
-            list_encode_block(rows, lanes, list_size, types, work.inputs, work.code, work.list);
-        else
-            encode_block(rows, types, work.inputs, work.code, work.scratch);
-        for (int i = 0; levels > 1 && i < rows; ++i) {
-            int8_t* labels = work.labels + lanes * i;
-            store_lanes(labels, with_bit(load_lanes(labels, lanes), work.code[positions[i]], level), lanes);
-        }
-        for (int i = 0; i < rows; ++i) work.words[i] = word_of(work.code[i]);
-        transform(work.words, rows);
-        for (int i = 0; i < rows; ++i) {  // without a branch: up to 8 bytes more are written
-            store(words, work.words[i]);
-            words += rank[i] < free ? lanes / 8 : 0;
-        }
-    }
-    if (!samples) {  // absent rows are 0
-        ByteSum sum = no_sum();
-        for (int i = 0; i < rows; ++i) sum = with_bytes(sum, negate_where(work.inputs[i], work.code[i]));
-        products[2 * slots[0]] += folded(sum, rows);
-        return words;
-    }
+    int8_t labels[CHUNK_ROWS * LANES];
     for (int i = 0, end; i < rows && slots[i] != PADDING_ROW; i = end) {
         end = i + 1;
         while (end < rows && slots[end] == slots[i]) ++end;
-        const int8_t* first = samples + lanes * i;
         int64_t* mine = products + 2 * slots[i];
-        if (levels > 1)
-            label_products(first, work.labels + lanes * i, lanes * (end - i), tables->points[slots[i]], levels, mine);
-        else
-            sign_products(first, end - i, lanes, positions + i, work.code, mine);
+        if (levels == 1) {
+            sign_products(work.inputs + i, work.code + i, end - i, mine);
+            continue;
+        }
+        for (int from = i, to; from < end; from = to) {
+            to = from + CHUNK_ROWS < end ? from + CHUNK_ROWS : end;
+            labels_of(work.words, rows, levels, from, to, lanes, labels);
+            label_products(samples + lanes * from, labels, lanes * (to - from), tables->points[slots[i]], levels, mine);
+        }
+    }
+}
+
+// Writes the words of a level by its codeword alone and returns their end.
+inline uint8_t* put_block(const Signs* code, const PolarTile* tile, int free, uint64_t* information, uint8_t* words) {
+    const int rows = (int)tile->rows, bytes = (int)tile->lanes / 8;
+    const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
+    for (int i = 0; i < rows; ++i) information[i] = word_of(code[i]);
+    transform(information, rows);
+    for (int i = 0; i < rows; ++i) {
+        store(words, information[positions[i]]);
+        words += rank[i] < free ? bytes : 0;
     }
     return words;
 }
 
-// The same for the next `count` entries of a vector whose entries are all of one class, which become samples here.
-inline uint8_t* polar_encode_entries(const float* x, int64_t count, float scale, const PolarTile* tile,
-                                     const uint8_t* slots, const PolarTables* tables, int list_size,
-                                     PolarWorkspace work, uint8_t* words, int64_t* products) {
-    const int rows = (int)tile->rows, lanes = (int)tile->lanes;
-    const uint16_t* positions = (const uint16_t*)tile->positions;
-    const bool signs = tile->levels == 1;
-    float last[LANES];
-    for (int i = 0; i < rows; ++i) {
-        const int64_t start = (int64_t)lanes * i, left = count - start < lanes ? count - start : lanes;
-        Bytes row = zero_bytes();
-        if (left == LANES) {
-            row = samples_of(x + start, scale);
-        } else if (left > 0) {
-            memset(last, 0, sizeof last);
-            memcpy(last, x + start, (size_t)left * sizeof(float));
-            row = samples_of(last, scale);
-        }
-        if (signs) {
-            work.inputs[positions[i]] = row;
+// Writes a tile's words and returns their end. `slots` gives every row's class.
+inline uint8_t* polar_encode_tile(const PolarSource* source, const PolarTile* tile, const uint8_t* slots,
+                                  const PolarTables* tables, int list_size, PolarWorkspace work, uint8_t* words,
+                                  int64_t* products) {
+    const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
+    const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
+    const bool list = list_size > 1 && levels < MAX_LEVELS;
+    for (int level = 0; level < levels; ++level) {
+        const int free = (int)tile->free[level];
+        const uint8_t* types = types_of(rank, rows, level, free, work);
+        const int steps = list || rows <= 64 ? 0 : steps_ahead(types, 1);
+        polar_tile_inputs(source, tile, level, slots, tables->levels[slots[0]], steps, work);
+        if (list) {
+            list_encode_block(rows, lanes, list_size, types, positions, work.inputs, work.code, work.list);
+            words = put_block(work.code, tile, free, work.information, words);
         } else {
-            store_lanes(work.samples + start, row, lanes);
-            for (int64_t j = left > 0 ? left : 0; j < lanes; ++j) work.samples[start + j] = ERASED;
+            Output out = {words, lanes / 8, rows, positions, work.information};
+            encode_block(rows, types, work.inputs, steps, work.code, work.scratch, work.parts, &out);
+            words = out.at;
         }
+        for (int i = 0; i < rows && levels > 1; ++i) work.words[level * rows + i] = word_of(work.code[i]);
     }
-    return polar_encode_tile(signs ? 0 : work.samples, tile, slots, tables, list_size, work, words, products);
+    polar_tile_products(source->samples ? source->samples : work.samples, tile, slots, tables, work, products);
+    return words;
 }
 
-// Signs from a word, the inverse of word_of.
-inline Signs signs_of(uint64_t word) {
-#if defined(__AVX512BW__)
-    return word;
+// How decoded values are written: in place of what is there, added to it, or past the caches, which what is much larger
+// than they are would only flush; the target of that lies at a multiple of 64 bytes.
+enum { REPLACE = 0, ADD = 1, STREAM = 2 };
+const int64_t STREAM_BYTES = 1 << 25;
+
+#if defined(__AVX512F__)
+template <int mode>
+inline void put_values(float* out, __m512 value) {
+    if (mode == ADD) value = _mm512_add_ps(_mm512_loadu_ps(out), value);
+    if (mode == STREAM)
+        _mm512_stream_ps(out, value);
+    else
+        _mm512_storeu_ps(out, value);
+}
 #elif defined(__AVX2__)
-    const __m256i bits = _mm256_set1_epi64x((long long)0x8040201008040201ull);
-    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
-                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i low = _mm256_shuffle_epi8(_mm256_set1_epi32((int)word), spread);
-    const __m256i high = _mm256_shuffle_epi8(_mm256_set1_epi32((int)(word >> 32)), spread);
-    Signs result = {_mm256_cmpeq_epi8(low & bits, bits), _mm256_cmpeq_epi8(high & bits, bits)};
-    return result;
-#else
-    int8_t bytes[LANES];
-    for (int j = 0; j < LANES; ++j) bytes[j] = (int8_t)-(int)(word >> j & 1);
-    return load_bytes(bytes);
+template <int mode>
+inline void put_values(float* out, __m256 value) {
+    if (mode == ADD) value = _mm256_add_ps(_mm256_loadu_ps(out), value);
+    if (mode == STREAM)
+        _mm256_stream_ps(out, value);
+    else
+        _mm256_storeu_ps(out, value);
+}
+#endif
+
+inline void finish_streams() {  // other threads see what was written before they see anything later
+#if defined(__AVX2__)
+    _mm_sfence();
 #endif
 }
 
 // out[j] (+)= a where bit j is 0, -a where it is 1.
-template <bool add>
+template <int mode>
 inline void write_signs(uint64_t word, float a, float* out) {
 #if defined(__AVX512F__)
     const __m512 plus = _mm512_set1_ps(a), minus = _mm512_set1_ps(-a);
-    for (int part = 0; part < 4; ++part) {
-        __m512 value = _mm512_mask_mov_ps(plus, (__mmask16)(word >> (16 * part)), minus);
-        if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
-        _mm512_storeu_ps(out + 16 * part, value);
-    }
+    for (int part = 0; part < 4; ++part)
+        put_values<mode>(out + 16 * part, _mm512_mask_mov_ps(plus, (__mmask16)(word >> (16 * part)), minus));
 #elif defined(__AVX2__)
     const __m256 plus = _mm256_set1_ps(a), sign = _mm256_set1_ps(-0.0f);
     const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     for (int part = 0; part < 8; ++part) {
         const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(word >> (8 * part))), to_top);
-        __m256 value = _mm256_xor_ps(plus, _mm256_and_ps(sign, _mm256_castsi256_ps(bits)));
-        if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
-        _mm256_storeu_ps(out + 8 * part, value);
+        put_values<mode>(out + 8 * part, _mm256_xor_ps(plus, _mm256_and_ps(sign, _mm256_castsi256_ps(bits))));
     }
 #else
     const uint32_t pattern = float_bits(a);
@@ -801,78 +1137,109 @@ inline void write_signs(uint64_t word, float a, float* out) {
         float* target = out + 32 * half;
         for (int j = 0; j < 32; ++j) {  // vectorised
             const float value = bits_float(pattern ^ ((bits >> j) << 31));
-            target[j] = add ? target[j] + value : value;
+            target[j] = mode == ADD ? target[j] + value : value;
         }
     }
 #endif
 }
 
-template <bool add>
-inline void write_points(const uint8_t* labels, const float* table, int levels, float* out) {
+// out[j] (+)= table[label j], for labels of up to five bits by vectors.
+template <int mode>
+inline void write_points(Bytes labels, const float* table, int levels, float* out) {
+    uint8_t bytes[LANES];
+    store_bytes((int8_t*)bytes, labels);
 #if defined(__AVX512F__)
-    if (levels == 5) {
+    if (levels <= 5) {
         const __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
         for (int part = 0; part < 4; ++part) {
-            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(labels + 16 * part)));
-            __m512 value = _mm512_permutex2var_ps(low, index, high);
-            if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
-            _mm512_storeu_ps(out + 16 * part, value);
+            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 16 * part)));
+            put_values<mode>(out + 16 * part, levels < 5 ? _mm512_permutexvar_ps(index, low)
+                                                         : _mm512_permutex2var_ps(low, index, high));
+        }
+        return;
+    }
+#elif defined(__AVX2__)
+    if (levels <= 5) {
+        __m256 eighth[4];
+        for (int k = 0; k < 4; ++k) eighth[k] = _mm256_loadu_ps(table + 8 * k);
+        for (int part = 0; part < 8; ++part) {
+            const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bytes + 8 * part)));
+            __m256 value = _mm256_permutevar8x32_ps(eighth[0], index);
+            if (levels > 3) {
+                const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+                value = _mm256_blendv_ps(value, _mm256_permutevar8x32_ps(eighth[1], index), bit3);
+                if (levels > 4) {
+                    const __m256 upper = _mm256_blendv_ps(_mm256_permutevar8x32_ps(eighth[2], index),
+                                                          _mm256_permutevar8x32_ps(eighth[3], index), bit3);
+                    value = _mm256_blendv_ps(value, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)));
+                }
+            }
+            put_values<mode>(out + 8 * part, value);
         }
         return;
     }
 #endif
-    look_up_64<add>(labels, table, levels > 4, out);
+    look_up_64<mode == ADD>(bytes, table, levels > 4, out);
 }
 
-// Words of so many bytes at their positions; returns their end.
+// A codeword from words of so many bytes for its information bits; returns their end. Without a branch: where there is
+// none, the next one or the last is read in vain.
 template <int bytes>
-inline const uint8_t* read_words(const uint8_t* words, const uint16_t* rank, int rows, int free, uint64_t* bits) {
-    for (int i = 0; i < rows; ++i) {
-        bits[i] = 0;
-        if (rank[i] < free) {
-            memcpy(bits + i, words, bytes);
-            words += bytes;
-        }
+inline const uint8_t* read_codeword(const uint8_t* words, const uint16_t* rank, int rows, int free, uint64_t* code) {
+    if (free == 0) {
+        memset(code, 0, (size_t)rows * sizeof *code);
+        return words;
     }
+    const uint8_t* last = words + bytes * (free - 1);
+    for (int i = 0; i < rows; i += 8) {
+        uint64_t w[8];
+        for (int k = 0; k < 8; ++k) {
+            const uint64_t carries = rank[i + k] < free;
+            uint64_t word = 0;
+            memcpy(&word, words < last ? words : last, bytes);
+            w[k] = word & (0 - carries);
+            words += bytes * carries;
+        }
+        transform_eight(w);
+        memcpy(code + i, w, sizeof w);
+    }
+    transform_beyond_eight(code, rows);
     return words;
 }
 
+// Values of 64 lanes of the row at a position, from the bits of all levels: code[level][rows].
+template <int mode>
+inline void write_row(const uint64_t* code, int rows, int levels, const float* table, float* out) {
+    if (levels == 1) return write_signs<mode>(code[0], table[0], out);
+    write_points<mode>(label_of(code, rows, levels), table, levels, out);
+}
+
 // Decodes one tile, at most `count` entries of it; returns the end of its words.
-template <bool add>
+template <int mode>
 const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots,
                                  const float* values, uint64_t* code, int64_t count, float* out) {
     const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
     const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
     for (int level = 0; level < levels; ++level) {
-        uint64_t* bits = code + level * rows;
+        uint64_t* mine = code + level * rows;
         const int free = (int)tile->free[level];
-        words = lanes == LANES ? read_words<8>(words, rank, rows, free, bits)
-                : lanes == 32  ? read_words<4>(words, rank, rows, free, bits)
-                : lanes == 16  ? read_words<2>(words, rank, rows, free, bits)
-                               : read_words<1>(words, rank, rows, free, bits);
-        if (free > 0) transform(bits, rows);
+        words = lanes == LANES ? read_codeword<8>(words, rank, rows, free, mine)
+                : lanes == 32  ? read_codeword<4>(words, rank, rows, free, mine)
+                : lanes == 16  ? read_codeword<2>(words, rank, rows, free, mine)
+                               : read_codeword<1>(words, rank, rows, free, mine);
     }
-    float tail[LANES] = {0};
     for (int i = 0; i < rows && lanes * (int64_t)i < count; ++i) {
         if (slots[i] == PADDING_ROW) break;
         const int64_t left = min64(lanes, count - lanes * (int64_t)i);
         const float* table = values + ((int64_t)slots[i] << MAX_LEVELS);
         float* target = out + lanes * (int64_t)i;
-        if (left < LANES) {
-            if (add) memcpy(tail, target, (size_t)left * sizeof(float));
-            target = tail;
-        }
-        if (levels == 1) {
-            write_signs<add>(code[positions[i]], table[0], target);
+        if (left == LANES) {
+            write_row<mode>(code + positions[i], rows, levels, table, target);
         } else {
-            Bytes labels = zero_bytes();
-            int8_t bytes[LANES];
-            for (int level = 0; level < levels; ++level)
-                labels = with_bit(labels, signs_of(code[level * rows + positions[i]]), level);
-            store_bytes(bytes, labels);
-            write_points<add>((const uint8_t*)bytes, table, levels, target);
+            float row[LANES];
+            write_row<REPLACE>(code + positions[i], rows, levels, table, row);
+            for (int64_t j = 0; j < left; ++j) target[j] = mode == ADD ? target[j] + row[j] : row[j];
         }
-        if (left < LANES) memcpy(out + lanes * (int64_t)i, tail, (size_t)left * sizeof(float));
     }
     return words;
 }

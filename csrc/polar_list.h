@@ -315,10 +315,11 @@ bool list_node(const uint8_t* types, int node, int n, const Bytes* l, Bytes* cod
     return left_moved || moved;
 }
 
-// Rows of 64 lanes like `encode_block`, of which the first `lanes` hold blocks; `memory` has room
-// for three times as many rows.
+// Rows of 64 lanes like `encode_block`, of which the first `lanes` hold blocks; `positions` says where in a block a
+// row goes, `memory` has room for three times as many rows.
 template <int L>
-void list_encode(int rows, int lanes, const uint8_t* types, const Bytes* l, Signs* code, Bytes* memory) {
+void list_encode(int rows, int lanes, const uint8_t* types, const uint16_t* positions, const Bytes* l, Signs* code,
+                 Bytes* memory) {
     Bytes *inputs = memory, *scratch = memory + rows, *codes = memory + 2 * rows, map;
     const int blocks = LANES / L;
     int8_t row[LANES], bits[LANES];
@@ -328,7 +329,7 @@ void list_encode(int rows, int lanes, const uint8_t* types, const Bytes* l, Sign
         for (int i = 0; i < rows; ++i) {
             const int8_t* source = (const int8_t*)(l + i) + start;
             for (int j = 0; j < LANES; ++j) row[j] = source[j / L];
-            inputs[i] = load_bytes(row);
+            inputs[positions[i]] = load_bytes(row);
         }
         Paths paths = {{}, false};
         for (int k = 0; k < WIDE_PARTS; ++k)
@@ -343,19 +344,19 @@ void list_encode(int rows, int lanes, const uint8_t* types, const Bytes* l, Sign
         }
         memset(bits, 0, LANES);
         for (int i = 0; i < rows; ++i) {
-            const int8_t* found = (const int8_t*)(codes + i);
+            const int8_t* found = (const int8_t*)(codes + positions[i]);
             for (int j = 0; j < blocks; ++j) bits[start + j] = found[best[j]];
             code[i] = exclusive_or(code[i], signs_in(load_bytes(bits)));
         }
     }
 }
 
-inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const Bytes* l, Signs* code,
-                              Bytes* memory) {
+inline void list_encode_block(int rows, int lanes, int list_size, const uint8_t* types, const uint16_t* positions,
+                              const Bytes* l, Signs* code, Bytes* memory) {
     switch (list_size) {
-        case 2: return list_encode<2>(rows, lanes, types, l, code, memory);
-        case 4: return list_encode<4>(rows, lanes, types, l, code, memory);
-        default: return list_encode<8>(rows, lanes, types, l, code, memory);
+        case 2: return list_encode<2>(rows, lanes, types, positions, l, code, memory);
+        case 4: return list_encode<4>(rows, lanes, types, positions, l, code, memory);
+        default: return list_encode<8>(rows, lanes, types, positions, l, code, memory);
     }
 }
 

@@ -14,7 +14,7 @@ import gcompress
 from gcompress import ConfigError, PayloadError, Polar, native, packing
 from gcompress.polar import reference
 from gcompress.polar.code import PolarCode
-from gcompress.polar.tables import rank
+from gcompress.polar.tables import ERASED, design_at, design_count, rank
 
 
 def fair_bits(count, seed=0):
@@ -63,6 +63,59 @@ def test_all_backends_make_the_same_bytes(block, information, blocks):
             found.append((payload, code.decompress(payload, bits.numel())))
     for payload, decoded in found[1:]:
         assert torch.equal(payload, found[0][0]) and torch.equal(decoded, found[0][1])
+
+
+def test_tables_are_odd():
+    """csrc/polar.h looks a sample up by its magnitude: the negative one has the inverted label."""
+    samples = np.arange(1 + ERASED, -ERASED)
+    for design in map(design_at, range(1, design_count() - 1)):
+        for level in range(design.levels):
+            table = design.tables[256 * ((1 << level) - 1) : 256 * ((2 << level) - 1)].reshape(-1, 256)
+            assert np.array_equal(table[:, samples & 255], -table[::-1, -samples & 255])
+            assert not table[:, ERASED & 255].any()
+
+
+@pytest.mark.parametrize(  # 1 … 7 levels, 8 … 64 blocks side by side, of all lengths
+    "rate, numel, list_size",
+    [(rate, numel, 1) for rate in (0.1, 0.7, 1.5, 3.0) for numel in (9000, 40_000)]
+    + [(rate, numel, 1) for rate in (0.4, 1.0, 2.2, 4.0) for numel in (300, 17_003, 66_001)]
+    + [(rate, 9000, 2) for rate in (0.4, 1.0, 2.2)],
+)
+def test_all_backends_code_a_vector_alike(rate, numel, list_size):
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    values[::977] *= 30
+    compressor = Polar(rate=rate, block=1024 if rate > 1 else 4096, list_size=list_size)
+    found = []
+    for backend in native.available_backends():
+        with native.use_backend(backend):
+            payload, ctx = compressor.compress(values)
+            decoded = compressor.decompress(payload, ctx)
+            twice = decoded.clone()
+            compressor.decode_into(payload, twice, add=True)
+            found.append((payload, decoded, twice))
+    for payload, decoded, twice in found[1:]:
+        assert torch.equal(payload, found[0][0])
+        assert torch.equal(decoded, found[0][1]) and torch.equal(twice, found[0][2])
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0, 2.0])
+def test_a_large_target_is_filled_wherever_it_lies(rate):
+    """Beyond 32 MiB the kernels write past the caches, if the target lies at a multiple of 64 bytes."""
+    count = (1 << 23) + 77
+    compressor = Polar(rate=rate, scales="tensor", outliers=0.0)
+    values = torch.randn(count, generator=torch.Generator().manual_seed(3))
+    memory = torch.empty(count + 32)
+    shift = -memory.data_ptr() // 4 % 16
+    for backend in native.available_backends()[1:]:
+        with native.use_backend(backend):
+            payload, _ = compressor.compress(values)
+            expected = torch.zeros(count)
+            compressor.decode_into(payload, expected, add=True)
+            for start in (shift, shift + 1):
+                memory.fill_(7.0)
+                compressor.decode_into(payload, memory[start : start + count])
+                assert torch.equal(memory[start : start + count], expected)
+                assert bool((memory[start + count :] == 7.0).all()) and bool((memory[:start] == 7.0).all())
 
 
 def test_a_payload_has_its_size_and_blocks_do_not_depend_on_each_other():

@@ -157,12 +157,13 @@ def _layout(layout, slots, scales):
 
 def _tiles(spending):
     """(int64 [tiles, fields of PolarTile], what it points to)."""
-    fields, keep, addresses = np.zeros((len(spending.tiles), 5 + MAX_LEVELS), np.int64), [], {}
-    for row, tile, shares in zip(fields, spending.tiles, plan.level_shares(spending), strict=True):
-        kind = tile.rows, tile.real
-        if kind not in addresses:  # mostly all tiles but the last are alike
-            tables = rank(*kind), positions(tile.rows)
+    rows, keep, known = [], [], {}
+    for tile, shares in zip(spending.tiles, plan.level_shares(spending), strict=True):
+        kind = tile.rows, tile.real, tile.lanes, shares
+        if kind not in known:  # mostly all tiles but the last are alike
+            tables = rank(*kind[:2]), positions(tile.rows)
             keep += tables
-            addresses[kind] = [_address(table) for table in tables]
-        row[: 5 + tile.levels] = tile.rows, tile.lanes, tile.levels, *addresses[kind], *shares
-    return fields, keep
+            fields = tile.rows, tile.lanes, tile.levels, *map(_address, tables), *shares
+            known[kind] = fields + (0,) * (5 + MAX_LEVELS - len(fields))
+        rows.append(known[kind])
+    return np.array(rows, np.int64), keep

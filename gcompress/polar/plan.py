@@ -7,6 +7,7 @@ water level, nothing below it. All decisions are integers, or doubles combined i
 so that every machine and backend plans alike; the decoder reads what it needs from the payload.
 """
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -43,6 +44,7 @@ PLAIN_RATE = 384  # 1/64 bit: classes of more are sent as plain samples of eight
 PLAIN_COST = 512
 LEAST_GAIN = 0.96  # finer scales must lower the modelled error to this: less is the noise of their estimates
 NEARLY_ALL = 4063  # of 4096
+STRETCH = 8192  # of a long array: what numpy makes on the way stays in the caches
 LONG_ENOUGH = 1024  # rows, of which longer blocks are made only when all lanes are in use
 # Classes that share one code, by its levels: with one level there is no loss in it, with more some.
 MIXED = {1: 64, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 64}
@@ -149,10 +151,11 @@ def make_tiles(classes, block):
     for number, group in enumerate(groups_of(classes)):
         lanes = lanes_for(sum(classes[k].count for k in group))
         left, levels = sum(-(-classes[k].count // lanes) for k in group), classes[group[0]].levels
-        while left > 0:
+        tiles += [Tile(number, block, block, lanes, levels)] * (left // block)
+        left %= block
+        if left:
             rows = min(block, max(SMALLEST_BLOCK, 1 << (left - 1).bit_length()))
-            tiles.append(Tile(number, rows, min(rows, left), lanes, levels))
-            left -= rows
+            tiles.append(Tile(number, rows, left, lanes, levels))
     return tiles
 
 
@@ -222,20 +225,26 @@ def level_shares(spending):
     """
     information = np.array([_information(c) for c in spending.classes])
     for tile, carried in zip(spending.tiles, (tile_counts(spending) @ information).tolist(), strict=True):
-        carried, left, shares = carried[: tile.levels], tile.words, [0] * tile.levels
-        for level in reversed(range(tile.levels)):
-            if carried[level] >= NEARLY_ALL * tile.real:
-                shares[level], carried[level] = min(left, tile.real), 0
-                left -= shares[level]
-        words, total = left, max(sum(carried), 1)
-        for level, bits in enumerate(carried):
-            shares[level] += min(tile.real - shares[level], words * bits // total)
-        left = tile.words - sum(shares)
-        for level in reversed(range(tile.levels)):
-            more = min(left, tile.real - shares[level])
-            shares[level] += more
-            left -= more
-        yield shares
+        yield _shares(tile.words, tile.real, tuple(carried[: tile.levels]))
+
+
+@functools.lru_cache(256)  # mostly all tiles but the last are alike
+def _shares(left, real, carried):
+    """Information bits by level: of `left` together, at most `real` each, by what `carried` says in 1/4096."""
+    carried, shares, words = list(carried), [0] * len(carried), left
+    for level in reversed(range(len(shares))):
+        if carried[level] >= NEARLY_ALL * real:
+            shares[level], carried[level] = min(left, real), 0
+            left -= shares[level]
+    shared, total = left, max(sum(carried), 1)
+    for level, bits in enumerate(carried):
+        shares[level] += min(real - shares[level], shared * bits // total)
+    left = words - sum(shares)
+    for level in reversed(range(len(shares))):
+        more = min(left, real - shares[level])
+        shares[level] += more
+        left -= more
+    return tuple(shares)
 
 
 def _information(coded):
@@ -332,10 +341,16 @@ def spend(layout, variances, nbytes, flat, block, apart=0, keep_codes=False):
 
 
 def _scale_codes(means):
-    """Codes of a quarter octave, the largest at CODES, and what code 0 stands for."""
-    logarithms = octave_codes(np.maximum(means, 1e-300), 4)
-    offset = int(logarithms.max()) - CODES
-    return np.where(means > 0, np.maximum(logarithms - offset, 0), 0).astype(np.uint8)
+    """Codes of a quarter octave, the largest at CODES; 0 for those far below it and for means of 0."""
+    offset = int(octave_codes(np.maximum(means.max(keepdims=True), 1e-300), 4)[0]) - CODES
+    codes = np.empty(len(means), np.uint8)
+    for first in range(0, len(means), STRETCH):
+        part = means[first : first + STRETCH]
+        logarithms = octave_codes(np.maximum(part, 1e-300), 4)
+        logarithms -= offset
+        codes[first : first + STRETCH] = np.maximum(logarithms, 0, out=logarithms)
+    codes[means <= 0] = 0
+    return codes
 
 
 def candidate_layouts(numel, columns, row_sums, column_sums):

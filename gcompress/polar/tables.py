@@ -22,6 +22,7 @@ INPUT_RMS = 20  # of the log-likelihoods of a level, in steps, at the design in 
 MIDDLE_RATES = {2: 6, 3: 8, 4: 12, 5: 16, 6: 24, 7: 30}  # eighths of a bit
 POINT_ONE = 4096
 LOG_TWO = 0.6931471805599453
+MANTISSA = (1 << 52) - 1  # of a double's pattern
 WEIGHTS = [math.isqrt(math.isqrt(1 << (96 + j))) for j in range(16)]  # floor(2^(24 + j/4))
 
 
@@ -208,7 +209,15 @@ def powers_of_two(sixty_fourths):
 
 
 def octave_codes(values, steps):
-    """round(steps log2(values)) for positive doubles, `steps` a divisor of 32: int64."""
-    mantissa, exponent = np.frexp(values)
+    """round(steps log2(values)) for positive doubles that are not subnormal, `steps` a divisor of 32: int64."""
     borders = np.array([power_of_two((2 * k - 1) * 32 // steps) / 2 for k in range(1, steps + 1)])
-    return (exponent.astype(np.int64) - 1) * steps + np.searchsorted(borders, mantissa, side="right")
+    patterns = np.ascontiguousarray(values, np.float64).view(np.int64)  # mantissas compare as they do
+    mantissas = patterns & MANTISSA
+    passed = np.zeros(patterns.shape, np.uint8)
+    for border in (borders.view(np.int64) & MANTISSA).tolist():
+        passed += (mantissas >= border).view(np.uint8)
+    codes = np.right_shift(patterns, 52, out=mantissas)
+    codes -= 1023
+    codes *= steps
+    codes += passed
+    return codes
