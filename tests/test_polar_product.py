@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcompress import PayloadError, native
 from gcompress.compressors import Polar
@@ -100,6 +101,38 @@ def test_the_same_bytes_everywhere(rate, backend):
             assert hashlib.sha256(data).hexdigest()[:16] == digests[rate]
     finally:
         torch.set_num_threads(threads)
+
+
+class ExactProducts(TorchDispatchMode):
+    """Holds every product of matrices to what makes it the same in any order: integers, and sums below 2^53."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            left, right = arguments[-2:]
+            for side in (left, right):
+                assert side.dtype == torch.float64 and torch.equal(side, side.round())
+            assert float((left.abs() @ right.abs()).max()) < 2**53
+            self.count += 1
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("rate", [0.25, 2, 4])
+def test_products_of_matrices_are_exact(rate):
+    one_huge = low_rank(200, 300, 2, 1)
+    one_huge[3, 4] = 1e6
+    for matrix in (
+        low_rank(300, 200, 5, 0.3),
+        low_rank(64, 9000, 3, 1e-4),
+        one_huge,
+        torch.ones(100, 100),
+        gauss(200, 1) * gauss(1, 300),
+    ):
+        with ExactProducts() as products:
+            payload, ctx = Polar(rate=rate).compress(matrix)
+            Polar(rate=rate).decompress(payload, ctx)
+        assert products.count > 5
 
 
 @pytest.mark.parametrize("backend", native.available_backends())
