@@ -90,19 +90,22 @@ class Polar(Compressor):
         return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):
-        payload.copy_(self._encode(backend_of(kernels), values, seed))
+        self._encode(backend_of(kernels), values, payload, seed)
 
     def _encode_reference(self, values, seed):
-        return self._encode(reference, values, seed)
+        payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
+        self._encode(reference, values, payload, seed)
+        return payload
 
-    def _encode(self, backend, values, seed):
-        nbytes = self.nbytes(values.numel())
+    def _encode(self, backend, values, payload, seed):
+        options = {"block": self.block, "list_size": self.list_size}
         if self.unbiased:
-            return codec.encode_unbiased(backend, values, nbytes, block=self.block, list_size=self.list_size, seed=seed)
-        return codec.encode(
-            backend, values, nbytes, block=self.block, scales=self.scales,
-            flat=self.allocation == "flat", share=self.outliers, list_size=self.list_size, rank=self.rank,
-        )  # fmt: skip
+            codec.encode_unbiased(backend, values, payload, seed=seed, **options)
+        else:
+            flat, share = self.allocation == "flat", self.outliers
+            codec.encode(
+                backend, values, payload, scales=self.scales, flat=flat, share=share, rank=self.rank, **options
+            )
 
     def _decode_native(self, kernels, payload, out, add):
         codec.decode_into(backend_of(kernels), payload, out, add, self.block)

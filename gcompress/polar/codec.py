@@ -36,19 +36,19 @@ class Survey(NamedTuple):
     error: float
 
 
-def encode(backend, values, nbytes, *, block, scales, flat, share, list_size, rank):
-    """Encode a contiguous float32 tensor of any shape to a uint8 tensor of `nbytes` bytes on its device."""
+def encode(backend, values, payload, *, block, scales, flat, share, list_size, rank):
+    """Encode a contiguous float32 tensor of any shape to all bytes of `payload`, a uint8 tensor on its device."""
     columns, by_column = _matrix(values.shape, scales)
     values = values.view(-1)
-    survey = _survey(backend, values, columns, by_column, nbytes, scales, flat)
+    survey = _survey(backend, values, columns, by_column, payload.numel(), scales, flat)
     section = b""
     if rank and by_column and survey.layout is not None:
-        section, values, survey = _without_product(backend, values, columns, survey, nbytes, flat, rank)
-    payload = _encode_surveyed(backend, values, survey, nbytes - len(section), block, flat, share, list_size)
-    if not section:
-        return payload
-    payload[0] |= plan.PRODUCT
-    return torch.cat([payload, torch.frombuffer(bytearray(section), dtype=torch.uint8).to(payload.device)])
+        section, values, survey = _without_product(backend, values, columns, survey, payload.numel(), flat, rank)
+    rest = payload[: payload.numel() - len(section)]
+    _encode_surveyed(backend, values, survey, rest, block, flat, share, list_size)
+    if section:
+        rest[0] |= plan.PRODUCT
+        _fill(payload[rest.numel() :], section)
 
 
 def _survey(backend, values, columns, by_column, nbytes, scales, flat):
@@ -87,22 +87,32 @@ def _without_product(backend, values, columns, survey, nbytes, flat, rank):
     return section, rest, after
 
 
-def _encode_surveyed(backend, values, survey, nbytes, block, flat, share, list_size):
-    payload, (total, layout, _) = np.zeros(nbytes, np.uint8), survey
+def _encode_surveyed(backend, values, survey, payload, block, flat, share, list_size):
+    nbytes, (total, layout, _) = payload.numel(), survey
     if not math.isfinite(total):
-        payload[0] = plan.NOT_FINITE
-    elif layout is not None:
-        apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat, list_size > 1)
-        variances = _variances(backend, values, layout, total, measured=bool(apart))
-        spent = variances is not None and plan.spend(
-            layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
-        )
-        if spent:
-            return _encode_spending(backend, values, *spent, variances, apart, payload, list_size)
-        if apart:
-            header = _pack_header(plan.Spending(layout, 0, [], []), plan.APART, apart)
-            payload[: len(header)] = np.frombuffer(header, np.uint8)
-    return torch.from_numpy(payload).to(values.device)
+        return _fill(payload, bytes([plan.NOT_FINITE]))
+    if layout is None:
+        return _fill(payload, b"")
+    apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat, list_size > 1)
+    variances = _variances(backend, values, layout, total, measured=bool(apart))
+    spent = variances is not None and plan.spend(
+        layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
+    )
+    if spent:
+        spending, words = _encode_words(backend, values, *spent, variances, list_size)
+        return _fill(payload, _pack_header(spending, plan.APART if apart else 0, apart), words)
+    return _fill(payload, _pack_header(plan.Spending(layout, 0, [], []), plan.APART, apart) if apart else b"")
+
+
+def _fill(payload, header, words=None):
+    """Header, words and zeros."""
+    end = len(header)
+    if header:
+        payload[:end] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    if words is not None:
+        payload[end : end + words.numel()] = words
+        end += words.numel()
+    payload[end:] = 0
 
 
 def _set_apart(backend, values, layout, total, nbytes, share, flat, thorough):
@@ -160,11 +170,6 @@ def _variances(backend, values, layout, total, measured):
     return variances
 
 
-def _encode_spending(backend, values, spending, rates, variances, apart, payload, list_size):
-    spending, words = _encode_words(backend, values, spending, rates, variances, list_size)
-    return _assembled(payload, _pack_header(spending, plan.APART if apart else 0, apart), words)
-
-
 def _encode_words(backend, values, spending, rates, variances, list_size):
     """(spending with amplitudes, words)."""
     scales = plan.sample_scales(spending, variances, rates)
@@ -172,32 +177,22 @@ def _encode_words(backend, values, spending, rates, variances, list_size):
     return plan.with_amplitudes(spending, scales, products), words
 
 
-def _assembled(payload, header, words):
-    assembled = torch.zeros(len(payload), dtype=torch.uint8, device=words.device)
-    assembled[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    assembled[len(header) : len(header) + words.numel()] = words
-    return assembled
-
-
-def encode_unbiased(backend, values, nbytes, *, block, list_size, seed):
-    """Encode a contiguous float32 tensor, turned at random, to a uint8 tensor of `nbytes` bytes on its device."""
-    payload = np.zeros(nbytes, np.uint8)
+def encode_unbiased(backend, values, payload, *, block, list_size, seed):
+    """Encode a contiguous float32 tensor, turned at random, to all bytes of `payload`, a uint8 tensor on its device."""
     values = values.view(-1)
     numel = values.numel()
     total = float(np.cumsum(backend.sums(values, min(CHUNK, numel), False)[0], dtype=np.float64)[-1])
-    if not math.isfinite(total):
-        payload[0] = plan.NOT_FINITE
     if not math.isfinite(total) or total == 0:
-        return torch.from_numpy(payload).to(values.device)
+        return _fill(payload, b"" if total == 0 else bytes([plan.NOT_FINITE]))
     turned, lengths = backend.turn(values, seed)
     variances = np.zeros(plan.CLASSES, np.int64)
     layout = plan.Layout(numel, numel, None, None)
-    spending, rates = plan.spend(layout, variances, nbytes, True, block, turning.section_bytes(numel))
+    spending, rates = plan.spend(layout, variances, payload.numel(), True, block, turning.section_bytes(numel))
     spending, words = _encode_words(backend, turned, spending, rates, variances, list_size)
     decoded = torch.empty_like(turned)
     backend.decode(words, spending, decoded, False)
     section = turning.pack(seed, backend.turn_scales(turned, decoded, lengths))
-    return _assembled(payload, _pack_header(spending, plan.TURNED, section), words)
+    _fill(payload, _pack_header(spending, plan.TURNED, section), words)
 
 
 # Bytes -------------------------------------------------------------------------------------
