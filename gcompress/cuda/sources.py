@@ -5,26 +5,9 @@ import pathlib
 import re
 
 MODULES = (
-    *(
-        "cast",
-        "eden",
-        "entropy",
-        "mask",
-        "memory",
-        "natural",
-        "polar_code",
-        "polar_list",
-        "polar_scan",
-        "polar_turn",
-        "qsgd",
-        "quantize",
-        "randomk",
-        "select",
-        "shared",
-        "sign",
-    ),
-    *("ternary", "topk"),
-)
+    "cast", "eden", "entropy", "mask", "memory", "natural", "polar_code", "polar_list", "polar_scan",
+    "polar_turn", "qsgd", "quantize", "randomk", "select", "shared", "sign", "ternary", "topk",
+)  # fmt: skip
 # No fused multiply-add and nothing approximate: bytes must be those of the CPU.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
