@@ -2,7 +2,7 @@
 
 import torch
 
-from gcompress import REGISTRY, from_spec
+from gcompress import REGISTRY, PayloadError, from_spec
 
 # At least one spec of every method in the registry (test_specs.py checks that none is missing).
 SPECS = [
@@ -148,3 +148,16 @@ def poisoned(numel, seed=0):
         "all nan": torch.full((numel,), float("nan")),
         "many": torch.where(gauss > 0, float("inf"), gauss),
     }
+
+
+def refusals(compressor, payload, ctx, positions):
+    """How many payloads with a random byte at one of these positions are refused; all others must decode."""
+    generator, refused = torch.Generator().manual_seed(1), 0
+    for position in positions:
+        damaged = payload.clone()
+        damaged[position] = torch.randint(0, 256, (), generator=generator)
+        try:
+            compressor.decompress(damaged, ctx)
+        except PayloadError:
+            refused += 1
+    return refused

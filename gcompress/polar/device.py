@@ -68,16 +68,9 @@ class DevicePolar:
     def energies(self, values, layout, scales):
         codes = [None if of is None else self._upload(of) for of in (layout.row_codes, layout.column_codes)]
         factors, totals = self._upload(scales), self._launcher.zeros(8 * plan.CLASSES).view(torch.int64)
-        places = *map(_address, codes), factors.data_ptr(), totals.data_ptr()
-        self._launch(
-            "polar_scan",
-            "polar_energies",
-            _sections(layout),
-            values.data_ptr(),
-            values.numel(),
-            layout.columns,
-            *places,
-        )
+        matrix = values.data_ptr(), values.numel(), layout.columns
+        places = *matrix, *map(_address, codes), factors.data_ptr(), totals.data_ptr()
+        self._launch("polar_scan", "polar_energies", _sections(layout), *places)
         return totals.cpu().numpy()  # waits
 
     def gather(self, values, spending, scales):
