@@ -43,6 +43,7 @@ from .errors import (
     RolledBack,
 )
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
+from .state import merge_states
 
 __version__ = "0.1.0"
 __all__ = [
@@ -84,5 +85,6 @@ __all__ = [
     "as_policy",
     "from_dict",
     "from_spec",
+    "merge_states",
     "parameter_groups",
 ]

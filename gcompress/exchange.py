@@ -8,21 +8,29 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
     their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
     Parameters travel in buckets, each on its way as soon as its last gradient is there.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
+
+What is remembered changes when a step is applied, not when it is exchanged (memory.py, applied.py),
+and is in the units of the true gradient, whatever the loss scale (scaling.py). A rank on which a
+parameter got no gradient contributes zeros to it and keeps what it remembers of it.
 """
 
+import functools
 import logging
 import zlib
 
 import torch
 
-from . import packing
+from . import packing, state
+from .applied import Watch
 from .compressors import Context
 from .compressors.base import u32_bytes
-from .errors import ConfigError, ExchangeError, PayloadError
+from .errors import ExchangeError, PayloadError
 from .feedback import ErrorFeedback, new_memory
+from .memory import Memory
 from .plan import Plan
 from .policy import as_policy
 from .report import Report
+from .scaling import LossScale
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -35,26 +43,97 @@ class GradientExchange:
         policy: what `gcompress.as_policy` takes, or None when nothing is compressed and
             the exchange only counts.
         engine: see schedule.py; may be None when policy is.
+        average: whether the results are the ranks' mean, or their sum.
+        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+
+    Attributes:
+        steps: optimizer steps that were applied; seeds and a warm-up follow it.
+        open_names: parameters that were exchanged and whose result is not known to be applied.
     """
 
-    def __init__(self, policy, engine=None):
+    def __init__(self, policy, engine=None, *, average=True, scaler=None):
         self.policy = None if policy is None else as_policy(policy)
         self.engine = engine
+        self.average = average
         self.report = Report()
         self.plan = None
         # False: results are not looked at before they are waited for, since the ranks have yet to compare
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
+        self.steps, self.open_names = 0, set()
+        self._counted = True  # whether `steps` has counted the last exchange, or there was none
         self._schedule = Schedule()
         self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
         self._tasks = {}  # bucket number: its task of this step
-        self._feedback = new_memory(self.policy) if self.policy else None
-        self._owner_feedback = ErrorFeedback()  # by the piece's key
-        self._memories = {}  # what summable compressors remember, by parameter
+        self.feedback = new_memory(self.policy, at_once=False) if self.policy else None
+        self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
+        self.memories = Memory()  # what summable compressors remember, a dict by parameter
+        self._absent = set()  # names without a gradient on this rank in this step
+        self._carried = {}  # name: how many results in a row its gradient contains
+        self._watch = None
+        self.scaler = scaler
+
+    @property
+    def scaler(self):
+        """What tells the loss scale; see `gcompress.scaling.LossScale`."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler):
+        self._scaler, self._loss_scale = scaler, LossScale(scaler)
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
-        return self.policy.compressor_for(name, numel, step=self.report.steps) if self.policy else None
+        return self.policy.compressor_for(name, numel, step=self.steps) if self.policy else None
+
+    def watch(self, parameters):
+        """Find out from {name: parameter} which results are applied; otherwise `end_step` says that all are."""
+        if self.policy:
+            self._watch = Watch(self, parameters)
+
+    def applied(self, names=None):
+        """The results of these parameters (default: all) have changed the weights: memory follows.
+
+        Called by itself when a torch optimizer steps parameters that the exchange watches.
+        """
+        names = set(self.open_names) if names is None else self.open_names.intersection(names)
+        if names and not self._counted:
+            self.steps, self._counted = self.steps + 1, True
+        self._settle(names, "apply")
+
+    def discard(self, names=None):
+        """The results of these parameters (default: all) were not used: memory is what it was before them."""
+        self._settle(set(self.open_names) if names is None else self.open_names.intersection(names), "discard")
+
+    def carry_on(self, name):
+        """The next gradient of this parameter contains its last result, so memory goes on from there."""
+        if name in self.open_names:
+            self._carried[name] = self._carried.get(name, 0) + 1
+            for memory, keys in self._memories_of({name}):
+                for key in keys:
+                    memory.carry_on(key)
+
+    def computing(self):
+        """To be called while a gradient is computed; see `LossScale.look`."""
+        self._loss_scale.look()
+
+    def loss_scale(self):
+        """The loss scale of the gradients that the last backward pass computed."""
+        return self._loss_scale.now()
+
+    def _settle(self, names, how):
+        for memory, keys in self._memories_of(names):
+            getattr(memory, how)(keys)
+        self.open_names -= names
+        for name in names:
+            self._carried.pop(name, None)
+
+    def _memories_of(self, names):
+        """[(memory, its keys)] of parameters."""
+        entries = self.plan.entries if self.plan else {}
+        pieces = [piece.key(name) for name in names if name in entries for piece in entries[name].pieces]
+        feedback = [(self.feedback, names)] if self.feedback else []
+        return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
     def prepare(self, shapes):
         """Plan the exchange of {name: shape}, in the model's order, for the engine's number of ranks.
@@ -62,11 +141,14 @@ class GradientExchange:
         Logs the plan on rank 0. `start` plans a parameter that is not in it by itself.
         """
         self.plan = Plan(self.policy, shapes, self.engine.world_size())
-        self._owner_feedback.retain(self._owned_pieces())
+        owned = self.owned_pieces()
+        self.owner_feedback.memories["residual"].drop(lambda key: key not in owned)
         if self.engine.rank() == 0:
             log.info("gradients travel by\n%s", self.plan)
+            for rule in self.plan.unused_rules():
+                log.warning("policy: the rule %s matches none of the %d parameters", rule, len(shapes))
 
-    def _owned_pieces(self):
+    def owned_pieces(self):
         """{key in the owner's feedback: entries} of the pieces that are this rank's."""
         rank = self.engine.rank()
         return {
@@ -84,67 +166,98 @@ class GradientExchange:
             self.prepare({**{other: entry.shape for other, entry in entries.items()}, name: shape})
         return self.plan.entries[name]
 
-    def start(self, name, gradient, *, average=True):
+    def start(self, name, gradient, *, absent=False):
         """Encode a gradient and start its exchange; move those under way.
 
         With two-phase, the exchange of a bucket starts when all its gradients are there.
+
+        Args:
+            name: the parameter's.
+            gradient: of the shape that was planned; it may carry the loss scale.
+            absent: this rank has no gradient for it: `gradient` is zero, and memory is left alone.
 
         Returns a function that waits and returns the mean (or sum) over ranks of what each
         rank encoded, with the gradient's shape and type and the same bits on every rank. It
         must not be called before all gradients of the step were started.
         """
         entry, task = self._entry(name, gradient.shape), None
+        scale = self._opened(name, absent)
+        values = unscaled(gradient, scale)
         if entry.exchange == "twophase":
-            self._fill_bucket(name, gradient, entry.bucket, average)
+            self._fill_bucket(name, values, entry.bucket)
         elif entry.exchange == "summed":
-            task = self._schedule.start(self.engine, name, self._summed(name, gradient, average))
+            task = self._schedule.start(self.engine, name, self._summed(name, values))
         else:
-            task = self._schedule.start(self.engine, name, self._all_gather({name: gradient}, average))
+            task = self._schedule.start(self.engine, name, self._all_gather({name: values}))
         if self.agreed:
             self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():
             means = self._schedule.wait(self.engine, task or self._task_of(name, entry.bucket))
-            return means[name].to(ctx.dtype).view(ctx.shape)
+            return self._result(name, means[name], ctx, scale)
 
         return finish
 
-    def start_bucket(self, gradients, *, average=True):
+    def start_bucket(self, gradients, *, absent=()):
         """Encode and start all of {name: gradient}, for engines that form buckets themselves.
 
         Every parameter takes its own exchange; those of one exchange travel together, and what is
         not compressed is all-reduced. On an engine that is `in_order`, all ranks must bring the
-        same buckets in the same order.
+        same buckets in the same order. absent: names as in `start`.
 
         Returns a function that waits and returns {name: mean or sum over ranks}; its method
         `done()` moves the exchanges on and tells whether there is anything to wait for.
         """
-        ways = {}
+        ways, results = {}, {}
         for name, gradient in gradients.items():
-            ways.setdefault(self._entry(name, gradient.shape).exchange, {})[name] = gradient
+            way = self._entry(name, gradient.shape).exchange
+            scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
+            ways.setdefault(way, {})[name] = unscaled(gradient, scale)
+            ctx = Context(gradient.shape, gradient.dtype)
+            results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
-                steps = {name: self._summed(name, gradient, average) for name, gradient in members.items()}
+                steps = {name: self._summed(name, gradient) for name, gradient in members.items()}
             elif way == "twophase":
                 encoded = {name: self._encoded_pieces(name, gradient) for name, gradient in members.items()}
-                steps = {f"twophase.{first}": self._two_phase(encoded, average)}
+                steps = {f"twophase.{first}": self._two_phase(encoded)}
             elif way == "allgather":
-                steps = {f"allgather.{first}": self._all_gather(members, average)}
+                steps = {f"allgather.{first}": self._all_gather(members)}
             else:
-                steps = {f"allreduce.{first}": self._uncompressed(members, average)}
+                steps = {f"allreduce.{first}": self._uncompressed(members)}
             tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
         self._schedule.advance(self.engine)
-        return _Bucket(self._schedule, self.engine, tasks, gradients)
+        return _Bucket(self._schedule, self.engine, tasks, results)
 
-    def _fill_bucket(self, name, gradient, number, average):
+    def _opened(self, name, absent):
+        """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
+        if name not in self._carried:
+            self.discard([name])
+        self.open_names.add(name)
+        if self._watch is not None:
+            self._watch.opened(name)
+        (self._absent.add if absent else self._absent.discard)(name)
+        return self.loss_scale()
+
+    def _result(self, name, mean, ctx, scale):
+        """The result of an exchange in the gradient's type, shape and scale."""
+        if scale != 1.0:
+            mean = mean * scale
+        result, beyond = saturated(mean, ctx.dtype)
+        compressor = self.compressor_for(name, mean.numel()) if beyond is not None else None
+        if compressor and self._remembers(compressor, name):
+            self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
+        return result.view(ctx.shape)
+
+    def _fill_bucket(self, name, gradient, number):
         members, waiting = self.plan.buckets[number], self._waiting.setdefault(number, {})
         waiting[name] = self._encoded_pieces(name, gradient)
         if len(waiting) == len(members):
             encoded = {member: waiting[member] for member in members}
             del self._waiting[number]
-            steps = self._two_phase(encoded, average)
+            steps = self._two_phase(encoded)
             self._tasks[number] = self._schedule.start(self.engine, self.first_name(name), steps)
 
     def _task_of(self, name, number):
@@ -160,17 +273,21 @@ class GradientExchange:
 
     def _seed(self, name, *what):
         """32 bits that differ from step to step, and for what differs."""
-        return zlib.crc32("/".join(map(str, (name, self.report.steps, *what))).encode())
+        again = [f"again {self._carried[name]}"] if name in self._carried else []
+        return zlib.crc32("/".join(map(str, (name, self.steps, *what, *again))).encode())
 
-    def _memory_for(self, compressor):
-        return self._feedback if self.policy.feedback_for(compressor) else None
+    def _remembers(self, compressor, name):
+        return self.policy.feedback_for(compressor) and name not in self._absent
 
-    def _all_gather(self, gradients, average):
+    def _memory_for(self, compressor, name):
+        return self.feedback if self._remembers(compressor, name) else None
+
+    def _all_gather(self, gradients):
         """All-gather of {name: gradient} in one payload."""
         world_size, compressors, payloads = self.engine.world_size(), {}, []
         for name, gradient in gradients.items():
             compressor = compressors[name] = self.compressor_for(name, gradient.numel())
-            coder = (self._memory_for(compressor) or _Forgetful).compress
+            coder = (self._memory_for(compressor, name) or _Forgetful).compress
             payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self.engine.rank()))
             self.report.add_all_gather(gradient.numel(), payload.numel(), world_size)
             payloads.append(payload)
@@ -186,7 +303,7 @@ class GradientExchange:
         means = {}
         for name, gradient in gradients.items():
             means[name], rows = decode_sum(compressors[name], rows, gradient.numel(), name)
-            if average:
+            if self.average:
                 means[name].mul_(1.0 / world_size)
         _check_used(rows, f"gradients {', '.join(gradients)}")
         return means
@@ -199,23 +316,26 @@ class GradientExchange:
                 "do all ranks have the same model?"
             )
 
-    def _uncompressed(self, gradients, average):
+    def _uncompressed(self, gradients):
         """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
-        parts = [gradient.detach().reshape(-1) for gradient in gradients.values()]
+        parts = [_as_real(gradient.detach()).reshape(-1) for gradient in gradients.values()]
         exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
         flat = torch.cat([part.to(exact) for part in parts])
         self.report.add_all_reduce(flat.numel(), flat.numel() * flat.element_size(), self.engine.world_size())
         total = yield "allreduce", flat, "sum"
-        if average:
+        if self.average:
             total.mul_(1.0 / self.engine.world_size())
-        return dict(zip(gradients, total.split([part.numel() for part in parts]), strict=True))
+        totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
+        return {
+            name: torch.view_as_complex(part.view(-1, 2)) if gradient.is_complex() else part
+            for (name, gradient), part in totals
+        }
 
-    def _summed(self, name, gradient, average):
+    def _summed(self, name, gradient):
         world_size, compressor = self.engine.world_size(), self.compressor_for(name, gradient.numel())
-        feedback = self._memory_for(compressor)
+        feedback = self._memory_for(compressor, name)
         corrected = (feedback or _Forgetful).corrected(name, gradient)
-        memory = self._memories.setdefault(name, {})
-        before = dict(memory)
+        memory = dict(self.memories.get(name, {}))
         rounds = compressor.sum_rounds(
             corrected, shape=gradient.shape, seed=self._seed(name), world_size=world_size, memory=memory
         )
@@ -230,14 +350,14 @@ class GradientExchange:
             result = yield "allreduce", tensor, op
         if feedback:
             feedback.keep(name, corrected, own, sparse=compressor.sparse)
-        if not bool(torch.isfinite(total).all()):
-            self._memories[name] = before
-        return {name: total.mul_(1.0 / world_size) if average else total}
+        if bool(torch.isfinite(total).all()):
+            self.memories.put(name, memory)
+        return {name: total.mul_(1.0 / world_size) if self.average else total}
 
     def _encoded_pieces(self, name, gradient):
         """(compressor, payloads of the pieces); what they lost is remembered as for the whole."""
         compressor = self.compressor_for(name, gradient.numel())
-        feedback = self._memory_for(compressor)
+        feedback = self._memory_for(compressor, name)
         corrected = (feedback or _Forgetful).corrected(name, gradient)
         decoded = torch.empty_like(corrected) if feedback else None
         entry, payloads = self.plan.entries[name], []
@@ -251,7 +371,7 @@ class GradientExchange:
             feedback.keep(name, corrected, decoded, sparse=compressor.sparse)
         return compressor, payloads
 
-    def _two_phase(self, encoded, average):
+    def _two_phase(self, encoded):
         """All-to-all and all-gather of {name: (compressor, payloads of its pieces)}."""
         world_size, rank = self.engine.world_size(), self.engine.rank()
         owned = [[] for _ in range(world_size)]  # (name, piece, compressor) in the order in which they travel
@@ -269,7 +389,7 @@ class GradientExchange:
         again = [packed[:0]]
         for name, piece, compressor in owned[rank]:
             total, rows = decode_sum(compressor, rows, piece.numel, name)
-            again.append(self._encoded_mean(name, piece, compressor, total, average))
+            again.append(self._encoded_mean(name, piece, compressor, total))
         gathered = yield "allgather", torch.cat(again), sizes
         means = {name: packed.new_empty(self.plan.entries[name].numel, dtype=torch.float32) for name in encoded}
         for pieces, row in zip(owned, _rows(gathered, sizes, what), strict=True):
@@ -279,12 +399,14 @@ class GradientExchange:
                 row = row[size:]
         return means
 
-    def _encoded_mean(self, name, piece, compressor, total, average):
+    def _encoded_mean(self, name, piece, compressor, total):
         """The payload of the mean (or sum) of a piece that this rank owns."""
-        if average:
+        if self.average:
             total.mul_(1.0 / self.engine.world_size())
+        # What is owed waits if no rank had a gradient; this one having had one is enough to know otherwise.
+        remembers = self.policy.feedback_for(compressor) and not (name in self._absent and not bool(total.any()))
         total = total.view(self.plan.entries[name].shape_of(piece))
-        coder = (self._owner_feedback if self.policy.feedback_for(compressor) else _Forgetful).compress
+        coder = (self.owner_feedback if remembers else _Forgetful).compress
         payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
         return payload
 
@@ -298,94 +420,48 @@ class GradientExchange:
         return self._schedule.advance(self.engine)
 
     def end_step(self):
-        """To be called once after all gradients of a step."""
+        """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self._tasks.clear()
         self.report.end_step()
+        self._counted = False
+        if self._watch is None:
+            self.applied()
+        else:
+            self._watch.exchanged()
 
     def abandon_step(self):
         """Forget what is under way, after the engine has failed or was reset."""
         self._schedule.clear()
         self._waiting.clear()
         self._tasks.clear()
+        self.discard()
 
     def state_dict(self):
-        """This rank's memory and counts: save one per rank and load each on its own rank."""
-        return {
-            "rank": self.engine.rank() if self.engine else 0,
-            "world_size": self.engine.world_size() if self.engine else 1,
-            "policy": self.policy.to_dict() if self.policy else None,
-            "report": self.report.as_dict(),
-            "feedback": self._feedback.state_dict() if self._feedback else {},
-            "owner_feedback": self._owner_feedback.state_dict(),
-            "memories": {name: dict(memory) for name, memory in self._memories.items()},
-        }
+        """This rank's memory and counts: save one per rank and load each on its own rank.
 
-    def memory_vectors(self, state):
-        """What a `state_dict()` owes (nothing if None), as one float32 vector for each kind and parameter.
-
-        "residual/NAME", with momentum correction "velocity/NAME", and "owner/NAME" for what owners
-        of pieces owe. All ranks of one plan have the same keys.
+        Of steps that were applied. For other numbers of ranks see `gcompress.merge_states`.
         """
-        vectors = {}
-        for kind in self._feedback.kinds if self._feedback else ():
-            own = self._feedback.of_kind(state["feedback"], kind) if state else {}
-            for name, entry in self.plan.entries.items():
-                if entry.compressor:
-                    vectors[f"{kind}/{name}"] = own[name].clone() if name in own else torch.zeros(entry.numel)
-        for name, entry in self.plan.entries.items():
-            if entry.compressor and self.policy.feedback_for(entry.compressor):
-                vectors[f"owner/{name}"] = torch.zeros(entry.numel)
-        for key, residual in state["owner_feedback"].items() if state else ():
-            name, _, borders = key.removesuffix("]").rpartition("[")
-            start, stop = map(int, borders.split(":"))
-            vectors[f"owner/{name}"][start:stop] = residual
-        return vectors
+        return state.of_rank(self)
 
-    def load_memory_vectors(self, vectors, memories, steps):
-        """Take up `memory_vectors`, of which this rank takes the pieces that it owns, and what all ranks share."""
-        if self._feedback:
-            kinds = {kind: {} for kind in self._feedback.kinds}
-            for key, vector in vectors.items():
-                kind, _, name = key.partition("/")
-                if kind in kinds:
-                    kinds[kind][name] = vector
-            self._feedback.load_kinds(kinds)
-        self._owner_feedback.load_state_dict(
-            {
-                piece.key(name): vectors[f"owner/{name}"][piece.start : piece.stop]
-                for name, entry in self.plan.entries.items()
-                for piece in entry.pieces
-                if piece.owner == self.engine.rank() and f"owner/{name}" in vectors
-            }
-        )
-        self._memories = {name: dict(memory) for name, memory in memories.items()}
-        self.report.steps = steps
+    def full_state_dict(self):
+        """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
+        return state.of_all_ranks(self)
 
-    def load_state_dict(self, state):
-        """Go on from `state_dict()`; ConfigError if it was another policy's or another rank's."""
-        policy = self.policy.to_dict() if self.policy else None
-        if (as_policy(state["policy"]).to_dict() if state["policy"] else None) != policy:
-            raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
-        owned = state["owner_feedback"]
-        foreign = set(owned) - set(self._owned_pieces()) if self.plan else ()
-        if foreign:
-            raise ConfigError(
-                f"state: got what rank {state['rank']} of {state['world_size']} owes for {min(foreign)}, "
-                f"expected a state that rank {self.engine.rank()} of {self.engine.world_size()} saved"
-            )
-        self.report.load(state["report"])
-        if self._feedback:
-            self._feedback.load_state_dict(state["feedback"])
-        self._owner_feedback.load_state_dict(owned)
-        self._memories = {name: dict(memory) for name, memory in state["memories"].items()}
+    def load_state_dict(self, saved):
+        """Go on from a state: this rank's own, or all ranks' together.
+
+        Raises:
+            ConfigError: it is another rank's, another number of ranks', another policy's or another
+                model's, or holds what no state does. Nothing has changed then.
+        """
+        state.load(self, saved)
 
 
 class _Bucket:
-    """What `start_bucket` returns."""
+    """What `start_bucket` returns; results: {name: function of its mean}."""
 
-    def __init__(self, schedule, engine, tasks, gradients):
-        self._schedule, self._engine, self._tasks = schedule, engine, tasks
-        self._contexts = {name: Context(gradient.shape, gradient.dtype) for name, gradient in gradients.items()}
+    def __init__(self, schedule, engine, tasks, results):
+        self._schedule, self._engine, self._tasks, self._results = schedule, engine, tasks, results
 
     def done(self):
         self._schedule.advance(self._engine)
@@ -395,7 +471,7 @@ class _Bucket:
         means = {}
         for task in self._tasks:
             means.update(self._schedule.wait(self._engine, task))
-        return {name: means[name].to(ctx.dtype).view(ctx.shape) for name, ctx in self._contexts.items()}
+        return {name: result(means[name]) for name, result in self._results.items()}
 
 
 class _Forgetful:
@@ -408,6 +484,30 @@ class _Forgetful:
     @staticmethod
     def corrected(name, gradient):
         return gradient.detach().reshape(-1).to(torch.float32).contiguous()
+
+
+def unscaled(gradient, scale):
+    """The true gradient of one that carries a loss scale."""
+    return gradient if scale == 1.0 else gradient.detach().to(torch.float32) * (1.0 / scale)
+
+
+def saturated(mean, dtype):
+    """A mean in a gradient's type, without the infinities that float16 makes of finite values.
+
+    Returns:
+        (result, beyond): `beyond`, like `mean`, is what of it lies outside the type's range and is to
+        come with later gradients; None if nothing does.
+    """
+    result = mean.to(dtype)
+    if dtype != torch.float16 or not bool((result.isinf() & mean.isfinite()).any()):
+        return result, None
+    limit = torch.finfo(dtype).max
+    beyond = torch.where(mean.isfinite(), mean - mean.clamp(-limit, limit), 0.0)
+    return (mean - beyond).to(dtype), beyond
+
+
+def _as_real(tensor):
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _rows(tensor, sizes, what):

@@ -15,6 +15,7 @@ import torch
 
 from .compressors import Context
 from .errors import ConfigError
+from .memory import Memory, checked_copies
 
 WARM_UP_STAGES = 4
 
@@ -24,13 +25,18 @@ class ErrorFeedback:
 
     A gradient with a non-finite entry is sent as it is, added to the residual, so that
     every rank sees a non-finite result; the residual stays what it was before that step.
+
+    Args:
+        at_once: whether a residual changes as soon as it is kept. Otherwise it is proposed, until
+            `apply` or `discard` (see gcompress/memory.py).
     """
 
     kinds = ("residual",)  # of tensors that it remembers for a parameter
     fuses = True  # whether an encoder may keep the residual, as the kernels of the GPU do
 
-    def __init__(self):
-        self._residuals = {}
+    def __init__(self, at_once=True):
+        self.memories = {kind: Memory(at_once) for kind in self.kinds}
+        self._residuals = self.memories["residual"]
 
     def compress(self, name, gradient, compressor, *, seed=0):
         """Encode gradient plus the residual of `name`, and remember what was lost.
@@ -45,10 +51,11 @@ class ErrorFeedback:
             (payload, ctx) as `Compressor.compress` does.
         """
         if self.fuses:
-            owed = self._residual_for(name, gradient)
-            fused = compressor.compress_remembering(gradient, owed, seed=seed)
+            residual = self._residual_for(name, gradient)
+            fused = compressor.compress_remembering(gradient, residual, seed=seed)
             if fused:
-                payload, self._residuals[name] = fused
+                payload, residual = fused
+                self._residuals.put(name, residual)
                 return payload, Context(gradient.shape, gradient.dtype)
         corrected = self.corrected(name, gradient)
         payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
@@ -72,39 +79,62 @@ class ErrorFeedback:
         return residual
 
     def keep(self, name, corrected, sent, *, sparse=False):
-        """Remember corrected - sent, in place of corrected, unless it is not finite; returns whether it is.
+        """Store corrected - sent as the residual. If it is not finite, keep the old one and return False.
 
-        sparse: whether zeros of `sent` mean entries that were not sent.
+        corrected: changed in place. sparse: whether zeros of `sent` mean entries that were not sent.
         """
         corrected.sub_(sent)
         finite = bool(torch.isfinite(torch.linalg.vector_norm(corrected, float("inf"))))
         if finite:
-            self._residuals[name] = corrected
+            self._residuals.put(name, corrected)
         return finite
+
+    def add(self, name, values):
+        """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
+        self._residuals.add(name, values)
 
     def residual(self, name):
         """The residual of `name` (1-D float32, not a copy), or None before its first step."""
-        return self._residuals.get(name)
+        return self._residuals.values().get(name)
 
-    def retain(self, sizes):
-        """Drop the residuals that are not of one of these {name: entries}."""
-        self._residuals = {name: r for name, r in self._residuals.items() if sizes.get(name) == r.numel()}
+    def apply(self, names=None):
+        """The step was applied: what was proposed for these names (default: all) is the memory."""
+        for memory in self.memories.values():
+            memory.apply(names)
+
+    def discard(self, names=None):
+        """The step was not applied: the memory of these names (default: all) is what it was before."""
+        for memory in self.memories.values():
+            memory.discard(names)
+
+    def carry_on(self, name):
+        """The next gradient of `name` contains the last result: go on from what is proposed."""
+        for memory in self.memories.values():
+            memory.carry_on(name)
+
+    def tensors(self):
+        """{kind: {name: tensor}} of all that is remembered; not copies."""
+        return {kind: memory.values() for kind, memory in self.memories.items()}
+
+    def load_tensors(self, tensors):
+        """Replace all memory by these tensors."""
+        for kind, memory in self.memories.items():
+            memory.load(tensors[kind])
+
+    def checked(self, state, sizes=None):
+        """Copies of the tensors of a `state_dict()`, as `load_tensors` takes them; ConfigError if it is none.
+
+        sizes: see `checked_copies`.
+        """
+        return {"residual": checked_copies("residual", state, sizes)}
 
     def state_dict(self):
         """{name: residual}; the residuals are this rank's own and must not be broadcast."""
-        return dict(self._residuals)
+        return self._residuals.values()
 
     def load_state_dict(self, state):
-        """Replace all residuals by copies of those of `state_dict()`."""
-        self._residuals = _checked_copies("residual", state)
-
-    def of_kind(self, state, kind):
-        """{name: tensor} of one of `kinds` in a `state_dict()`."""
-        return state
-
-    def load_kinds(self, tensors):
-        """`load_state_dict` of {kind: {name: tensor}}."""
-        self.load_state_dict(tensors["residual"])
+        """Replace all residuals by copies of those of `state_dict()`; ConfigError, and no change, if it is none."""
+        self.load_tensors(self.checked(state))
 
 
 class MomentumCorrection(ErrorFeedback):
@@ -124,11 +154,11 @@ class MomentumCorrection(ErrorFeedback):
     kinds = ("residual", "velocity")
     fuses = False
 
-    def __init__(self, momentum=0.9, clip=None):
-        super().__init__()
+    def __init__(self, momentum=0.9, clip=None, at_once=True):
+        super().__init__(at_once)
         self.momentum, self.clip = momentum, clip
-        self._velocities = {}
-        self._pending = {}  # velocities of steps under way
+        self._velocities = self.memories["velocity"]
+        self._moving = {}  # velocities of gradients between `corrected` and `keep`
 
     def corrected(self, name, gradient):
         """Velocity plus the residual of `name`: a new 1-D float32 tensor."""
@@ -140,51 +170,38 @@ class MomentumCorrection(ErrorFeedback):
         before = self._velocities.get(name)
         if before is not None and before.numel() == velocity.numel():
             velocity = torch.add(velocity, before, alpha=self.momentum)
-        self._pending[name] = velocity
+        self._moving[name] = velocity
         return super().corrected(name, velocity)
 
     def keep(self, name, corrected, sent, *, sparse=False):
-        velocity = self._pending.pop(name)
+        velocity = self._moving.pop(name)
         finite = super().keep(name, corrected, sent)
         if finite:
-            self._velocities[name] = torch.where(sent == 0, velocity, 0.0) if sparse else velocity.clone()
+            self._velocities.put(name, torch.where(sent == 0, velocity, 0.0) if sparse else velocity.clone())
         return finite
 
     def velocity(self, name):
         """The velocity of `name` (1-D float32, not a copy), or None before its first step."""
-        return self._velocities.get(name)
+        return self._velocities.values().get(name)
+
+    def checked(self, state, sizes=None):
+        if not isinstance(state, dict) or set(state) != set(self.kinds):
+            got = ", ".join(map(repr, state)) if isinstance(state, dict) else type(state).__name__
+            raise ConfigError(f"feedback: got {got}, expected residual and velocity")
+        return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
 
     def state_dict(self):
         """{"residual": {name: tensor}, "velocity": {name: tensor}}, this rank's own."""
-        return {"residual": super().state_dict(), "velocity": dict(self._velocities)}
-
-    def load_state_dict(self, state):
-        """Replace all memory by copies of that of `state_dict()`."""
-        if set(state) != {"residual", "velocity"}:
-            raise ConfigError(f"feedback: expected residual and velocity, got {', '.join(map(repr, state))}")
-        velocities = _checked_copies("velocity", state["velocity"])
-        super().load_state_dict(state["residual"])
-        self._velocities = velocities
-
-    def of_kind(self, state, kind):
-        return state[kind]
-
-    def load_kinds(self, tensors):
-        self.load_state_dict(tensors)
+        return self.tensors()
 
 
-def new_memory(policy):
-    """The empty memory that a Policy asks for, or None."""
+def new_memory(policy, at_once=True):
+    """The empty memory that a Policy asks for, or None; at_once: see `ErrorFeedback`."""
     if not policy.uses_feedback:
         return None
-    return MomentumCorrection(policy.momentum, policy.clip) if policy.momentum or policy.clip else ErrorFeedback()
-
-
-def _checked_copies(what, state):
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or tensor.dtype != torch.float32:
-            raise ConfigError(f"{what} {name!r}: expected a 1-D float32 tensor, got {type(tensor).__name__}")
-    return {name: tensor.clone() for name, tensor in state.items()}
+    if policy.momentum or policy.clip:
+        return MomentumCorrection(policy.momentum, policy.clip, at_once)
+    return ErrorFeedback(at_once)
 
 
 def eased(compressor, step, warmup_steps):

@@ -112,6 +112,15 @@ class Plan:
             self.buckets[-1].append(name)
             size += 4 * entry.numel
 
+    def unused_rules(self):
+        """The policy's rules for gradients that match none of the parameters."""
+        return [
+            rule
+            for rule in self.policy.rules
+            if rule.role != "activation"
+            and not any(rule.matches(name, entry.numel, "gradient") for name, entry in self.entries.items())
+        ]
+
     def digest(self):
         """A number that differs when ranks plan differently."""
         return zlib.crc32(

@@ -213,7 +213,7 @@ def check_momentum(policy, param_groups, names):
     for group in param_groups if policy.momentum else ():
         for parameter in group["params"]:
             name = names.get(parameter)
-            if group.get("momentum") and policy.compressor_for(name, parameter.numel()):
+            if name is not None and group.get("momentum") and policy.compressor_for(name, parameter.numel()):
                 raise ConfigError(
                     f"momentum: got {group['momentum']} in the optimizer and {policy.momentum} in the policy for "
                     f"{name!r}, expected one of them: make the optimizer from gcompress.parameter_groups(…)"

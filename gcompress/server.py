@@ -8,6 +8,7 @@ arrives and sends what it returns. It computes, and knows no clock and no networ
 """
 
 import heapq
+import math
 import zlib
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from .compressors import Compressor
 from .compressors.base import check_integer
 from .errors import ConfigError, ExchangeError, PayloadError
 from .feedback import ErrorFeedback, new_memory
+from .memory import Memory
 from .packing import bytes_to_float, float_to_bytes
 
 
@@ -67,6 +69,8 @@ def partition(sizes, policy, servers, partition_numel=1 << 20):
 class Codec:
     """One side's encoder and decoder of partitions, with its error feedback.
 
+    What an encoding leaves over is only proposed until `apply` or `discard` (see gcompress/memory.py).
+
     Args:
         partitions: from `partition`.
         policy: the same that it was called with. Momentum correction is a worker's; a warm-up
@@ -78,9 +82,9 @@ class Codec:
         if policy and policy.warmup_steps:
             raise ConfigError(f"warmup_steps: got {policy.warmup_steps}, expected 0 with parameter servers")
         self.partitions, self._side, self._policy = partitions, side, policy
-        self._feedback = new_memory(policy) if policy else None
+        self._feedback = new_memory(policy, at_once=False) if policy else None
         if self._feedback and side == "server":
-            self._feedback = ErrorFeedback()
+            self._feedback = ErrorFeedback(at_once=False)
 
     def encode(self, key, values, step, peer=""):
         """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
@@ -93,6 +97,12 @@ class Codec:
         if self._policy.feedback_for(part.compressor):
             return self._feedback.compress(_memory_name(part) + peer, values, part.compressor, seed=seed)[0]
         return part.compressor.compress(values, seed=seed)[0]
+
+    def encode_nothing(self, key):
+        """The payload of zeros, without memory: no one had anything to send."""
+        part = self.partitions[key]
+        zeros = torch.zeros(part.numel)
+        return part.compressor.compress(zeros)[0] if part.compressor else float_to_bytes(zeros)
 
     def decode(self, key, payload, out, add=False):
         """Decode into, or add to, a 1-D float32 tensor; PayloadError on bytes that do not fit."""
@@ -107,29 +117,55 @@ class Codec:
         except PayloadError as error:
             raise PayloadError(f"gradient {part.name!r} from entry {part.start} on: {error}") from None
 
-    def residual(self, key):
-        """What error feedback holds of a partition, or None."""
-        return self._feedback.residual(_memory_name(self.partitions[key])) if self._feedback else None
+    def settle(self, keys, applied, peer=""):
+        """The last results of these keys were applied, or not: memory follows them or stays."""
+        if self._feedback:
+            names = [_memory_name(self.partitions[key]) + peer for key in keys]
+            self._feedback.apply(names) if applied else self._feedback.discard(names)
+
+    def carry_on(self, key):
+        """The next gradient contains the last result: go on from what is proposed."""
+        if self._feedback:
+            self._feedback.carry_on(_memory_name(self.partitions[key]))
+
+    def add(self, key, values):
+        """Owe what was not delivered after all, if this partition's losses are remembered."""
+        part = self.partitions[key]
+        if self._feedback and part.compressor and self._policy.feedback_for(part.compressor):
+            self._feedback.add(_memory_name(part), values)
+
+    def residual(self, key, proposed=False):
+        """What error feedback holds of a partition, or proposes if that is asked for; or None."""
+        if self._feedback is None:
+            return None
+        name = _memory_name(self.partitions[key])
+        return self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
 
     def load_residual(self, key, values):
         """Go on from `residual(key)`."""
         if self._feedback:
-            self._feedback.keep(_memory_name(self.partitions[key]), values, torch.zeros_like(values))
+            residuals = self._feedback.memories["residual"]
+            residuals.put(_memory_name(self.partitions[key]), values)
+            residuals.apply([_memory_name(self.partitions[key])])
 
     def forget(self, peer):
         """Drop the memories of a receiver that is gone."""
         if self._feedback:
-            kept = {name: value for name, value in self._feedback.state_dict().items() if not name.endswith(peer)}
-            self._feedback.load_state_dict(kept)
+            self._feedback.memories["residual"].drop(lambda name: name.endswith(peer))
 
     def state_dict(self):
         """This side's residuals by name; see `ErrorFeedback`."""
         return self._feedback.state_dict() if self._feedback else {}
 
-    def load_state_dict(self, state):
-        """Go on from `state_dict()`."""
+    def checked(self, state):
+        """What `load` takes, of a `state_dict()` that a job with this policy and partitions saved; ConfigError else."""
+        sizes = {_memory_name(part): part.numel for part in self.partitions if part.compressor}
+        return self._feedback.checked(state, sizes) if self._feedback else {}
+
+    def load(self, tensors):
+        """Go on from tensors that `checked` returned."""
         if self._feedback:
-            self._feedback.load_state_dict(state)
+            self._feedback.load_tensors(tensors)
 
 
 class ParameterServer:
@@ -137,7 +173,9 @@ class ParameterServer:
 
     `push`, `pull` and `remove` return what can be sent now: a list of (worker, key, payload).
     A payload belongs to its round and to whoever still sends it: nothing is written into it
-    again. Each worker pushes a key, then pulls it, then pushes the next round.
+    again. Each worker pushes a key, then pulls it, then pushes the next round; with that push it
+    says whether it applied what it pulled. If it did not, the server's memory is what it was
+    before that round. An empty payload says that a worker had no gradient.
 
     Args:
         codec: a Codec of side "server".
@@ -167,12 +205,12 @@ class ParameterServer:
             if part.server == server
         }
 
-    def push(self, worker, key, payload):
-        """A worker's payload for its next round of a key."""
+    def push(self, worker, key, payload, applied=True):
+        """A worker's payload for its next round of a key; whether it applied the result of the last one."""
         state = self._state(worker, key)
         if state.pushed[worker] > state.pulled[worker]:
             raise ExchangeError(f"gradient {self._name(key)!r}: worker {worker} pushed again before it pulled")
-        return [(to, key, answer) for to, answer in state.push(worker, payload)]
+        return [(to, key, answer) for to, answer in state.push(worker, payload, applied)]
 
     def pull(self, worker, key):
         """A worker asks for the result of its round."""
@@ -188,27 +226,26 @@ class ParameterServer:
         self._codec.forget(_memory_of(worker))
         return answers
 
-    def memory(self, key):
+    def memory(self, key, applied=True):
         """What this server keeps of a key from round to round, as bytes (1-D uint8) for `load_memory`.
 
-        Complete when all workers have their results of the last round. Of synchronous rounds only.
+        Complete when all workers have their results of the last round; applied: whether they have
+        applied them. Of synchronous rounds only.
         """
-        state, residual = self._synchronous(key), self._codec.residual(key)
-        head = torch.tensor([state.rounds, residual is not None, state.velocity is not None])
-        floats = [values for values in (residual, state.velocity) if values is not None]
+        rounds, residual, velocity = self._synchronous(key).memory(applied)
+        head = torch.tensor([rounds, residual is not None, velocity is not None])
+        floats = [values for values in (residual, velocity) if values is not None]
         return torch.cat([head.view(torch.uint8), *map(float_to_bytes, floats)])
 
     def load_memory(self, key, memory):
-        """Go on from `memory(key)`, before the first push; PayloadError if it is not one of this key."""
+        """Go on from `memory(key)`, between rounds; PayloadError if it is not one of this key."""
         state, numel = self._synchronous(key), self._codec.partitions[key].numel
         rounds, *there = memory[:24].clone().view(torch.int64).tolist() if memory.numel() >= 24 else [0]
         if memory.numel() != 24 + 4 * numel * sum(there):
             raise PayloadError(f"memory of {self._name(key)!r}: got {memory.numel()} bytes for {numel} entries")
         floats = iter(bytes_to_float(memory[24:].clone()).split(numel))
         residual, velocity = (next(floats) if here else None for here in there)
-        state.rounds, state.velocity = rounds, velocity
-        if residual is not None:
-            self._codec.load_residual(key, residual)
+        state.load(rounds, residual, velocity)
 
     def missing(self):
         """{worker: the name of a parameter} for those whose push others wait for."""
@@ -256,14 +293,45 @@ class Rounds:
         self._collecting = 0  # the round that is not finished
         self._payloads = {}  # those of that round not yet added up
         self._total, self._count = None, 0
-        # Also what a restart goes on from: the rounds before this server's first (they enter the seeds), the momentum.
-        self.rounds, self.velocity = 0, None
+        # Rounds that were applied, before this server's first ones too (they enter the seeds), and the momentum.
+        self._rounds, self._velocity = 0, Memory()
+        self._unsettled = False  # whether a round is finished and nobody has said that it was applied
+        self._said = None  # (worker, whether the last round was applied), from the first that said so
         self._results = {}  # round: (payload, the workers that have not pulled it)
 
-    def push(self, worker, payload):
+    def push(self, worker, payload, applied):
+        self._settle(worker, applied)
         self.pushed[worker] += 1
         self._payloads[worker] = payload
         return self._finish_if_complete()
+
+    def _settle(self, worker, applied):
+        """All workers must have applied a result, or none: their weights would differ ever after."""
+        if self._unsettled:
+            self._unsettled, self._said = False, (worker, applied)
+            self._rounds += applied
+            self._codec.settle([self._key], applied)
+            self._velocity.apply() if applied else self._velocity.discard()
+        elif self._said is not None and self._said[1] != applied:
+            did, did_not = (worker, self._said[0]) if applied else (self._said[0], worker)
+            raise ExchangeError(
+                f"gradient {self._codec.partitions[self._key].name!r}: worker {did} applied the last result, worker "
+                f"{did_not} did not, expected all workers to step or to skip a step alike"
+            )
+
+    def memory(self, applied):
+        """(rounds, residual, velocity), with the last round if it was applied."""
+        newest = applied and self._unsettled
+        velocity = self._velocity.latest("u") if newest else self._velocity.get("u")
+        return self._rounds + newest, self._codec.residual(self._key, proposed=newest), velocity
+
+    def load(self, rounds, residual, velocity):
+        """Go on from `memory`."""
+        self._codec.settle([self._key], False)
+        self._rounds, self._unsettled, self._said = rounds, False, None
+        self._velocity.load({} if velocity is None else {"u": velocity})
+        if residual is not None:
+            self._codec.load_residual(self._key, residual)
 
     def pull(self, worker):
         self._waiting.add(worker)
@@ -288,24 +356,32 @@ class Rounds:
             self._add(self._payloads.pop(worker))
         if absent or not self._workers:
             return []
-        mean, self._total = self._total.mul_(1.0 / self._count), None
-        payload = self._codec.encode(self._key, self._with_momentum(mean), self.rounds)
+        if self._total is None:
+            payload = self._codec.encode_nothing(self._key)
+        else:
+            mean, self._total = self._total.mul_(1.0 / self._count), None
+            payload = self._codec.encode(self._key, self._with_momentum(mean), self._rounds)
         self._results[self._collecting] = (payload, set(self._workers))
-        self._collecting, self.rounds, self._count = self._collecting + 1, self.rounds + 1, 0
+        self._collecting, self._count = self._collecting + 1, 0
+        self._unsettled, self._said = True, None
         return self._answer()
 
     def _add(self, payload):
-        if self._total is None:
-            self._total = torch.empty(self._codec.partitions[self._key].numel)
-        self._codec.decode(self._key, payload, self._total, add=self._count > 0)
         self._count += 1
+        if not payload.numel():
+            return
+        add = self._total is not None
+        if not add:
+            self._total = torch.empty(self._codec.partitions[self._key].numel)
+        self._codec.decode(self._key, payload, self._total, add=add)
 
     def _with_momentum(self, mean):
         if not self._momentum:
             return mean
-        velocity = mean if self.velocity is None else mean.add_(self.velocity * self._momentum)
+        before = self._velocity.get("u")
+        velocity = mean if before is None else mean.add_(before * self._momentum)
         if _finite(velocity):  # else everyone sees it, and it is forgotten
-            self.velocity = velocity
+            self._velocity.put("u", velocity)
         return velocity
 
     def _answer(self):
@@ -327,8 +403,9 @@ class Rounds:
 class Stream:
     """One key under bounded staleness: for every worker, all that it has not got yet.
 
-    The sum of what a worker gets is that of all contributions, however they were cut into
-    pulls: what one answer loses is in the error feedback of the next.
+    The sum of what a worker applies is that of all contributions, however they were cut into
+    pulls: what one answer loses is in the error feedback of the next, and what a worker did not
+    apply is owed to it again. A contribution that is not finite reaches all as a NaN, once.
     """
 
     def __init__(self, codec, key, workers, momentum, staleness):
@@ -336,21 +413,31 @@ class Stream:
         self._momentum, self._staleness = momentum, staleness
         self.pushed = dict.fromkeys(workers, 0)
         self.pulled = dict.fromkeys(workers, 0)
-        numel = codec.partitions[key].numel
-        self._owed = {worker: torch.zeros(numel) for worker in workers}
+        self._numel = codec.partitions[key].numel
+        self._owed = {worker: torch.zeros(self._numel) for worker in workers}
+        self._given = {worker: torch.zeros(self._numel) for worker in workers}  # in the last answer
+        self._poisoned = set()  # workers that have yet to see a NaN
         self._waiting = set()
         # For momentum: the sums of rounds that not all have pushed, and the velocity of those that all have.
         self._open, self._closed, self._velocity = {}, 0, None
 
-    def push(self, worker, payload):
-        part = torch.empty_like(self._owed[worker])
-        self._codec.decode(self._key, payload, part)
-        part.mul_(1.0 / len(self._workers))
-        if self._momentum and _finite(part):
-            number = self.pushed[worker]
-            self._open[number] = self._open[number].add_(part) if number in self._open else part.clone()
+    def push(self, worker, payload, applied):
+        if not applied:
+            self._owed[worker].add_(self._given[worker])
+        self._given[worker].zero_()
+        self._codec.settle([self._key], applied, _memory_of(worker))
+        number = self.pushed[worker]
         self.pushed[worker] += 1
-        self._owe(part)
+        if payload.numel():
+            part = torch.empty(self._numel)
+            self._codec.decode(self._key, payload, part)
+            part.mul_(1.0 / len(self._workers))
+            if not _finite(part):
+                self._poisoned.update(self._workers)
+            else:
+                if self._momentum:
+                    self._open[number] = self._open[number].add_(part) if number in self._open else part.clone()
+                self._owe(part)
         return self._close_rounds()
 
     def pull(self, worker):
@@ -361,6 +448,7 @@ class Stream:
     def remove(self, worker):
         self._waiting.discard(worker)
         self._owed.pop(worker, None)
+        self._given.pop(worker, None)
         return self._close_rounds()
 
     def missing(self):
@@ -392,11 +480,17 @@ class Stream:
         answers, slowest = [], self._slowest()
         for worker in sorted(self._waiting):
             if self.pushed[worker] - self._staleness <= slowest:
-                step, peer = self.pushed[worker], _memory_of(worker)
-                answers.append((worker, self._codec.encode(self._key, self._owed[worker], step, peer)))
-                self._owed[worker].zero_()
+                answers.append((worker, self._encoded(worker)))
                 self._waiting.discard(worker)
         return answers
+
+    def _encoded(self, worker):
+        step, peer = self.pushed[worker], _memory_of(worker)
+        if worker in self._poisoned:
+            self._poisoned.discard(worker)
+            return self._codec.encode(self._key, torch.full((self._numel,), math.nan), step, peer)
+        self._owed[worker], self._given[worker] = self._given[worker], self._owed[worker]
+        return self._codec.encode(self._key, self._given[worker], step, peer)
 
 
 def _finite(values):

@@ -73,6 +73,7 @@ def check_steps(policy, steps=4, ranks=None, process_group=None):
                 torch.testing.assert_close(p.grad, expected[name])
             else:
                 assert torch.equal(p.grad, expected[name]), (step, name)
+        state.exchange.applied()  # the simulation's weights stand still
     return state
 
 
@@ -153,14 +154,16 @@ def training_goes_on_from_a_saved_state_to_the_bit():
     model, state = wrapped(make_model(), policy)
     for step in range(3):
         backward(model, step, dist.get_rank())
+        state.exchange.applied()
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
     file.seek(0)
     other, other_state = wrapped(make_model(), policy)  # its buckets are not rebuilt yet
     other_state.load_state_dict(torch.load(file, weights_only=True))
     for step in (3, 4):
-        for each in (model, other):
+        for each, its_state in ((model, state), (other, other_state)):
             backward(each, step, dist.get_rank())
+            its_state.exchange.applied()
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad) or p.numel() < 1024
     assert other_state.exchange.report == state.exchange.report
@@ -175,6 +178,7 @@ def a_non_finite_gradient_is_seen_by_all_and_forgotten():
         poison = float("nan") if step == 1 and dist.get_rank() == 1 else 1.0
         (model(x).square().mean() * poison).backward()
         assert all(bool(p.grad.isfinite().all()) for p in model.parameters()) == (step != 1)
+        state.exchange.applied()
     saved = state.state_dict()
     assert all(r.isfinite().all() for r in [*saved["feedback"].values(), *saved["owner_feedback"].values()])
 

@@ -49,7 +49,7 @@ def main():
             if hvd.size() == 3 and state.step == KILLED_AT and os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1":
                 os.kill(os.getpid(), signal.SIGKILL)  # its gradients are under way
             optimizer.step()
-            assert exchange.report.steps == state.step + 1
+            assert exchange.steps == state.step + 1
             weights = hvd.allgather(model.weight.detach().view(1, -1), name="weights")
             assert (weights == weights[0]).all(), "ranks hold different models"
             state.step += 1
@@ -57,7 +57,7 @@ def main():
                 (FOLDER / "enlarge").touch()
             if hvd.size() == 2 and state.step > ENLARGED_AT:
                 state.step = ENLARGED_AT  # until the third rank is there, not to the end
-                exchange.report.steps = ENLARGED_AT
+                exchange.steps = ENLARGED_AT
             if state.step % 2 == 0:
                 record("commit", state, exchange)
                 state.commit()

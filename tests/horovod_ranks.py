@@ -126,6 +126,7 @@ def summed_by_horovods_own_all_reduce():
             residual[rank] = corrected - own
             expected += own / hvd.size()
         torch.testing.assert_close(model[0].weight.grad.view(-1), expected)
+        exchange.applied()
         assert torch.equal(exchange.state_dict()["feedback"]["0.weight"], residual[hvd.rank()])
         assert same_on_all_ranks(model[0].weight.grad)
     assert exchange.report.last_step_bytes == 4 * (600 + 750 + 60)
@@ -151,6 +152,7 @@ def integers_and_low_rank_by_horovods_own_all_reduce():
             parameter.grad = None
             (parameter * direction * (1.0 + hvd.rank())).sum().backward()
             optimizer.synchronize()
+            gcompress_hvd.exchange(optimizer).applied()
         mean = direction * (1 + hvd.size()) / 2
         assert (parameter.grad - mean).norm() < tolerance * mean.norm(), compressor
         assert same_on_all_ranks(parameter.grad)
@@ -312,12 +314,14 @@ def non_finite_is_seen_and_forgotten():
         backward(model, step)
         optimizer.synchronize()
         assert all(p.grad.isfinite().all() for p in model.parameters())
+        exchange.applied()
         before = {name: t.clone() for name, t in exchange.state_dict()["feedback"].items()}
         optimizer.zero_grad()
         poison = float("nan") if hvd.rank() == 1 else 1.0
         (model(torch.randn(8, 40)).square().mean() * poison).backward()
         optimizer.synchronize()
         assert not any(p.grad.isfinite().all() for p in (model[0].weight, model[2].weight))
+        exchange.applied()
         after = exchange.state_dict()["feedback"]
         if hvd.rank() == 1:
             assert all(torch.equal(before[name], after[name]) for name in before)

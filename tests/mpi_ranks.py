@@ -305,9 +305,9 @@ def misuse(job):
     assert torch.equal(worker.pull("w")(), torch.ones(3000))
     expect_error(gcompress.ConfigError, "server ranks only", job.serve)
     model = make_model()
-    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
-    wrong = lambda: servers.DistributedOptimizer(optimizer, model.named_parameters(), job)  # noqa: E731
-    expect_error(gcompress.ConfigError, "just the 2", wrong)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    wrong = lambda: servers.DistributedOptimizer(optimizer, model[0].named_parameters(), job)  # noqa: E731
+    expect_error(gcompress.ConfigError, "of which 1 that the optimizer steps are missing", wrong)
     expect_error(gcompress.ConfigError, "SGD", lambda: servers.exchange(optimizer))
 
 
@@ -456,7 +456,7 @@ def run_scenario(function):
             function(job)
         except Exception:
             failure = f"worker {job.rank}:\n{traceback.format_exc()}"
-        if failure and job.leave is None:
+        if failure and job.connection is None:  # the servers wait for it
             servers.job.MPI.COMM_WORLD.Abort(1)
         job.close()
     return failure

@@ -67,7 +67,7 @@ def check_handed_on(before, after):
     assert mean.norm() > 0
     for state in after:
         torch.testing.assert_close(state["feedback"]["weight"], mean)
-        assert state["report"]["steps"] == before[0]["report"]["steps"] == state["step"]
+        assert state["steps"] == before[0]["steps"] == state["step"]
     assert torch.equal(owners_vector(before), owners_vector(after))
     assert owners_vector(after).norm() > 0
 

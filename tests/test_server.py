@@ -24,6 +24,9 @@ class Fleet:
     def __init__(self, policy, workers=3, servers=2, seed=0, partition_numel=2048, **options):
         self.parts = partition(SIZES, policy, servers, partition_numel)
         self.codecs = [Codec(self.parts, policy, f"worker {worker}") for worker in range(workers)]
+        self.staleness = options.get("staleness", 0)
+        self.skipped = set()  # (worker, its step) whose results are not applied
+        self.applied = [0] * workers  # steps
         self.servers = [
             ParameterServer(Codec(self.parts, policy, "server"), server, range(workers), **options)
             for server in range(servers)
@@ -39,11 +42,16 @@ class Fleet:
     def start(self, worker, gradients=gradient):
         """One step's pushes and pulls of a worker."""
         self.got[worker].clear()
+        applied, keys = (worker, self.step[worker] - 1) not in self.skipped, range(len(self.parts))
+        self.codecs[worker].settle(keys, applied)
+        self.applied[worker] += applied and self.step[worker] > 0
         for key, part in enumerate(self.parts):
             values = gradients(part.name, worker, self.step[worker])[part.start : part.start + part.numel]
-            payload = self.codecs[worker].encode(key, values, self.step[worker])
+            payload = self.codecs[worker].encode(key, values, self.applied[worker])
             assert payload.numel() == part.nbytes
-            self.queues.setdefault((worker, key), []).extend([("push", payload), ("pull", None)])
+            self.queues.setdefault((worker, key), []).extend([("push", payload, applied), ("pull",)])
+        if self.staleness:  # delivered, whatever becomes of the step
+            self.codecs[worker].settle(keys, True)
         self.step[worker] += 1
 
     def deliver(self):
@@ -52,9 +60,8 @@ class Fleet:
         if not ready:
             return False
         worker, key = where = self.random.choice(ready)
-        kind, payload = self.queues[where].pop(0)
-        server = self.servers[self.parts[key].server]
-        answers = server.push(worker, key, payload) if kind == "push" else server.pull(worker, key)
+        kind, *message = self.queues[where].pop(0)
+        answers = getattr(self.servers[self.parts[key].server], kind)(worker, key, *message)
         self.take(answers)
         return True
 
@@ -66,6 +73,8 @@ class Fleet:
             part = self.parts[key]
             values = torch.zeros(part.numel)
             self.codecs[worker].decode(key, payload, values)
+            if (worker, self.step[worker] - 1) in self.skipped:
+                continue
             self.totals[worker][part.name][part.start : part.start + part.numel] += values
 
     def remove(self, worker):
@@ -267,14 +276,77 @@ def test_a_non_finite_gradient_is_seen_by_all_and_forgotten(staleness, momentum)
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("spec", [*SPECS, None])
+def test_a_step_that_nobody_applied_leaves_no_trace(spec, momentum):
+    """Steps that all workers skip, one of them poisoned: all that follows is as if they had never been."""
+    policy = Policy(spec) if spec else None
+    plain, skipping = (Fleet(policy, momentum=momentum, seed=seed) for seed in (1, 2))
+    thrown_away = {1, 2, 4}
+    kept = [step for step in range(7) if step not in thrown_away]
+
+    def gradients(name, worker, step):
+        values = gradient(name, worker, kept.index(step) if step in kept else 100 + step).clone()
+        if step == 2 and worker == 1 and name == "a.weight":
+            values[17] = float("nan")  # only some keys see it
+        return values
+
+    skipping.skipped = {(worker, step) for worker in range(3) for step in thrown_away}
+    plain.run(4)
+    skipping.run(7, gradients)
+    for totals, expected in zip(skipping.totals, plain.totals, strict=True):
+        assert all(torch.equal(totals[name], expected[name]) for name in SIZES)
+    for key, part in enumerate(plain.parts):
+        memories = [fleet.servers[part.server].memory(key) for fleet in (plain, skipping)]
+        assert torch.equal(*memories)
+
+
+def test_workers_that_do_not_step_alike_are_named():
+    fleet = Fleet(Policy("topk:sparsity=0.9"), seed=3)
+    fleet.skipped = {(2, 0)}
+    with pytest.raises(ExchangeError, match="worker [01] applied the last result, worker 2 did not"):
+        fleet.run(2)
+
+
+def test_under_staleness_what_was_not_applied_is_owed_again():
+    """A worker that skips steps gets all in the end, as those that skip none do."""
+    fleet = Fleet(Policy("topk:sparsity=0.5"), staleness=2, seed=5)
+    fleet.skipped = {(1, 2), (1, 3), (0, 5)}
+    fleet.run(8)
+    fleet.run(40, lambda name, worker, step: torch.zeros(SIZES[name]))
+    for name in SIZES:
+        pushed = sum(gradient(name, worker, step) for worker in range(3) for step in range(8)) / 3
+        for totals in fleet.totals:
+            torch.testing.assert_close(totals[name], pushed, atol=1e-4, rtol=0)
+
+
+def test_a_key_that_no_worker_has_a_gradient_for_waits():
+    policy = Policy("topk:sparsity=0.9")
+    parts = partition({"w": 5000}, policy, 1, 1 << 20)
+    codec, server = Codec(parts, policy, "worker"), ParameterServer(Codec(parts, policy, "server"), 0, range(2))
+    nothing = torch.empty(0, dtype=torch.uint8)
+    for worker in range(2):
+        server.push(worker, 0, codec.encode(0, torch.randn(5000), 0))
+    for worker in range(2):
+        server.pull(worker, 0)
+    before = server.memory(0)[24:]
+    for worker in range(2):
+        server.push(worker, 0, nothing)
+    ((_, _, answer),) = server.pull(0, 0)
+    decoded = torch.ones(5000)
+    codec.decode(0, answer, decoded)
+    assert not decoded.any() and torch.equal(server.memory(0)[24:], before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("spec", [*SPECS, None])
 def test_a_restart_with_the_saved_memory_goes_on_to_the_bit(spec, momentum):
     policy = Policy(spec) if spec else None
     whole, before, after = (Fleet(policy, momentum=momentum) for _ in range(3))
     whole.run(5)
     before.run(3)
-    after.totals, after.step = before.totals, before.step
+    after.totals, after.step, after.applied = before.totals, before.step, [2] * 3
     for codec, saved in zip(after.codecs, before.codecs, strict=True):
-        codec.load_state_dict(saved.state_dict())
+        saved.settle(range(len(before.parts)), True)
+        codec.load(codec.checked(saved.state_dict()))
     for key, part in enumerate(before.parts):
         after.servers[part.server].load_memory(key, before.servers[part.server].memory(key))
     after.run(2)

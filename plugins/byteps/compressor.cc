@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 
 #include "byteps/common/compressor/compressor_registry.h"
 #include "gcompress.h"
@@ -125,8 +127,23 @@ const std::string& need(const kwargs_t& kwargs, const char* name) {
     return found->second;
 }
 
-// One partition's encoder and decoder on one side, with its error feedback: p = x + residual is sent, what is lost
-// stays. A p that is not finite is sent for all to see, and the residual stays what it was.
+// What a worker's Python says of a tensor before each push: whether the last result was applied, and whether there is a
+// gradient at all.
+struct Told {
+    bool applied = true, absent = false;
+};
+std::mutex told_mutex;
+std::unordered_map<int64_t, Told> told;
+
+Told told_of(int64_t tensor) {
+    std::lock_guard<std::mutex> lock(told_mutex);
+    return told[tensor];
+}
+
+// One partition's encoder and decoder on one side, with its error feedback: p = x + residual is sent, what is lost is
+// the next residual, once the result is known to have been applied. A p that is not finite is sent for all to see, and
+// the residual stays what it was. With feedback a payload has one byte more: from a worker, whether it applied the last
+// result; the server's memory follows, and all workers must say the same.
 class Partition : public Compressor {
    public:
     Partition(const kwargs_t& kwargs, size_t size, DataType dtype)
@@ -135,11 +152,14 @@ class Partition : public Compressor {
           spec_(need(kwargs, "gcompress_spec")),
           plan_(find_plan(need(kwargs, "gcompress_plan"), std::stoll(need(kwargs, "partition_bytes")) / 4)),
           key_(static_cast<uint32_t>(std::stoull(need(kwargs, "partition_key")))),
+          tensor_(std::stoll(need(kwargs, "gcompress_tensor"))),
+          feedback_(need(kwargs, "gcompress_feedback") == "1"),
+          bytes_(plan_.bytes + feedback_),
           work_(plan_.workspace) {
         BPS_CHECK(kernels != nullptr && python != nullptr) << "gcompress: the kernels were not handed over";
         BPS_CHECK_EQ(dtype, common::BYTEPS_FLOAT32) << "gcompress: only float32 tensors are compressed";
-        BPS_CHECK_LE(plan_.bytes, plan_.entries * 4) << "gcompress: a payload must not be larger than its tensor";
-        if (need(kwargs, "gcompress_feedback") == "1") {
+        BPS_CHECK_LE(bytes_, plan_.entries * 4) << "gcompress: a payload must not be larger than its tensor";
+        if (feedback_) {
             residual_.assign(plan_.entries, 0.0f);
             corrected_.resize(plan_.entries);
         }
@@ -150,21 +170,33 @@ class Partition : public Compressor {
     tensor_t Compress(tensor_t grad) override {
         BPS_CHECK_EQ(static_cast<int64_t>(grad.size), plan_.entries * 4);
         const float* values = reinterpret_cast<const float*>(grad.data);
-        if (!residual_.empty()) {
+        uint8_t* payload = reinterpret_cast<uint8_t*>(_buf.get());
+        bool remembers = feedback_;
+#ifdef BYTEPS_BUILDING_SERVER
+        if (!feedback_) settle(true);
+        remembers = feedback_ && any(values);  // else no worker had a gradient: what is owed waits
+#else
+        const Told said = told_of(tensor_);
+        settle(said.applied);
+        remembers = feedback_ && !said.absent;
+        if (feedback_) payload[plan_.bytes] = said.applied;
+#endif
+        if (remembers) {
             for (int64_t i = 0; i < plan_.entries; ++i) corrected_[i] = values[i] + residual_[i];
             values = corrected_.data();
         }
-        uint8_t* payload = reinterpret_cast<uint8_t*>(_buf.get());
         encode(values, payload);
-        if (!residual_.empty()) remember(payload);
-        return {_buf.get(), static_cast<size_t>(plan_.bytes)};
+        open_ = true;
+        if (remembers) remember(payload);
+        return {_buf.get(), static_cast<size_t>(bytes_)};
     }
 
     tensor_t Decompress(tensor_t compressed) override {
-        BPS_CHECK_EQ(static_cast<int64_t>(compressed.size), plan_.bytes);
+        BPS_CHECK_EQ(static_cast<int64_t>(compressed.size), bytes_);
 #ifdef BYTEPS_BUILDING_SERVER
         const char* payload = compressed.data;
         char* out = _buf.get();
+        if (feedback_) hear(payload[plan_.bytes] != 0);
 #else
         std::memcpy(_buf.get(), compressed.data, compressed.size);  // it is decoded where it lies
         const char* payload = _buf.get();
@@ -204,22 +236,51 @@ class Partition : public Compressor {
     void remember(const uint8_t* payload) {
         sent_.resize(plan_.entries);
         decode(payload, sent_.data());
-        bool finite = true;
+        proposed_ = true;
         for (int64_t i = 0; i < plan_.entries; ++i) {
             sent_[i] = corrected_[i] - sent_[i];
-            finite &= std::isfinite(sent_[i]);
+            proposed_ &= static_cast<bool>(std::isfinite(sent_[i]));
         }
-        if (finite) residual_.swap(sent_);
     }
 
-    // Another one for every key, step and side.
-    uint32_t seed() { return (key_ * 2654435761u) ^ (++step_ * 40503u) ^ (side_ << 24); }
+    // The last result was applied, or not: memory follows it or stays.
+    void settle(bool applied) {
+        if (!open_) return;
+        if (applied && proposed_) residual_.swap(sent_);
+        step_ += applied;
+        open_ = proposed_ = false;
+    }
+
+    // What a worker says of the last result, before its payload of the next round.
+    void hear(bool applied) {
+        if (open_) {
+            settle(applied);
+            applied_ = applied;
+        }
+        BPS_CHECK_EQ(applied, applied_) << "gcompress: some workers applied the last result and some did not: all "
+                                           "must step or skip a step alike";
+    }
+
+    bool any(const float* values) const {
+        for (int64_t i = 0; i < plan_.entries; ++i)
+            if (values[i] != 0.0f) return true;  // a NaN, too
+        return false;
+    }
+
+    // Another one for every key, step that was applied, and side.
+    uint32_t seed() { return (key_ * 2654435761u) ^ (step_ * 40503u) ^ (side_ << 24); }
 
     const Method* const method_;
     const std::string spec_;
     const Plan plan_;
     const uint32_t key_;
-    uint32_t side_ = 0, step_ = 0;
+    const int64_t tensor_;
+    const bool feedback_;
+    const int64_t bytes_;  // of a payload
+    uint32_t side_ = 0, step_ = 1;
+    bool open_ = false;      // whether nobody has said yet that the last result was applied
+    bool proposed_ = false;  // whether sent_ is the residual if it was
+    bool applied_ = true;    // what the first worker said of it
     std::vector<uint32_t> work_;
     std::vector<float> residual_, corrected_, sent_;
 };
@@ -231,6 +292,12 @@ CompressorRegistry::Register registered("gcompress_compressor",
 
 }  // namespace
 }  // namespace byteps
+
+// Before a worker pushes a tensor: whether its last result was applied, and whether there is no gradient of it.
+extern "C" __attribute__((visibility("default"))) void gcompress_byteps_tell(int64_t tensor, int applied, int absent) {
+    std::lock_guard<std::mutex> lock(byteps::told_mutex);
+    byteps::told[tensor] = {applied != 0, absent != 0};
+}
 
 // Take the table of kernels and callback.py's function; returns the size of the table that this was compiled for.
 extern "C" __attribute__((visibility("default"))) int gcompress_byteps_use(const gc_kernels* table,

@@ -59,10 +59,16 @@ METHODS = {
 }
 
 
-def parameters(compressor, lengths, feedback):
+def payload_bytes(compressor, numel, feedback):
+    """The bytes of one partition's payload: with feedback, one says whether the last result was applied."""
+    return compressor.nbytes(numel) + bool(feedback)
+
+
+def parameters(number, compressor, lengths, feedback):
     """What BytePS hands to our C++ compressor for one tensor, as {name: value} without spaces.
 
     Args:
+        number: of the tensor, among this process's.
         compressor: a Compressor.
         lengths: the numbers of entries that the tensor's partitions have.
         feedback: whether both sides remember what they lost.
@@ -72,12 +78,13 @@ def parameters(compressor, lengths, feedback):
     row, integers_of = METHODS.get(type(compressor), ("python", _nothing))
     plans = []
     for numel in sorted(set(lengths)):
-        if compressor.nbytes(numel) > 4 * numel:
+        if payload_bytes(compressor, numel, feedback) > 4 * numel:
             raise ConfigError(f"compression: {compressor} makes {numel} entries larger, which BytePS cannot send")
         integers = ",".join(str(int(value)) for value in integers_of(compressor, numel))
         plans.append(f"{numel}:{compressor.nbytes(numel)}:{workspace(compressor, numel)}:{integers}")
     return {
         "compressor_type": "gcompress",
+        "gcompress_tensor": number,
         "gcompress_method": row,
         "gcompress_spec": str(compressor),
         "gcompress_plan": ";".join(plans),

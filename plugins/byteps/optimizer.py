@@ -1,6 +1,6 @@
 """BytePS's optimizer, told which of our compressors each tensor takes."""
 
-import json
+import itertools
 import os
 import sys
 import time
@@ -11,14 +11,19 @@ import byteps.torch as bps
 import byteps.torch.ops as bps_ops
 import torch
 
+from gcompress import agreement
+from gcompress.applied import Watch, holds_nothing
 from gcompress.compressors import Compressor
-from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError
+from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange import unscaled
 from gcompress.feedback import new_memory
+from gcompress.memory import Memory
 from gcompress.policy import Policy, as_policy, check_momentum
 from gcompress.report import Report
+from gcompress.scaling import LossScale
 
 from . import native
-from .kernels import parameters
+from .kernels import parameters, payload_bytes
 
 PAGE = os.sysconf("SC_PAGESIZE")
 # What our payloads need of BytePS: every tensor that the policy names is compressed, and by a pool of threads,
@@ -28,6 +33,7 @@ CONFIGURATION_BYTES = 4096  # of one worker, when configurations are compared
 POLL_SECONDS = 2e-4
 _loaded = []  # the library with our compressors, once it is there
 _stock_synchronize = bps_ops.synchronize
+_numbers = itertools.count()  # of tensors with our C++ compressors
 
 
 def init():
@@ -48,7 +54,7 @@ def init():
 
 def synchronize(handle):
     """BytePS's `synchronize`, which waits for ever, with a time-out (GCOMPRESS_TIMEOUT, 300 seconds)."""
-    timeout = float(os.environ.get("GCOMPRESS_TIMEOUT", "300"))
+    timeout = agreement.timeout_seconds()
     deadline = time.monotonic() + timeout
     while handle in bps_ops._handle_map and not bps.poll(handle):
         if time.monotonic() > deadline:
@@ -70,7 +76,7 @@ def partition_lengths(numel):
     return [min(whole, numel - start) for start in range(0, numel, whole)]
 
 
-def DistributedOptimizer(optimizer, named_parameters, compression=None, backward_passes_per_step=1):
+def DistributedOptimizer(optimizer, named_parameters, compression=None, backward_passes_per_step=1, *, scaler=None):
     """`byteps.torch.DistributedOptimizer` with compressed gradients.
 
     Args:
@@ -79,20 +85,67 @@ def DistributedOptimizer(optimizer, named_parameters, compression=None, backward
         compression: a compressor, its spec, a Policy, a `Compression`, or None or one of
             BytePS's own.
         backward_passes_per_step: as BytePS's.
+        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
 
     All workers must give the same; ConfigMismatchError on each otherwise.
     """
     if not _loaded:
         raise ConfigError("DistributedOptimizer: expected gcompress.plugins.byteps.init() before it")
     named = {name: p for name, p in named_parameters if p.requires_grad}
-    exchange = Exchange(compression, named)
+    exchange = Exchange(compression, named, scaler)
     if exchange.policy and not isinstance(compression, Compression):
         check_momentum(exchange.policy, optimizer.param_groups, {p: name for name, p in named.items()})
     for name in sorted(named):  # BytePS numbers tensors in the order in which it hears of them
         bps.declare("Gradient." + name, **exchange.declared.get(name, {}))
     made = bps.DistributedOptimizer(optimizer, named.items(), exchange, backward_passes_per_step)
     made._gcompress = exchange
+    type(made).synchronize = synchronize_gradients
+    made.register_step_pre_hook(_check_step)
     return made
+
+
+def synchronize_gradients(self):
+    """BytePS's `synchronize`, for gradients that were not computed, too, and with each tensor's own context."""
+    exchange, frozen = self._gcompress, []
+    for p in self._requires_update:
+        if self._handles.get(p, (None, None))[0] is not None:
+            continue
+        exchange.absent = not p.requires_grad or holds_nothing(p.grad)
+        if not p.requires_grad and p.grad is None:
+            frozen.append(p)
+        if p.grad is None or not p.requires_grad:
+            p.grad = torch.zeros_like(p)
+        self._handles[p] = self._push_pull_grad_async(p)
+        exchange.absent = False
+    for p, (handle, ctx) in self._handles.items():
+        output = bps.synchronize(handle)
+        self._push_pull_delay[p] = self.backward_passes_per_step
+        p.grad.set_(self._compression.decompress(output, ctx))
+    self._handles.clear()
+    for p in frozen:
+        p.grad = None
+    exchange.end_step()
+
+
+def _check_step(optimizer, arguments, keywords):
+    exchange = optimizer._gcompress
+    unknown = [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad and p.grad is not None and p not in optimizer._requires_update
+    ]
+    if unknown and bps.size() > 1:
+        raise ConfigError(
+            f"step: got a parameter of shape {tuple(unknown[0].shape)} that was frozen or not the optimizer's when "
+            "DistributedOptimizer was called: BytePS would not exchange it"
+        )
+    if exchange.policy and optimizer._should_sync and optimizer._handles and exchange.loss_scale() != 1.0:
+        raise ConfigError(
+            f"step: gradients carry the loss scale {exchange.loss_scale():g} and are not synchronized; expected "
+            "optimizer.synchronize(), scaler.unscale_(optimizer), then scaler.step(optimizer) in "
+            "`with optimizer.skip_synchronize()`"
+        )
 
 
 def exchange(optimizer):
@@ -109,10 +162,14 @@ def exchange(optimizer):
 class Exchange:
     """What BytePS takes as `compression`: counts, and passes tensors on to what really compresses them."""
 
-    def __init__(self, compression, named):
+    def __init__(self, compression, named, scaler=None):
         self.report = Report()
         self._inner = compression if compression is not None else bps.Compression.none
-        self.policy, self.declared = None, {}
+        self.policy, self.declared, self._numbers = None, {}, {}
+        self._loss_scale = LossScale(scaler)
+        self.absent = False  # whether the next tensor is one of zeros because nobody computed it here
+        self.open_names, self._watch = set(), None  # as of a GradientExchange
+        self._not_applied = set()  # names whose last result was not
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
             self._declare(named)
@@ -120,8 +177,9 @@ class Exchange:
             self.policy = compression.policy
             compression.attach(named)
         self._sizes = {name: self._payload_bytes(name, p) for name, p in named.items()}
-        self._named, self._left = named, set(named)
+        self._named = named
         agree({"compression": self.policy.to_dict() if self.policy else _name_of(self._inner)}, named)
+        self._watch = Watch(self, named) if self.policy else None
 
     def _declare(self, named):
         if self.policy.momentum or self.policy.clip or self.policy.warmup_steps:
@@ -132,29 +190,82 @@ class Exchange:
                 continue
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name!r}: got {p.dtype}, expected torch.float32 or no compressor for it")
+            self._numbers[name] = next(_numbers)
             self.declared[name] = parameters(
-                compressor, partition_lengths(p.numel()), self.policy.feedback_for(compressor)
+                self._numbers[name], compressor, partition_lengths(p.numel()), self.policy.feedback_for(compressor)
             )
 
     def _payload_bytes(self, name, p):
         if name in self.declared:
             compressor = self.policy.compressor_for(name, p.numel())
-            return sum(compressor.nbytes(numel) for numel in partition_lengths(p.numel()))
+            feedback = self.policy.feedback_for(compressor)
+            return sum(payload_bytes(compressor, numel, feedback) for numel in partition_lengths(p.numel()))
         return None
 
     def compress(self, tensor):
         name = next((name for name, p in self._named.items() if p.grad is tensor), None)
-        payload, ctx = self._inner.compress(tensor)
+        scale = self.loss_scale() if self.policy else 1.0
+        applied = self._begin(name)
+        if name in self.declared:
+            _loaded[0].gcompress_byteps_tell(self._numbers[name], int(applied), int(self.absent))
+        elif isinstance(self._inner, Compression):
+            self._inner.begin(name, self.absent)
+        payload, ctx = self._inner.compress(unscaled(tensor, scale))
         size = self._sizes.get(name) or payload.numel() * payload.element_size()
         self.report.add_push_pull(tensor.numel(), size, size, bps.size())
-        self._left.discard(name)
-        if not self._left:
-            self.report.end_step()
-            self._left = set(self._named)
-        return payload, ctx
+        return payload, (ctx, scale)
 
     def decompress(self, tensor, ctx):
-        return self._inner.decompress(tensor, ctx)
+        ctx, scale = ctx
+        result = self._inner.decompress(tensor, ctx)
+        return result if scale == 1.0 else result.mul_(scale)
+
+    def _begin(self, name):
+        """Begin a round of a name; returns whether the result of the last one was applied."""
+        if name in self.open_names:
+            self.discard([name])
+        applied = name not in self._not_applied
+        self._not_applied.discard(name)
+        self.open_names.add(name)
+        if self._watch is not None:
+            self._watch.opened(name)
+        return applied
+
+    def applied(self, names=None):
+        """The results of these names (default: all) have changed the weights; see `GradientExchange.applied`."""
+        self._settle(names, True)
+
+    def discard(self, names=None):
+        """The results of these names (default: all) were not used; see `GradientExchange.discard`."""
+        self._settle(names, False)
+
+    def carry_on(self, name):
+        """The next gradient of this name contains its last result, which is taken as applied."""
+        self._settle([name], True)
+
+    def _settle(self, names, applied):
+        names = set(self.open_names) if names is None else self.open_names.intersection(names)
+        self.open_names -= names
+        if not applied:
+            self._not_applied |= names
+        if isinstance(self._inner, Compression):
+            self._inner.settle(names, applied)
+
+    def computing(self):
+        """To be called while a gradient is computed; see `LossScale.look`."""
+        self._loss_scale.look()
+
+    def loss_scale(self):
+        """The loss scale of the gradients that the last backward pass computed."""
+        return self._loss_scale.now()
+
+    def end_step(self):
+        """To be called once after all gradients of a step."""
+        self.report.end_step()
+        if isinstance(self._inner, Compression):
+            self._inner.end_step()
+        if self._watch is not None:
+            self._watch.exchanged()
 
 
 class Compression:
@@ -173,35 +284,51 @@ class Compression:
                 raise ConfigError(f"compression: got {compressor}, expected one whose payloads add up, such as randomk")
         if self.policy.warmup_steps:
             raise ConfigError("warmup_steps: BytePS keeps a tensor's payload at one size, expected 0")
-        self._memory, self._extra, self._steps = new_memory(self.policy), {}, {}
+        self._feedback, self._memories = new_memory(self.policy, at_once=False), Memory()
+        self._steps, self._counted = 0, True  # steps that were applied, and whether the last exchange is counted
 
     def attach(self, named):
         self._named = named
 
+    def begin(self, name, absent):
+        """Say what `compress` is given next, and whether nobody computed it here."""
+        self._name, self._absent = name, absent
+
+    def settle(self, names, applied):
+        """The last results of these names were applied, or not."""
+        if applied and names and not self._counted:
+            self._steps, self._counted = self._steps + 1, True
+        for memory in (self._feedback, self._memories):
+            if memory is not None:
+                memory.apply(names) if applied else memory.discard(names)
+
+    def end_step(self):
+        self._counted = False
+
     def compress(self, tensor):
-        name = next(name for name, p in self._named.items() if p.grad is tensor)
+        name = self._name
         compressor = self.policy.compressor_for(name, tensor.numel())
         if compressor is None:
             return tensor, None
-        step = self._steps[name] = self._steps.get(name, -1) + 1
-        feedback = self._memory if self.policy.feedback_for(compressor) else None
+        feedback = self._feedback if self.policy.feedback_for(compressor) and not self._absent else None
         corrected = feedback.corrected(name, tensor) if feedback else tensor.detach().reshape(-1).float()
+        memory = dict(self._memories.get(name, {}))
         rounds = compressor.sum_rounds(
             corrected,
             shape=tensor.shape,
-            seed=zlib.crc32(f"{name}/{step}".encode()),
+            seed=zlib.crc32(f"{name}/{self._steps}".encode()),
             world_size=bps.size(),
-            memory=self._extra.setdefault(name, {}),
+            memory=memory,
         )
         payload, operation = next(rounds)
         if operation != "sum":
             raise ConfigError(f"compression: {compressor} needs the ranks' {operation}, which BytePS has not")
-        return payload.contiguous(), (rounds, name, compressor, feedback, corrected, tensor)
+        return payload.contiguous(), (rounds, name, compressor, feedback, corrected, memory, tensor)
 
     def decompress(self, averaged, ctx):
         if ctx is None:
             return averaged
-        rounds, name, compressor, feedback, corrected, tensor = ctx
+        rounds, name, compressor, feedback, corrected, memory, tensor = ctx
         try:
             rounds.send(averaged * bps.size())
         except StopIteration as end:
@@ -210,6 +337,8 @@ class Compression:
             raise ConfigError(f"compression: {compressor} needs several sums, of which BytePS's interface has one")
         if feedback:
             feedback.keep(name, corrected, own, sparse=compressor.sparse)
+        if bool(torch.isfinite(total).all()):
+            self._memories.put(name, memory)
         return total.mul_(1.0 / bps.size()).to(tensor.dtype).view(tensor.shape)
 
 
@@ -227,7 +356,7 @@ def agree(configuration, named):
     BytePS can only sum: each worker's text goes into a row of its own of a zeroed table.
     """
     shapes = {name: list(p.shape) for name, p in named.items()}
-    own = json.dumps({**configuration, "model": zlib.crc32(json.dumps(shapes).encode())}, sort_keys=True).encode()
+    own = agreement.text_of({**configuration, "model": zlib.crc32(repr(shapes).encode())}).encode()
     if len(own) > CONFIGURATION_BYTES:
         own = own[: CONFIGURATION_BYTES - 8] + b"%08x" % zlib.crc32(own)
     table = torch.zeros(bps.size(), CONFIGURATION_BYTES, dtype=torch.uint8)
@@ -236,11 +365,7 @@ def agree(configuration, named):
     name = f"gcompress.configuration.{len(_comparisons)}"
     bps.declare(name)
     table = bps.push_pull(table, average=False, name=name)
-    groups = {}
-    for rank, row in enumerate(table):
-        groups.setdefault(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(rank)
-    if len(groups) > 1:
-        found = "; ".join(f"workers {ranks}: {text}" for text, ranks in groups.items())
-        raise ConfigMismatchError(f"compression: expected one configuration on all workers, got {found}")
-    if not next(iter(groups)):
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in table]
+    agreement.compare(texts, who="workers")
+    if not texts[0]:
         raise ExchangeError("compression: the servers lost the workers' configurations")

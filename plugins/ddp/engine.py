@@ -1,5 +1,6 @@
 """torch.distributed as an engine of gcompress/schedule.py."""
 
+import torch
 import torch.distributed as dist
 
 from gcompress.errors import ExchangeError
@@ -18,22 +19,50 @@ class DistributedEngine:
     then wait in every bucket's hook: torch can only number new groups right that all ranks make.
 
     Args:
-        group: a process group, or None for all ranks. All of its ranks must make an engine.
+        group: a process group, or None for all ranks. All of its ranks must make an engine;
+            ExchangeError within the group's time-out if one does not.
     """
 
     in_order = True
 
     def __init__(self, group=None):
         self.group = dist.group.WORLD if group is None else group
+        self._on_device = dist.get_backend(self.group) == "nccl"
         of_all = dist.get_world_size(self.group) == dist.get_world_size()
-        self._at_once = dist.get_backend(self.group) == "nccl" or not of_all
-        self._lanes = [self.group if self._at_once else dist.new_group(backend="gloo") for _ in range(LANES)]
+        self._at_once = self._on_device or not of_all
+        if self._at_once:
+            self._lanes = [self.group] * LANES
+        else:
+            timeout = self._wait_for_all()
+            self._lanes = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(LANES)]
+
+    def _wait_for_all(self):
+        """Wait until every rank makes its engine; returns the group's time-out."""
+        timeout = self.group._get_backend(torch.device("cpu")).options._timeout
+        try:
+            dist.monitored_barrier(self.group, timeout=timeout)
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"register: not every rank called it within the process group's time-out, {timeout}: {error}"
+            ) from error
+        return timeout
 
     def world_size(self):
         return dist.get_world_size(self.group)
 
     def rank(self):
         return dist.get_rank(self.group)
+
+    def gather_texts(self, text):
+        """The ranks' texts, in their order."""
+        device = torch.device("cuda", torch.cuda.current_device()) if self._on_device else torch.device("cpu")
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size())]
+        dist.all_gather(lengths, torch.tensor([own.numel()], device=device), group=self.group)
+        longest = max(int(length) for length in lengths)
+        rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+        dist.all_gather(rows, torch.nn.functional.pad(own, (0, longest - own.numel())), group=self.group)
+        return [bytes(row[: int(length)].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def allgather(self, name, lane, payload, sizes):
         if min(sizes) < max(sizes):  # which an all-gather of torch's cannot

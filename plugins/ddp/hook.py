@@ -1,64 +1,130 @@
 """A communication hook for DistributedDataParallel."""
 
 import contextlib
-import json
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from gcompress.errors import ConfigError, ConfigMismatchError
+from gcompress import agreement
+from gcompress.applied import holds_nothing
+from gcompress.errors import ConfigError
 from gcompress.exchange import GradientExchange
 
 from .engine import DistributedEngine
+from .unwrap import parallel_of, plain_names
+
+DDP = torch.nn.parallel.DistributedDataParallel
 
 
 class GradientState:
     """One rank's side of the hook `compress`: exchange, memory, report.
 
+    A copy (`copy.deepcopy`, pickle, as of a model that is averaged or saved whole) has the memory,
+    but exchanges nothing: register its model and load the copy's `state_dict()`.
+
     Args:
         model: the DistributedDataParallel, or the module in it.
         compression: what `gcompress.as_policy` takes.
         process_group: that of the DistributedDataParallel; None: all ranks.
+        scaler: see `register`.
     """
 
-    def __init__(self, model, compression, process_group=None):
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, model, compression, process_group=None, scaler=None):
+        # Only then is a gradient that is zero everywhere likely to be none at all.
+        self._maybe_unused = True
+        if isinstance(model, DDP):
             process_group = process_group or model.process_group
+            self._maybe_unused = model.find_unused_parameters or model.static_graph
             model = model.module
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in plain_names(model) if p.requires_grad}
         self._names = {p: name for name, p in trained.items()}
-        self.exchange = GradientExchange(compression, DistributedEngine(process_group))
+        self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}
+        self.exchange = GradientExchange(compression, scaler=scaler)
+        self._check(trained)
+        self.exchange.engine = DistributedEngine(process_group)
         self.exchange.prepare({name: p.shape for name, p in trained.items()})
+        self.exchange.watch(trained)
         self._agreed = False
         self._pending = []  # (future, the bucket's buffer, its gradients by name, function that waits)
         self._stream = None
 
+    def _check(self, trained):
+        for name, p in trained.items():
+            if p.is_complex() and self.exchange.compressor_for(name, p.numel()):
+                raise ConfigError(
+                    f"parameter {name!r}: got {p.dtype}, which no compressor takes, expected a rule that leaves it "
+                    f"alone, such as 'name={name} -> none'"
+                )
+
     def state_dict(self):
         """This rank's memory and counts: save one per rank and load each on its own rank."""
-        return self.exchange.state_dict()
+        return self._copied if self.exchange is None else self.exchange.state_dict()
+
+    def full_state_dict(self):
+        """What all ranks remember together; see `GradientExchange.full_state_dict`."""
+        return self.exchange.full_state_dict()
 
     def load_state_dict(self, state):
-        """Go on from `state_dict()`, on all ranks before the same step."""
+        """Go on from `state_dict()` or `full_state_dict()`, on all ranks before the same step."""
         self.exchange.load_state_dict(state)
         self._agreed = False
 
+    def __getstate__(self):
+        return self.state_dict()
+
+    def __setstate__(self, state):
+        self.exchange, self._copied = None, state
+
     def start(self, bucket):
         """Start the exchange of a GradBucket; returns the future of its buffer, filled with the means."""
+        if self.exchange is None:
+            raise ConfigError(
+                "state: got a copy, which exchanges nothing, expected a new one: register the model and load the "
+                "copy's state_dict()"
+            )
         if bucket.index() == 0 and self._pending:  # the last step ended with an error
             self._pending.clear()
             self.exchange.abandon_step()
         if not self._agreed:
             self._agree()
         buffer = bucket.buffer()
-        with self._side_stream(buffer):
-            gradients = {self._name(p): g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
-            future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-            self._pending.append((future, buffer, gradients, self.exchange.start_bucket(gradients)))
-            # Nothing of the backward pass is left to overlap with once the last bucket is there.
-            self._finish(wait=bucket.is_last())
+        if buffer.is_sparse:
+            future = self._start_sparse(bucket)
+        else:
+            future = self._start_dense(bucket, buffer)
         if bucket.is_last():
             self.exchange.end_step()
         return future
+
+    def _start_dense(self, bucket, buffer):
+        with self._side_stream(buffer):
+            gradients = {
+                (name := self._name(p)): self._as_parameter(name, g)
+                for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            }
+            absent = [name for name, g in gradients.items() if holds_nothing(g)] if self._maybe_unused else ()
+            future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+            finish = self.exchange.start_bucket(gradients, absent=absent)
+            self._pending.append((future, buffer, gradients, finish))
+            # Nothing of the backward pass is left to overlap with once the last bucket is there.
+            self._finish(wait=bucket.is_last())
+        return future
+
+    def _start_sparse(self, bucket):
+        """DDP puts every sparse gradient into a bucket of its own; torch sums those that no compressor takes."""
+        (parameter,), gradient = bucket.parameters(), bucket.buffer()
+        name, exchange = self._name(parameter), self.exchange
+        if exchange.compressor_for(name, parameter.numel()):
+            raise ConfigError(
+                f"gradient {name!r} is sparse, expected a dense one (sparse=False) or a rule that leaves it alone, "
+                f"such as 'name={name} -> none'"
+            )
+        parts = gradient._indices(), gradient._values()
+        size = sum(part.numel() * part.element_size() for part in parts)
+        exchange.report.add_all_gather(parameter.numel(), size, exchange.engine.world_size())
+        self._finish(wait=bucket.is_last())
+        return allreduce_hook(exchange.engine.group, bucket)
 
     def _finish(self, wait):
         """Hand over the buckets that are complete, in order; all of them if `wait`."""
@@ -70,6 +136,11 @@ class GradientState:
                 gradients[name].copy_(mean)
             self._pending.pop(0)
             future.set_result(buffer)
+
+    def _as_parameter(self, name, gradient):
+        """The gradient in its parameter's order of entries: DDP stores it as its parameter lies (channels_last)."""
+        strides = self._strides.get(name)
+        return gradient if strides is None else gradient.as_strided(gradient.shape, strides, gradient.storage_offset())
 
     def _name(self, parameter):
         try:
@@ -90,17 +161,15 @@ class GradientState:
 
     def _agree(self):
         """Compare configurations; ConfigMismatchError on every rank if they are not all the same."""
-        exchange, group = self.exchange, self.exchange.engine.group
-        own = {"compression": exchange.policy.to_dict(), "plan": exchange.plan.digest(), "step": exchange.report.steps}
-        texts = [None] * dist.get_world_size(group)
-        dist.all_gather_object(texts, json.dumps(own, sort_keys=True), group=group)
-        groups = {}
-        for rank, text in enumerate(texts):
-            groups.setdefault(text, []).append(rank)
-        if len(groups) > 1:
-            found = "; ".join(f"ranks {ranks}: {text}" for text, ranks in groups.items())
-            raise ConfigMismatchError(f"compression: expected one configuration on all ranks, got {found}")
+        exchange = self.exchange
+        own = {"compression": exchange.policy.to_dict(), "plan": exchange.plan.digest(), "step": exchange.steps}
+        agreement.compare(exchange.engine.gather_texts(agreement.text_of(own)))
         self._agreed = True
+
+
+def _is_dense(parameter):
+    """Whether its entries lie without gaps and overlaps."""
+    return torch.empty_like(parameter, device="meta").stride() == parameter.stride()
 
 
 def compress(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -108,13 +177,19 @@ def compress(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Fut
     return state.start(bucket)
 
 
-def register(model, compression):
+def register(model, compression, *, scaler=None):
     """Compress the gradients of a DistributedDataParallel; returns the GradientState.
 
     Args:
-        model: a DistributedDataParallel without another communication hook.
+        model: a DistributedDataParallel without another communication hook; also what torch.compile
+            or Lightning's Fabric made of one.
         compression: a compressor, its spec, or a `gcompress.Policy`, the same on all ranks.
+        scaler: the loss scale: None finds a torch.amp.GradScaler by itself; otherwise one, a number,
+            or a function that returns it (see gcompress/scaling.py).
+
+    Every rank must call it; ExchangeError within the process group's time-out if one does not.
     """
-    state = GradientState(model, compression)
+    model = parallel_of(model)
+    state = GradientState(model, compression, scaler=scaler)
     model.register_comm_hook(state, compress)
     return state

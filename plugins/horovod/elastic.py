@@ -7,13 +7,18 @@ sum: their sum over W'), so that what is owed to the model stays what it was; an
 owners of pieces owe goes to the new owners. A rank that was killed takes along what it owed.
 """
 
+import json
 import os
 
 import horovod.torch as hvd
+import torch
 from horovod.torch import mpi_ops
 from horovod.torch.elastic import state as elastic_state
 
 from gcompress.errors import ExchangeError
+from gcompress.state import owed_by, put_back, take_over
+
+from .handshake import gather_texts
 
 
 class ResidualStateHandler(elastic_state.OptimizerStateHandler):
@@ -31,7 +36,7 @@ class ResidualStateHandler(elastic_state.OptimizerStateHandler):
         super().restore()
         if self._saved_exchange is not None:
             self.value._gcompress.abandon_step()
-            self.value._gcompress.load_state_dict(self._saved_exchange)
+            put_back(self.value._gcompress, self._saved_exchange)
 
     def sync(self):
         super().sync()
@@ -58,39 +63,55 @@ def enter_world(optimizer):
         raise ExchangeError("process_set: elastic ranks can only be handed residuals among all of them")
     name = f"gcompress.elastic.{optimizer._gcompress_number}"
     # A rank that has no step behind it has nothing to hand on.
-    ranks = hvd.allgather_object((before, exchange.report.steps), name=f"{name}.ranks")
+    what = f"{name}: telling each other the steps taken"
+    texts = gather_texts(json.dumps([before, exchange.steps]), f"{name}.ranks", optimizer.process_set, what)
+    ranks = [json.loads(text) for text in texts]
     old = [rank for rank, (_, steps) in enumerate(ranks) if steps > 0]
-    unchanged = [rank_and_size for rank_and_size, _ in ranks] == [(r, hvd.size()) for r in range(hvd.size())]
+    unchanged = [rank_and_size for rank_and_size, _ in ranks] == [[r, hvd.size()] for r in range(hvd.size())]
     if not old or (unchanged and len({steps for _, steps in ranks}) == 1):
         return
     state = exchange.state_dict()  # before the new plan drops pieces that are now another rank's
+    exchange.discard()
     exchange.prepare({name: entry.shape for name, entry in exchange.plan.entries.items()})
-    hand_on(exchange, state, old, optimizer.op == hvd.Average, name)
+    hand_on(exchange, state, old, name)
 
 
-def hand_on(exchange, state, old, average, name):
+def hand_on(exchange, state, old, name):
     """Give every rank its part of what the `old` ranks of the present ones owe.
 
     Args:
         exchange: with a plan for the present ranks.
         state: what this rank had before.
         old: ranks that have something to hand on; those that have not have it zero.
-        average: whether the exchange gives means.
         name: of Horovod's operations.
     """
-    shares = len(old) if average else hvd.size()
-    memory = exchange.memory_vectors(state if hvd.rank() in old else None)
-    for key in memory:
-        memory[key] = hvd.allreduce(memory[key], op=hvd.Sum, name=f"{name}.{key}")
-        if not key.startswith("owner/"):
-            memory[key] /= shares
-    for parameter, entry in exchange.plan.entries.items():
-        if f"owner/{parameter}" in memory and not entry.pieces:  # it no longer travels by two phases
-            owed = memory[f"owner/{parameter}"]
-            memory[f"residual/{parameter}"] += owed if average else owed / hvd.size()
-    shared = (state["report"]["steps"], state["memories"])
-    steps, memories = hvd.broadcast_object(shared, root_rank=old[0], name=f"{name}.shared")
-    exchange.load_memory_vectors(memory, memories, steps)
+    owed = owed_by(exchange, state if hvd.rank() in old else None)
+    for key, vector in owed.items():
+        owed[key] = hvd.allreduce(vector, op=hvd.Sum, name=f"{name}.{key}")
+    steps, memories = broadcast_shared(state, old[0], name)
+    take_over(exchange, owed, len(old), memories, steps)
+
+
+def broadcast_shared(state, root, name):
+    """(steps, memories) of one rank, on all: numbers as JSON, tensors as bytes."""
+    tensors = {
+        (parameter, key): value
+        for parameter, memory in state["memories"].items()
+        for key, value in memory.items()
+        if isinstance(value, torch.Tensor)
+    }
+    plain = {
+        parameter: {key: value for key, value in memory.items() if not isinstance(value, torch.Tensor)}
+        for parameter, memory in state["memories"].items()
+    }
+    shapes = [[*key, list(value.shape)] for key, value in tensors.items()]
+    mine = json.dumps([state["steps"], plain, shapes] if hvd.rank() == root else None)
+    texts = gather_texts(mine, f"{name}.shared", hvd.global_process_set, f"{name}: handing on what all ranks share")
+    steps, memories, shapes = json.loads(texts[root])
+    for parameter, key, shape in shapes:
+        value = tensors[parameter, key] if hvd.rank() == root else torch.zeros(shape)
+        memories[parameter][key] = hvd.broadcast(value, root, name=f"{name}.{parameter}.{key}")
+    return steps, memories
 
 
 def register():

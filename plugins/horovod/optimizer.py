@@ -9,10 +9,12 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from horovod.torch import optimizer as hvd_optimizer
 
+from gcompress.applied import holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
 from gcompress.policy import Policy, check_momentum
+from gcompress.state import replan
 
 from .elastic import enter_world
 from .elastic import register as register_elastic
@@ -85,12 +87,8 @@ class Handle:
             result = patient_synchronize(self._handle)
             return result[0] if isinstance(result, tuple) else result  # an all-to-all adds the sizes received
         except HorovodInternalError as error:
-            if "Mismatched" not in str(error):
-                raise
-            raise MismatchedExchangeError(
-                f"gradient {self._name!r}: {error} Did another rank call hvd.join() while this one still trains? "
-                "Compressed gradients need the same number of steps on every rank."
-            ) from error
+            _explain(error, f"gradient {self._name!r}")
+            raise
 
 
 class CountedCompression:
@@ -121,25 +119,68 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     global _compressing
     ours = is_ours(compression)
     self._gcompress = GradientExchange(compression if ours else None)
+    self._gcompress_missing = False  # whether `synchronize` looks for gradients that were not computed
     _stock["__init__"](self, params, named_parameters, compression, *arguments, **keywords)
     if ours and self.op not in (hvd.Average, hvd.Sum):
         raise ConfigError("op: compressed gradients are averaged or summed, expected hvd.Average or hvd.Sum")
     if ours:
         check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
     self._gcompress.engine = HorovodEngine(self.process_set)
+    self._gcompress.average = self.op == hvd.Average
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
     self._gcompress_number = next(_numbers)
     self._gcompress_agreed = None
     self._gcompress_world, self._gcompress_ranks = None, None  # see elastic.py
     if ours and self.process_set.included():
-        trained = [p for group in self.param_groups for p in group["params"] if p in self._requires_update]
-        self._gcompress.prepare({self._parameter_names[p]: tuple(p.shape) for p in trained})
+        trained = _trained(self)
+        self._gcompress.prepare({name: p.shape for name, p in trained.items()})
+        self._gcompress.watch(trained)
+        self.register_step_pre_hook(_refuse_unsynchronized_scaler)
+        self.register_step_post_hook(_adopt_unfrozen)
     if self._grad_accs:
         _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
         if ours:
             _compressing = True
             _optimizers.add(self)
+
+
+def _trained(self):
+    """{name: parameter} of those that Horovod exchanges, in the optimizer's order."""
+    parameters = [p for group in self.param_groups for p in group["params"] if p in self._requires_update]
+    return {self._parameter_names[p]: p for p in parameters}
+
+
+def _unfrozen(self):
+    """Parameters that were frozen, or not the optimizer's, when it was made: Horovod would never exchange them."""
+    parameters = [p for group in self.param_groups for p in group["params"]]
+    found = [p for p in parameters if p.requires_grad and p not in self._requires_update]
+    unnamed = [p for p in found if p not in self._parameter_names]
+    if unnamed:
+        raise ConfigError(
+            f"add_param_group: got a parameter of shape {tuple(unnamed[0].shape)} that was not in the named_parameters "
+            "of hvd.DistributedOptimizer, expected all that will ever be trained to be there"
+        )
+    return found
+
+
+def _adopt_unfrozen(self, arguments, keywords):
+    """After a step on all ranks: compress what was unfrozen from now on. Until then stock Horovod averages it."""
+    adopted = [p for p in _unfrozen(self) if p.grad is not None]
+    if not adopted or not self._grad_accs or getattr(self, "found_inf", None) is not None:
+        return
+    exchange = self._gcompress
+    exchange.applied([name for name, p in _trained(self).items() if p.grad is not None])
+    exchange.discard()
+    for p in adopted:
+        self._requires_update.add(p)
+        accumulator = p.expand_as(p).grad_fn.next_functions[0][0]
+        accumulator.register_hook(self._make_hook(p))
+        self._grad_accs.append(accumulator)
+    trained = _trained(self)
+    replan(exchange, {name: p.shape for name, p in trained.items()})
+    exchange.watch(trained)
+    self._gcompress_agreed = None
 
 
 def load_state_dict(self, *arguments, **keywords):
@@ -150,20 +191,25 @@ def load_state_dict(self, *arguments, **keywords):
 def allreduce_grad_async(self, p):
     enter_world(self)
     name, exchange = self._parameter_names.get(p), self._gcompress
-    sparse = p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense
-    if sparse and exchange.policy:
-        raise ConfigError(f"gradient {name!r} is sparse: pass sparse_as_dense=True to hvd.DistributedOptimizer")
-    if sparse:  # Horovod gathers its parts without asking the compression: count them here
+    compressor = exchange.compressor_for(name, p.numel())
+    if p.grad is not None and p.grad.is_sparse and not self.sparse_as_dense:
+        if compressor:
+            raise ConfigError(
+                f"gradient {name!r} is sparse: pass sparse_as_dense=True to hvd.DistributedOptimizer, or a rule that "
+                f"leaves it alone, such as 'name={name} -> none'"
+            )
+        # Horovod gathers its parts without asking the compression: count them here
         parts = (p.grad._indices(), p.grad._values())
         size = sum(part.numel() * part.element_size() for part in parts)
         exchange.report.add_all_gather(p.numel(), size, self.process_set.size())
-    if exchange.compressor_for(name, p.numel()) is None:
+    if compressor is None or name not in exchange.plan.entries:
         return _stock["_allreduce_grad_async"](self, p)
+    absent = not p.requires_grad or (self._gcompress_missing and holds_nothing(p.grad))
     if p.grad is None:  # another rank may have computed it
         p.grad = torch.zeros_like(p)
     gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
     exchange.agreed = self._gcompress_agreed is mpi_ops._handle_map
-    return exchange.start(name, gradient, average=self.op == hvd.Average), finished
+    return exchange.start(name, torch.zeros_like(gradient) if absent else gradient, absent=absent), finished
 
 
 def grouped_allreduce_grad_async(self, parameters):
@@ -183,8 +229,44 @@ def synchronize(self):
         if isinstance(started, list):
             del self._handles[group]
             self._handles.update(zip(group, started, strict=True))
-    _stock["synchronize"](self)
+    # Stock Horovod gives a gradient of zeros to a frozen parameter, with which an optimizer's weight decay or
+    # momentum would still move it.
+    frozen = [p for p in self._requires_update if not p.requires_grad and p.grad is None]
+    unfrozen = _unfrozen(self) if self._gcompress.policy and self._grad_accs else []
+    self._handles.update({p: _stock["_allreduce_grad_async"](self, p) for p in unfrozen})
+    self._gcompress_missing = True
+    try:
+        _stock["synchronize"](self)
+    except HorovodInternalError as error:
+        _explain(error, "a gradient")
+        raise
+    finally:
+        self._gcompress_missing = False
+    for p in frozen if self._gcompress.policy else ():
+        p.grad = None
     self._gcompress.end_step()
+
+
+def _explain(error, what):
+    """Name the likely cause if Horovod refused what ranks asked for in different ways."""
+    if "Mismatched" in str(error) and not isinstance(error, MismatchedExchangeError):
+        raise MismatchedExchangeError(
+            f"{what}: {error} Did another rank call hvd.join() while this one still trains? "
+            "Compressed gradients need the same number of steps on every rank."
+        ) from error
+
+
+def _refuse_unsynchronized_scaler(optimizer, arguments, keywords):
+    """Horovod would put scaled means over gradients that the scaler has unscaled, and step with them."""
+    exchange = optimizer._gcompress
+    if optimizer._should_synchronize and not optimizer._synchronized and optimizer._grad_accs:
+        scale = exchange.loss_scale()
+        if scale != 1.0:
+            raise ConfigError(
+                f"step: gradients carry the loss scale {scale:g} and are not synchronized; expected "
+                "optimizer.synchronize(), scaler.unscale_(optimizer), then scaler.step(optimizer) in "
+                "`with optimizer.skip_synchronize()`"
+            )
 
 
 def alltoall_async(token, name, process_set):
@@ -202,7 +284,7 @@ def agree(self):
     policy = self._gcompress.policy
     own = policy.to_dict() if policy else _name_of(self._compression.inner)
     # The step, because seeds that ranks share are made from it.
-    configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.report.steps}
+    configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.steps}
     if policy:
         configuration["plan"] = self._gcompress.plan.digest()
     check_configurations(configuration, configuration_name(self), self.process_set)

@@ -28,6 +28,6 @@ launcher's exit code is 1 in the end. A server cannot be replaced: when one dies
 
 from .job import Job
 from .optimizer import DistributedOptimizer, exchange
-from .worker import Worker
+from .worker import Worker, merge_states
 
-__all__ = ["DistributedOptimizer", "Job", "Worker", "exchange"]
+__all__ = ["DistributedOptimizer", "Job", "Worker", "exchange", "merge_states"]

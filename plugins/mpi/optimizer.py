@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from gcompress.applied import holds_nothing
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError
 from gcompress.policy import check_momentum
@@ -16,7 +17,8 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
 
     Args:
         optimizer: any torch optimizer whose `step` takes no closure.
-        named_parameters: `model.named_parameters()`; those without `requires_grad` are left out.
+        named_parameters: `model.named_parameters()`: all that will ever be trained. One that is frozen
+            (`requires_grad`), or not yet among the optimizer's, is left alone for as long as it is.
         job: a Job, on a worker rank.
         compression, options: see `Worker`. With `momentum=` the servers keep it: give the
             optimizer none.
@@ -26,22 +28,25 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
     Returns:
         The same optimizer. A gradient is pushed in the backward pass as soon as it is ready;
         `step()` waits for all. To have the means before (for clipping), call
-        `optimizer.synchronize()`.
+        `optimizer.synchronize()`. With a loss scaler: `optimizer.synchronize()`,
+        `scaler.unscale_(optimizer)`, `scaler.step(optimizer)`.
     """
     check_integer("backward_passes_per_step", backward_passes_per_step, 1)
-    parameters = {name: p for name, p in named_parameters if p.requires_grad}
-    stepped = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if stepped != set(parameters.values()):
+    parameters = dict(named_parameters)
+    unnamed = _trained(optimizer.param_groups) - set(parameters.values())
+    if unnamed:
         raise ConfigError(
-            f"named_parameters: got {len(parameters)}, expected just the {len(stepped)} that the optimizer steps"
+            f"named_parameters: got {len(parameters)}, of which {len(unnamed)} that the optimizer steps are missing"
         )
     worker = Worker(job, {name: p.numel() for name, p in parameters.items()}, compression, **options)
     if worker.policy:
         check_momentum(worker.policy, optimizer.param_groups, {p: name for name, p in parameters.items()})
-    gradients = _Gradients(worker, parameters, backward_passes_per_step)
+    gradients = _Gradients(worker, parameters, optimizer, backward_passes_per_step)
     optimizer._gcompress = gradients
     optimizer.synchronize = gradients.synchronize
+    optimizer.add_param_group = functools.partial(gradients.add_param_group, optimizer.add_param_group)
     optimizer.register_step_pre_hook(gradients.before_step)
+    optimizer.register_step_post_hook(gradients.after_step)
     return optimizer
 
 
@@ -56,19 +61,52 @@ def exchange(optimizer):
         ) from None
 
 
+def _trained(groups):
+    return {p for group in groups for p in group["params"]}
+
+
 class _Gradients:
     """The hooks of one optimizer."""
 
-    def __init__(self, worker, parameters, passes):
+    def __init__(self, worker, parameters, optimizer, passes):
         self.worker, self._parameters, self._passes = worker, parameters, passes
+        self._trained = _trained(optimizer.param_groups)
         self._seen = dict.fromkeys(parameters, 0)
         self._finish = {}  # name: what waits for its mean
         self._synchronized = False
-        for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, name))
+        self._hooked = set()
+        self._hook()
+
+    def _hook(self):
+        """See every gradient that is computed; of those that were frozen as soon as they are not."""
+        new = [name for name, p in self._parameters.items() if p.requires_grad and name not in self._hooked]
+        for name in new:
+            self._parameters[name].register_post_accumulate_grad_hook(functools.partial(self._ready, name))
+        if new:
+            self._hooked.update(new)
+            self.worker.watch(self._parameters)
+
+    def add_param_group(self, stock, group):
+        added = group["params"]
+        added = [added] if isinstance(added, torch.Tensor) else list(added)
+        unknown = [p for p in added if all(p is not known for known in self._parameters.values())]
+        if unknown:
+            raise ConfigError(
+                f"add_param_group: got a parameter of shape {tuple(unknown[0].shape)} that was not in the "
+                "named_parameters of DistributedOptimizer, expected all that will ever be trained to be there"
+            )
+        stock({**group, "params": added})
+        self._trained.update(added)
+        self._hook()
 
     def _ready(self, name, parameter):
-        if name in self._finish or self._synchronized:
+        if parameter not in self._trained:
+            return
+        if self._synchronized:  # the step that these means were for was skipped
+            self._begin()
+        if name in self._finish and name not in self.worker.open_names:  # so was one before its means were there
+            self._drop()
+        if name in self._finish:
             raise ConfigError(
                 f"gradient {name!r} was computed more than {self._passes} times before optimizer.step(): "
                 "raise backward_passes_per_step"
@@ -77,22 +115,36 @@ class _Gradients:
         if self._seen[name] == self._passes:
             self._start(name, parameter)
 
-    def _start(self, name, parameter):
+    def _start(self, name, parameter, absent=False):
         if parameter.grad is None:  # unused on this worker, but perhaps not on the others
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad.is_sparse:
             raise ConfigError(f"gradient {name!r} is sparse, expected a dense one (Embedding(sparse=False))")
-        self._finish[name] = self.worker.push_pull(name, parameter.grad)
+        self._finish[name] = self.worker.push_pull(name, parameter.grad, absent=absent)
+
+    def _drop(self):
+        """Wait for the means of gradients that were thrown away: servers expect every push to be pulled."""
+        for finish in self._finish.values():
+            finish()
+        self.worker.end_step()
+        self._begin()
+
+    def _begin(self):
+        self._finish.clear()
+        self._seen = dict.fromkeys(self._parameters, 0)
+        self._synchronized = False
 
     def synchronize(self):
         """Put the workers' means into all gradients."""
+        if self._synchronized:
+            return
+        self._hook()
         for name, parameter in self._parameters.items():
-            if name not in self._finish:
-                self._start(name, parameter)
+            if name not in self._finish and parameter in self._trained and parameter.requires_grad:
+                self._start(name, parameter, absent=holds_nothing(parameter.grad))
         for name, finish in self._finish.items():
             self._parameters[name].grad.copy_(finish())
-        self._finish.clear()
-        self._seen = dict.fromkeys(self._parameters, 0)
+        self._begin()
         self._synchronized = True
         self.worker.end_step()
 
@@ -100,5 +152,13 @@ class _Gradients:
         if any(argument not in (None, optimizer) for argument in (*arguments, *keywords.values())):
             raise ConfigError("step: got a closure, expected none: gradients are exchanged before the step")
         if not self._synchronized:
+            scale = self.worker.loss_scale()
+            if scale != 1.0:
+                raise ConfigError(
+                    f"step: gradients carry the loss scale {scale:g} and are not synchronized; expected "
+                    "optimizer.synchronize(), scaler.unscale_(optimizer), then scaler.step(optimizer)"
+                )
             self.synchronize()
+
+    def after_step(self, optimizer, arguments, keywords):
         self._synchronized = False

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from gcompress.agreement import timeout_seconds
 from gcompress.errors import ExchangeError
 from gcompress.policy import as_policy
 from gcompress.server import Codec, ParameterServer, partition
@@ -14,13 +15,13 @@ from gcompress.server import Codec, ParameterServer, partition
 from .messages import (
     LONGEST_PAUSE,
     SHORTEST_PAUSE,
+    TAGS,
     given_up_tag,
     leave_tag,
     memory_tag,
     pull_tag,
     push_tag,
     sum_tag,
-    timeout_seconds,
 )
 
 log = logging.getLogger("gcompress.plugins.mpi")
@@ -81,7 +82,7 @@ class _Server:
         return True
 
     def _handle(self, worker, tag, payload):
-        key = tag // 3
+        key = tag // TAGS
         if tag == given_up_tag(self.partitions):
             self._give_up(int(payload.numpy().view(np.int32)[0]))
         elif worker in self.given_up:
@@ -92,14 +93,14 @@ class _Server:
         elif tag == sum_tag(self.partitions):
             self.numbers[worker] = payload.numpy().view(np.float64)
             self._answer_sum()
-        elif tag == push_tag(key):
-            self._send(self.state.push(worker, key, payload))
+        elif tag in (push_tag(key), push_tag(key, applied=False)):
+            self._send(self.state.push(worker, key, payload, applied=tag == push_tag(key)))
         elif tag == pull_tag(key):
             self._send(self.state.pull(worker, key))
-        elif payload.numel():
+        elif payload.numel() > 1:
             self.state.load_memory(key, payload)
         else:
-            self.job.send(self.state.memory(key).numpy(), worker, tag)
+            self.job.send(self.state.memory(key, applied=not payload.numel()).numpy(), worker, tag)
 
     def _remove(self, worker):
         self._send(self.state.remove(worker))

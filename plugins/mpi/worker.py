@@ -4,15 +4,19 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from gcompress.applied import Watch
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange import saturated, unscaled
 from gcompress.policy import as_policy
 from gcompress.report import Report
+from gcompress.scaling import LossScale
 from gcompress.server import Codec, partition
 
 from .messages import leave_tag, memory_tag, pull_tag, push_tag, sum_tag
 
 SMALLEST_PARTITION, LARGEST_PARTITION = 1 << 16, 1 << 20  # entries
+STATE_KEYS = ("rank", "world_size", "policy", "partition_numel", "sizes", "report", "steps", "feedback", "servers")
 
 
 class Worker:
@@ -25,11 +29,17 @@ class Worker:
         partition_bytes: tensors are cut into parts of so many bytes of float32; None: so that each
             server gets about four, of 256 KiB to 4 MiB.
         staleness, momentum: see `gcompress.server.ParameterServer`.
+        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
 
     All workers must give the same; ConfigMismatchError on every rank otherwise.
+
+    Memory follows the steps that are applied. Without `watch`, `end_step` says that all were; with it,
+    a result whose step was skipped leaves memory on both sides as it was. Under bounded staleness
+    what a worker pushed is delivered to all others whatever becomes of its own step, so only what
+    it pulled can be taken back: the servers owe it again.
     """
 
-    def __init__(self, job, sizes, compression=None, *, partition_bytes=None, staleness=0, momentum=0.0):
+    def __init__(self, job, sizes, compression=None, *, partition_bytes=None, staleness=0, momentum=0.0, scaler=None):
         if job.is_server:
             raise ConfigError(f"job: got server {job.rank}, expected a worker; a server calls job.serve()")
         if job.connection is not None:
@@ -52,6 +62,7 @@ class Worker:
         if sum_tag(self.partitions) > job.world.Get_attr(MPI.TAG_UB):
             raise ConfigError(f"partition_bytes: {len(self.partitions)} partitions are more than MPI has tags for")
         job.connection = self
+        self._sizes = dict(sizes)
         self.report = Report()
         self._codec = Codec(self.partitions, self.policy, f"worker {job.rank}")
         self._keys = {name: [] for name in sizes}  # an empty tensor has none
@@ -60,29 +71,92 @@ class Worker:
         self._pushed = {}  # name: (shape, type) of what was pushed and not pulled
         self._waiting = set()  # names pulled whose mean has not been taken
         self._partition_numel, self._staleness = partition_bytes // 4, staleness
+        self.steps, self.open_names = 0, set()  # as of a GradientExchange
+        self._counted, self._watch = True, None
+        self._not_applied = set()  # names whose last result was not
+        self._carried = set()
+        self._loss_scale = LossScale(scaler)
 
-    def push(self, name, tensor):
-        """Encode a tensor part by part and start sending each; pull it before the next push of this name."""
+    def watch(self, parameters):
+        """Find out from {name: parameter} which results are applied; otherwise `end_step` says that all are."""
+        self._watch = Watch(self, parameters)
+
+    def applied(self, names=None):
+        """The results of these names (default: all) have changed the weights; see `GradientExchange.applied`."""
+        names = set(self.open_names) if names is None else self.open_names.intersection(names)
+        if names and not self._counted:
+            self.steps, self._counted = self.steps + 1, True
+        self._settle(names, True)
+
+    def discard(self, names=None):
+        """The results of these names (default: all) were not used; see `GradientExchange.discard`."""
+        names = set(self.open_names) if names is None else self.open_names.intersection(names)
+        self._settle(names, False)
+        self._not_applied |= names
+
+    def _settle(self, names, applied):
+        self._codec.settle([key for name in names for key in self._keys[name]], applied)
+        self.open_names -= names
+        self._carried -= names
+
+    def carry_on(self, name):
+        """The next gradient of this name contains its last result, which the servers take as applied."""
+        if name in self.open_names:
+            self._carried.add(name)
+            for key in self._keys[name]:
+                self._codec.carry_on(key)
+
+    def computing(self):
+        """To be called while a gradient is computed; see `LossScale.look`."""
+        self._loss_scale.look()
+
+    def loss_scale(self):
+        """The loss scale of the gradients that the last backward pass computed."""
+        return self._loss_scale.now()
+
+    def push(self, name, tensor, *, absent=False):
+        """Encode a tensor part by part and start sending each; pull it before the next push of this name.
+
+        absent: this worker has no gradient: `tensor` is only looked at for its shape and type.
+        """
         if name not in self._keys:
             raise ConfigError(f"name: got {name!r}, expected one of the {len(self._keys)} that were connected")
         if name in self._pushed:
             raise ExchangeError(f"gradient {name!r}: pushed again before it was pulled")
-        values = tensor.detach().reshape(-1).to(device="cpu", dtype=torch.float32)
+        scale = self.loss_scale()
         expected = sum(self.partitions[key].numel for key in self._keys[name])
-        if values.numel() != expected:
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {expected}")
-        self._pushed[name] = (tensor.shape, tensor.dtype, tensor.device)
+        if tensor.numel() != expected:
+            raise ConfigError(f"gradient {name!r}: got {tensor.numel()} entries, expected {expected}")
+        applied = self._begin(name)
+        self._pushed[name] = (tensor.shape, tensor.dtype, tensor.device, scale)
+        if not absent:
+            values = unscaled(tensor.detach().reshape(-1), scale).to(device="cpu", dtype=torch.float32)
         for key in self._keys[name]:
             part = self.partitions[key]
-            payload = self._codec.encode(key, values[part.start : part.start + part.numel], self.report.steps)
-            self.job.send(payload.numpy(), self.job.server_rank(part.server), push_tag(key))
+            payload = torch.empty(0, dtype=torch.uint8)
+            if not absent:
+                payload = self._codec.encode(key, values[part.start : part.start + part.numel], self.steps)
+            self.job.send(payload.numpy(), self.job.server_rank(part.server), push_tag(key, applied))
             self.report.add_push_pull(part.numel, payload.numel(), 0, self.job.size)
+        if self._staleness:  # what is pushed is delivered, whatever becomes of this worker's step
+            self._codec.settle(self._keys[name], True)
+
+    def _begin(self, name):
+        """Begin a round of a name; returns whether the result of the last one was applied."""
+        if name in self.open_names and name not in self._carried:
+            self.applied([name]) if self._watch is None else self.discard([name])
+        applied = name not in self._not_applied
+        self._not_applied.discard(name)
+        self.open_names.add(name)
+        if self._watch is not None:
+            self._watch.opened(name)
+        return applied
 
     def pull(self, name):
         """Ask for the workers' mean of what was pushed; returns a function that waits for it and returns it."""
         if name not in self._pushed:
             raise ExchangeError(f"gradient {name!r}: pulled before it was pushed")
-        shape, dtype, device = self._pushed.pop(name)
+        shape, dtype, device, scale = self._pushed.pop(name)
         pending = {key: self._ask(key, pull_tag(key), self.partitions[key].nbytes) for key in self._keys[name]}
         total = torch.empty(sum(self.partitions[key].numel for key in pending))
         self._waiting.add(name)
@@ -90,20 +164,24 @@ class Worker:
         def finish():
             self.job.wait(lambda: self._take(pending, total), f"gradient {name!r}")
             self._waiting.discard(name)
-            return total.to(device=device, dtype=dtype).view(shape)
+            mean, beyond = saturated(total if scale == 1.0 else total * scale, dtype)
+            for key in self._keys[name] if beyond is not None else ():
+                part = self.partitions[key]
+                self._codec.add(key, beyond[part.start : part.start + part.numel] / scale)
+            return mean.to(device).view(shape)
 
         return finish
 
-    def push_pull(self, name, tensor):
+    def push_pull(self, name, tensor, *, absent=False):
         """`push`, then `pull`."""
-        self.push(name, tensor)
+        self.push(name, tensor, absent=absent)
         return self.pull(name)
 
-    def _ask(self, key, tag, largest):
-        """Ask a key's server for something of at most so many bytes; what `_answer` takes."""
+    def _ask(self, key, tag, largest, question=0):
+        """Ask a key's server, with so many bytes, for something of at most so many; what `_answer` takes."""
         rank, buffer = self.job.server_rank(self.partitions[key].server), torch.empty(largest, dtype=torch.uint8)
         request = self.job.world.Irecv([buffer.numpy(), MPI.BYTE], rank, tag)
-        self.job.send(torch.empty(0, dtype=torch.uint8).numpy(), rank, tag)
+        self.job.send(torch.zeros(question, dtype=torch.uint8).numpy(), rank, tag)
         return request, buffer
 
     def _answer(self, key, request, buffer):
@@ -134,8 +212,13 @@ class Worker:
         return not pending
 
     def end_step(self):
-        """To be called once after all gradients of a step."""
+        """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self.report.end_step()
+        self._counted = False
+        if self._watch is None:
+            self.applied()
+        else:
+            self._watch.exchanged()
 
     def sum(self, values):
         """The sum of a list of numbers over the workers that are left; see `Job.sum`."""
@@ -167,15 +250,41 @@ class Worker:
         if self._pushed or self._waiting:
             raise ExchangeError(f"state_dict: {len(self._pushed) + len(self._waiting)} gradients are on their way")
         return {
+            "rank": self.job.rank,
+            "world_size": self.job.size,
             "policy": self.policy.to_dict() if self.policy else None,
             "partition_numel": self._partition_numel,
+            "sizes": self._sizes,
             "report": self.report.as_dict(),
+            "steps": self.steps,
             "feedback": self._codec.state_dict(),
             "servers": self._memory_of_servers() if self.job.rank == 0 and not self._staleness else {},
         }
 
     def load_state_dict(self, state):
-        """Go on from `state_dict()`, before the first push; ConfigError if it was of other settings."""
+        """Go on from `state_dict()`, or from what `merge_states` made of all workers', between steps.
+
+        Raises:
+            ConfigError: it was of other settings, another model or another worker. Nothing has changed then.
+        """
+        self._check_settings(state)
+        tensors = self._codec.checked(state["feedback"])
+        for key, memory in state["servers"].items():
+            if key not in range(len(self.partitions)) or not isinstance(memory, torch.Tensor):
+                raise ConfigError(f"state: got servers' memory of {key!r}, expected a partition's")
+        self.discard()
+        self._not_applied.clear()
+        self.report.load(state["report"])
+        self.steps = state["steps"]
+        self._codec.load(tensors)
+        for key, memory in state["servers"].items() if self.job.rank == 0 else ():
+            rank = self.job.server_rank(self.partitions[key].server)
+            self.job.send(memory.numpy(), rank, memory_tag(key))
+
+    def _check_settings(self, state):
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
         policy = self.policy.to_dict() if self.policy else None
         if state["policy"] != policy:
             raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
@@ -184,19 +293,27 @@ class Worker:
                 f"partition_bytes: the saved state is of {4 * state['partition_numel']}, "
                 f"this run uses {4 * self._partition_numel}"
             )
+        if state["sizes"] != self._sizes:
+            raise ConfigError(f"state: got sizes {state['sizes']}, expected {self._sizes}: it is another model's")
         if state["servers"] and self._staleness:
             raise ConfigError(f"staleness: the saved state is of synchronous rounds, this run uses {self._staleness}")
-        self.report.load(state["report"])
-        self._codec.load_state_dict(state["feedback"])
-        for key, memory in state["servers"].items():
-            rank = self.job.server_rank(self.partitions[key].server)
-            self.job.send(memory.numpy(), rank, memory_tag(key))
+        if (
+            state["rank"] not in (None, self.job.rank)
+            or state["rank"] is not None
+            and state["world_size"] != self.job.size
+        ):
+            raise ConfigError(
+                f"state: got that of worker {state['rank']} of {state['world_size']}, expected one that worker "
+                f"{self.job.rank} of {self.job.size} saved; for another number of workers merge those of all: "
+                "gcompress.plugins.mpi.merge_states"
+            )
 
     def _memory_of_servers(self):
         """{key: bytes}: a round number and two flags, then a residual and a velocity, as far as there are."""
-        pending = {
-            key: self._ask(key, memory_tag(key), 24 + 8 * part.numel) for key, part in enumerate(self.partitions)
-        }
+        pending = {}
+        for key, part in enumerate(self.partitions):
+            skipped = part.name in self._not_applied or (part.name in self.open_names and self._watch is not None)
+            pending[key] = self._ask(key, memory_tag(key), 24 + 8 * part.numel, question=int(skipped))
         found = {}
 
         def all_came():
@@ -207,3 +324,31 @@ class Worker:
 
         self.job.wait(all_came, "the servers' memory")
         return found
+
+
+def merge_states(states):
+    """One state of those that all workers saved after one step, for every worker of a job of any size.
+
+    Each worker then takes the mean of what all owed, so that the mean over the new workers owes the same.
+    """
+    states = sorted(states, key=lambda state: state["rank"])
+    ranks = [state["rank"] for state in states]
+    if not states or ranks != list(range(states[0]["world_size"])):
+        raise ConfigError(f"states: got those of workers {ranks}, expected one of each of all workers of a job")
+    first = states[0]
+    for key in ("policy", "partition_numel", "sizes", "steps", "world_size"):
+        if any(state[key] != first[key] for state in states):
+            raise ConfigError(f"states: got workers that differ in {key}, expected states of one run after one step")
+    return {**first, "rank": None, "feedback": _mean_of([state["feedback"] for state in states])}
+
+
+def _mean_of(states):
+    """The mean of nested dicts of tensors, of which a missing one is zero."""
+    mean = {}
+    for state in states:
+        for name, value in state.items():
+            if isinstance(value, dict):
+                mean[name] = _mean_of([state.get(name, {}) for state in states])
+            else:
+                mean[name] = mean.get(name, 0.0) + value / len(states)
+    return mean

@@ -1,0 +1,155 @@
+"""How an exchange learns what became of the gradients that it delivered.
+
+`Watch` looks at the parameters. When a torch optimizer has stepped them, their gradients were
+applied. When the next gradient is computed and no optimizer has, then either the last result
+is gone from `.grad` (the step was skipped, or the gradient thrown away), or it is still there
+and the next one is added to it. Weights that no torch optimizer has ever stepped are taken to
+be updated by other code as soon as they change in place.
+"""
+
+import functools
+import itertools
+import logging
+import weakref
+
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .policy import check_momentum
+
+log = logging.getLogger(__name__)
+
+# So many exchanges in a row whose results nobody applied are worth a warning.
+SUSPICIOUS_EXCHANGES = 10
+
+_watches = weakref.WeakSet()
+_stepping = weakref.WeakSet()  # optimizers whose step is under way: a closure may compute gradients in it
+
+
+class Watch:
+    """Tells an exchange when its results were applied, thrown away, or added to.
+
+    Args:
+        exchange: has `policy`, `open_names` (those whose last result is not settled), and the methods
+            `applied(names)`, `discard(names)`, `carry_on(name)` and `computing()`.
+        parameters: {name: parameter}.
+    """
+
+    def __init__(self, exchange, parameters):
+        self._exchange = weakref.ref(exchange)
+        self._parameters = dict(parameters)
+        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._stepped = set()  # names that a torch optimizer has stepped
+        self._versions = {}  # name: the parameter's version when its gradient was exchanged
+        self._optimizers = weakref.WeakSet()  # those whose momentum was looked at
+        self._news, self._thrown_away, self._warned = False, 0, False
+        reference = weakref.ref(self)
+        hooks = [
+            parameter.register_hook(functools.partial(_computing, reference, name, weakref.ref(parameter)))
+            for name, parameter in parameters.items()
+            if parameter.requires_grad
+        ]
+        weakref.finalize(self, _remove, hooks)
+        _look_at_optimizers()
+        _watches.add(self)
+
+    def opened(self, name):
+        """The exchange of a parameter's gradient begins."""
+        self._versions[name] = self._parameters[name]._version
+
+    def exchanged(self):
+        """All gradients of a step were exchanged."""
+        self._news = True
+
+    def settle(self, name, parameter):
+        """A new gradient of a parameter is about to be computed: find out what became of the last one."""
+        exchange = self._exchange()
+        by_others = name not in self._stepped or len(_stepping) > 0
+        if by_others and parameter._version != self._versions[name]:
+            exchange.applied([name])
+        elif holds_nothing(parameter.grad):
+            exchange.discard([name])
+            self._count_thrown_away()
+        else:
+            exchange.carry_on(name)
+
+    def before_step(self, optimizer):
+        if optimizer not in self._optimizers:
+            self._optimizers.add(optimizer)
+            policy = self._exchange().policy
+            if policy:
+                check_momentum(policy, optimizer.param_groups, self._names)
+
+    def after_step(self, optimizer):
+        exchange = self._exchange()
+        if exchange is None or not exchange.open_names:
+            return
+        stepped = [
+            self._names[p]
+            for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+            if p.grad is not None and p in self._names
+        ]
+        if stepped:
+            self._stepped.update(stepped)
+            self._thrown_away = 0
+            exchange.applied(stepped)
+
+    def _count_thrown_away(self):
+        """Once for each exchange whose results were thrown away."""
+        if not self._news:
+            return
+        self._news = False
+        self._thrown_away += 1
+        if self._thrown_away == SUSPICIOUS_EXCHANGES and not self._warned:
+            self._warned = True
+            log.warning(
+                "the gradients of the last %d exchanges were never applied, so what they left over was forgotten: "
+                "no torch optimizer stepped these parameters. After an update of your own, call applied() on the "
+                "exchange",
+                SUSPICIOUS_EXCHANGES,
+            )
+
+
+def holds_nothing(gradient):
+    """Whether a `.grad` is None or zero everywhere."""
+    if gradient is None:
+        return True
+    return not bool((gradient._values() if gradient.is_sparse else gradient).any())
+
+
+def _computing(reference, name, parameter, gradient):
+    watch = reference()
+    exchange = watch._exchange() if watch is not None else None
+    if exchange is not None:
+        exchange.computing()
+        if name in exchange.open_names:
+            watch.settle(name, parameter())
+
+
+def _remove(hooks):
+    for hook in hooks:
+        hook.remove()
+
+
+@functools.cache
+def _look_at_optimizers():
+    """Have every torch optimizer of this process tell when it steps; once."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer, arguments, keywords):
+    for watch in list(_watches):
+        if watch._exchange() is not None:
+            watch.before_step(optimizer)
+    _stepping.clear()  # of one whose step ended with an error
+    _stepping.add(optimizer)
+
+
+def _after_step(optimizer, arguments, keywords):
+    _stepping.discard(optimizer)
+    # A fused optimizer is called even if a scaler found that it must not step, and then changes nothing.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return
+    for watch in list(_watches):
+        watch.after_step(optimizer)

@@ -1,0 +1,99 @@
+"""Memory that changes when a step is applied, not when it was computed.
+
+A gradient that was exchanged may never reach the weights: a loss scaler skips the step, the
+script throws the gradient away, another rank's gradient was not finite. So what an exchange
+wants to remember is only proposed at first. `apply` makes it the memory once the weights have
+changed; `discard` leaves the memory as it was. Both values are held in between, which costs a
+second copy of what is remembered from the backward pass to the optimizer's step.
+"""
+
+import torch
+
+from .errors import ConfigError
+
+
+class Memory:
+    """Values by name, each of which changes in two moves: `put` proposes, `apply` makes it so.
+
+    Args:
+        at_once: apply every value as it is put, for a loop that uses all it exchanges.
+    """
+
+    def __init__(self, at_once=False):
+        self._at_once = at_once
+        self._values, self._proposed, self._carried = {}, {}, set()
+
+    def get(self, name, default=None):
+        """The value of `name`; what was proposed for it if that was carried on."""
+        if name in self._carried and name in self._proposed:
+            return self._proposed[name]
+        return self._values.get(name, default)
+
+    def latest(self, name):
+        """What was proposed last, or else the value, or None."""
+        return self._proposed.get(name, self._values.get(name))
+
+    def put(self, name, value):
+        """Propose a value. The one before stays as it is: do not change it in place."""
+        (self._values if self._at_once else self._proposed)[name] = value
+
+    def add(self, name, values):
+        """Add a tensor to the one that was put last, or put it if there was none."""
+        latest = self.latest(name)
+        self.put(name, values if latest is None else latest + values)
+
+    def apply(self, names=None):
+        """Make the proposed values of these names (default: of all) the memory."""
+        for name in list(self._proposed) if names is None else names:
+            if name in self._proposed:
+                self._values[name] = self._proposed.pop(name)
+            self._carried.discard(name)
+
+    def discard(self, names=None):
+        """Forget the proposed values of these names (default: of all)."""
+        for name in list(self._proposed) if names is None else names:
+            self._proposed.pop(name, None)
+            self._carried.discard(name)
+
+    def carry_on(self, name):
+        """Let the next exchange of `name` begin from what is proposed: its gradient contains the last result."""
+        self._carried.add(name)
+
+    def drop(self, matches):
+        """Drop what has a name for which `matches` is true."""
+        for values in (self._values, self._proposed):
+            for name in [name for name in values if matches(name)]:
+                del values[name]
+
+    def values(self):
+        """{name: value} of what is applied; not copies."""
+        return dict(self._values)
+
+    def load(self, values):
+        """Replace everything by these applied values."""
+        self.discard()
+        self._values = dict(values)
+
+
+def checked_copies(what, tensors, sizes=None):
+    """Copies of the 1-D float32 tensors of a saved {name: tensor}.
+
+    Args:
+        what: "residual" or the like, for errors.
+        tensors: from a file: anything may be in it.
+        sizes: {name: entries} of those that may be there; None: any.
+
+    Raises:
+        ConfigError: one is not such a tensor, is not finite, or is none of `sizes`.
+    """
+    if not isinstance(tensors, dict):
+        raise ConfigError(f"{what}: got {type(tensors).__name__}, expected a dict of tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or tensor.dtype != torch.float32:
+            raise ConfigError(f"{what} {name!r}: got {type(tensor).__name__}, expected a 1-D float32 tensor")
+        if sizes is not None and sizes.get(name) != tensor.numel():
+            expected = f"{sizes[name]} entries" if name in sizes else f"one of {', '.join(map(repr, sizes)) or 'none'}"
+            raise ConfigError(f"{what} {name!r}: got {tensor.numel()} entries, expected {expected}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{what} {name!r}: got entries that are not finite")
+    return {name: tensor.clone() for name, tensor in tensors.items()}

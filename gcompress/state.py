@@ -1,0 +1,253 @@
+"""What the ranks of an exchange remember, as something that can be saved.
+
+A rank's own state goes on to the bit, on that rank, with as many ranks. All ranks' states
+together (`merge_states`, or `full_state_dict` while they run) go on with any number of ranks:
+every rank then takes the same part of what all owed together, and the owners of pieces theirs.
+
+What ranks owe to a mean is the mean of their residuals, and to a sum their sum; a merged state
+holds the sum over its ranks of each parameter's residual, velocity and owners' residuals.
+"""
+
+import torch
+
+from .errors import ConfigError
+from .memory import checked_copies
+from .policy import as_policy
+
+KEYS = ("rank", "world_size", "policy", "shapes", "report", "steps", "feedback", "owner_feedback", "memories")
+MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "owed", "memories")
+
+
+def of_rank(exchange):
+    """A rank's own state: tensors (not copies, and never changed in place), numbers and strings."""
+    return {
+        "rank": exchange.engine.rank() if exchange.engine else 0,
+        "world_size": exchange.engine.world_size() if exchange.engine else 1,
+        **_of_any_rank(exchange),
+        "feedback": exchange.feedback.state_dict() if exchange.feedback else {},
+        "owner_feedback": exchange.owner_feedback.state_dict(),
+    }
+
+
+def _of_any_rank(exchange):
+    return {
+        "policy": exchange.policy.to_dict() if exchange.policy else None,
+        "shapes": {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {},
+        "report": exchange.report.as_dict(),
+        "steps": exchange.steps,
+        "memories": {name: dict(memory) for name, memory in exchange.memories.values().items()},
+    }
+
+
+def of_all_ranks(exchange):
+    """The merged state, summed by the engine: every rank must call it, and gets the same."""
+    if exchange.plan is None:
+        raise ConfigError("state: nothing was planned yet, expected a call after the model's parameters are known")
+    owed = owed_by(exchange, of_rank(exchange))
+    for name, vector in owed.items():
+        handle = exchange.engine.allreduce(f"state.{name}", 0, vector, "sum")
+        owed[name] = handle.wait()
+    return {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "owed": owed}
+
+
+def merge_states(states):
+    """One state of the `state_dict()`s that all ranks of a run saved, for `load_state_dict` on any number of ranks.
+
+    Args:
+        states: one of each rank, in any order, saved after the same step.
+
+    Raises:
+        ConfigError: some rank's is missing or there twice, or they are of different runs.
+    """
+    states = list(states)
+    for saved in states:
+        _check_keys(saved, KEYS)
+    ranks = sorted(saved["rank"] for saved in states)
+    if not states or ranks != list(range(states[0]["world_size"])):
+        raise ConfigError(
+            f"states: got those of ranks {ranks}, expected one of each of "
+            f"{states[0]['world_size'] if states else 'at least one'} rank(s)"
+        )
+    first = min(states, key=lambda saved: saved["rank"])
+    for key in ("world_size", "policy", "shapes", "steps"):
+        if any(saved[key] != first[key] for saved in states):
+            raise ConfigError(f"states: got ranks that differ in {key}, expected states of one run after one step")
+    policy, sizes, owed = as_policy(first["policy"]), _sizes(first["shapes"]), {}
+    for saved in states:
+        for name, vector in _owed(policy, sizes, saved).items():
+            owed[name] = owed[name] + vector if name in owed else vector
+    shared = {key: first[key] for key in ("world_size", "policy", "shapes", "report", "steps", "memories")}
+    return {**shared, "owed": owed}
+
+
+def owed_by(exchange, saved):
+    """What a rank's state owes (nothing if None), as one float32 vector for each kind and parameter.
+
+    "residual/NAME", with momentum correction "velocity/NAME", and "owner/NAME" for what owners
+    of pieces owe. All ranks of one model and policy have the same keys.
+    """
+    return _owed(exchange.policy, {name: entry.numel for name, entry in exchange.plan.entries.items()}, saved)
+
+
+def _owed(policy, sizes, saved):
+    from .feedback import new_memory
+
+    feedback = new_memory(policy)
+    vectors = {}
+    for name, numel in sizes.items():
+        compressor = policy.compressor_for(name, numel)
+        if compressor and policy.feedback_for(compressor):
+            vectors.update({f"{kind}/{name}": torch.zeros(numel) for kind in (*feedback.kinds, "owner")})
+    if saved is None:
+        return vectors
+    tensors = feedback.checked(saved["feedback"], sizes) if feedback else {}
+    for kind, values in tensors.items():
+        vectors.update({f"{kind}/{name}": tensor for name, tensor in values.items()})
+    for key, residual in checked_copies("owner's residual", saved["owner_feedback"]).items():
+        name, start, stop = _piece_of(key)
+        if f"owner/{name}" not in vectors or not 0 <= start < stop <= sizes[name] or residual.numel() != stop - start:
+            raise ConfigError(f"owner's residual: got {key!r}, expected a piece of one of the policy's parameters")
+        vectors[f"owner/{name}"][start:stop] = residual
+    return vectors
+
+
+def _piece_of(key):
+    """(parameter, start, stop) of `Piece.key`."""
+    name, _, borders = key.removesuffix("]").rpartition("[")
+    start, _, stop = borders.partition(":")
+    if not (start.isdecimal() and stop.isdecimal()):
+        raise ConfigError(f"owner's residual: got {key!r}, expected NAME[START:STOP]")
+    return name, int(start), int(stop)
+
+
+def take_over(exchange, owed, ranks, memories, steps):
+    """Let this rank take its part of what `ranks` ranks owed together, and what all of them share.
+
+    Args:
+        exchange: with a plan for the ranks that there are now.
+        owed: {name: sum over the earlier ranks} as of `owed_by`.
+        ranks: how many ranks' sum that is.
+        memories, steps: what all had alike.
+    """
+    shares = ranks if exchange.average else exchange.engine.world_size()
+    kinds = {kind: {} for kind in (exchange.feedback.kinds if exchange.feedback else ())}
+    pieces = {}
+    for key, vector in owed.items():
+        kind, _, name = key.partition("/")
+        if kind in kinds:
+            kinds[kind][name] = vector / shares
+    for name, entry in exchange.plan.entries.items():
+        owner = owed.get(f"owner/{name}")
+        if owner is None:
+            continue
+        if not entry.pieces:  # it no longer travels by two phases
+            kinds["residual"][name] += owner if exchange.average else owner / shares
+        for piece in entry.pieces:
+            if piece.owner == exchange.engine.rank():
+                pieces[piece.key(name)] = owner[piece.start : piece.stop].clone()
+    if exchange.feedback:
+        exchange.feedback.load_tensors(kinds)
+    exchange.owner_feedback.load_tensors({"residual": pieces})
+    exchange.memories.load({name: dict(memory) for name, memory in memories.items()})
+    exchange.steps = steps
+
+
+def replan(exchange, shapes):
+    """Plan other parameters, on all ranks between the same steps; what owners of pieces owe goes to the new owners."""
+    owed = owed_by(exchange, of_rank(exchange))
+    exchange.prepare(shapes)
+    pieces = {}
+    for name, entry in exchange.plan.entries.items():
+        if f"owner/{name}" not in owed or not entry.pieces:
+            continue
+        owner = exchange.engine.allreduce(f"replan.{name}", 0, owed[f"owner/{name}"], "sum").wait()
+        for piece in entry.pieces:
+            if piece.owner == exchange.engine.rank():
+                pieces[piece.key(name)] = owner[piece.start : piece.stop].clone()
+    exchange.owner_feedback.load_tensors({"residual": pieces})
+
+
+def load(exchange, saved):
+    """`GradientExchange.load_state_dict`: everything is checked before anything changes."""
+    merged = isinstance(saved, dict) and "owed" in saved
+    _check_keys(saved, MERGED_KEYS if merged else KEYS)
+    policy = exchange.policy.to_dict() if exchange.policy else None
+    if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
+        raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
+    _check_shapes(exchange, saved["shapes"])
+    if type(saved["steps"]) is not int or saved["steps"] < 0:
+        raise ConfigError(f"state: got steps={saved['steps']!r}, expected a number of steps")
+    memories = _checked_memories(saved["memories"])
+    if merged:
+        expected = owed_by(exchange, None)
+        owed = checked_copies("state", saved["owed"], {name: vector.numel() for name, vector in expected.items()})
+        exchange.discard()
+        take_over(exchange, {**expected, **owed}, saved["world_size"], memories, saved["steps"])
+    else:
+        tensors, pieces = _checked_own(exchange, saved)
+        _put(exchange, tensors, pieces, memories, saved["steps"])
+    exchange.report.load(saved["report"])
+
+
+def put_back(exchange, saved):
+    """Return to what `of_rank` gave in this process, whatever rank it has become since."""
+    feedback = exchange.feedback.checked(saved["feedback"]) if exchange.feedback else {}
+    _put(exchange, feedback, {"residual": saved["owner_feedback"]}, saved["memories"], saved["steps"])
+    exchange.report.load(saved["report"])
+
+
+def _put(exchange, feedback, pieces, memories, steps):
+    exchange.discard()
+    if exchange.feedback:
+        exchange.feedback.load_tensors(feedback)
+    exchange.owner_feedback.load_tensors(pieces)
+    exchange.memories.load({name: dict(memory) for name, memory in memories.items()})
+    exchange.steps = steps
+
+
+def _check_keys(saved, keys):
+    if not isinstance(saved, dict):
+        raise ConfigError(f"state: got {type(saved).__name__}, expected what state_dict() returned")
+    missing = [key for key in keys if key not in saved]
+    if missing:
+        raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
+
+
+def _check_shapes(exchange, shapes):
+    if exchange.plan is None and exchange.policy and shapes:
+        exchange.prepare({name: torch.Size(shape) for name, shape in shapes.items()})
+    own = {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {}
+    for name in [*own, *shapes]:
+        if own.get(name) != shapes.get(name):
+            raise ConfigError(
+                f"state: got {name!r} of shape {shapes.get(name)}, expected {own.get(name)}: it is another model's"
+            )
+
+
+def _checked_own(exchange, saved):
+    """(feedback's tensors, the owner's) of this rank's own state."""
+    rank, world_size = (exchange.engine.rank(), exchange.engine.world_size()) if exchange.engine else (0, 1)
+    if (saved["rank"], saved["world_size"]) != (rank, world_size):
+        raise ConfigError(
+            f"state: got that of rank {saved['rank']} of {saved['world_size']}, expected one that rank {rank} of "
+            f"{world_size} saved; for another number of ranks merge those of all: gcompress.merge_states"
+        )
+    entries = exchange.plan.entries if exchange.plan else {}
+    sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
+    tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
+    owned = exchange.owned_pieces() if exchange.plan else {}
+    return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
+
+
+def _checked_memories(memories):
+    if not isinstance(memories, dict) or not all(isinstance(memory, dict) for memory in memories.values()):
+        raise ConfigError("state: memories are no dict of dicts by parameter")
+    for name, memory in memories.items():
+        for key, value in memory.items():
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                raise ConfigError(f"state: {key!r} of {name!r} has entries that are not finite")
+    return memories
+
+
+def _sizes(shapes):
+    return {name: torch.Size(shape).numel() for name, shape in shapes.items()}

@@ -1,0 +1,174 @@
+"""One rank of tests/test_promises.py: `promise_ranks.py ENGINE OUT [PROMISE…]` under the engine's launcher.
+
+Every rank writes {promise: "ok" or its error} to OUT.RANK.
+"""
+
+import itertools
+import json
+import sys
+import traceback
+
+import torch
+
+from promises import PROMISES, Trainer, sgd
+
+
+class Ddp(Trainer):
+    engine = "ddp"
+
+    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+        from gcompress.plugins import ddp
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.model = model
+        options = {"bucket_cap_mb": 0.04, "find_unused_parameters": unused}
+        self.parallel = torch.nn.parallel.DistributedDataParallel(model, **options)
+        self.state = ddp.register(self.parallel, compression, scaler=scaler)
+        self.exchange = self.state.exchange
+        self.optimizer = make_optimizer(list(model.parameters()))
+
+    def call(self, x):
+        return self.parallel(x)
+
+    def gather(self, tensor):
+        rows = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(rows, tensor.contiguous())
+        return rows
+
+
+class Horovod(Trainer):
+    engine = "horovod"
+
+    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+        import gcompress.plugins.horovod as plugin
+
+        self.rank, self.size, self.model = hvd.rank(), hvd.size(), model
+        optimizer = make_optimizer(list(model.parameters()))
+        self.optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+        self.exchange = plugin.exchange(self.optimizer)
+        self.exchange.scaler = scaler
+
+    def synchronize(self):
+        self.optimizer.synchronize()
+
+    def step(self, scaler=None):
+        with self.optimizer.skip_synchronize():
+            super().step(scaler)
+
+    def gather(self, tensor):
+        return list(hvd.allgather(tensor.unsqueeze(0).clone(), name="gathered").unbind(0))
+
+
+class Mpi(Trainer):
+    engine = "mpi"
+
+    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+        world.bcast(True, root=0)  # the server makes its Job for this trainer
+        self.job = servers.Job(1)
+        self.rank, self.size, self.model = self.job.rank, self.job.size, model
+        optimizer = make_optimizer(list(model.parameters()))
+        self.optimizer = servers.DistributedOptimizer(
+            optimizer, model.named_parameters(), self.job, compression, scaler=scaler
+        )
+        self.exchange = servers.exchange(self.optimizer)
+
+    def __exit__(self, *error):
+        self.job.close()
+
+    def synchronize(self):
+        self.optimizer.synchronize()
+
+    def gather(self, tensor):
+        return self.job.workers.allgather(tensor)
+
+
+class Byteps(Trainer):
+    engine, remembers, random = "byteps", False, False
+    numbers = itertools.count()
+
+    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+        self.rank, self.size, self.model = bps.rank(), bps.size(), model
+        number = next(self.numbers)  # BytePS keeps what it knows of a name for good
+        named = [(f"{number}.{name}", p) for name, p in model.named_parameters()]
+        optimizer = make_optimizer(list(model.parameters()))
+        self.optimizer = byteps_plugin.DistributedOptimizer(optimizer, named, compression, scaler=scaler)
+
+    def synchronize(self):
+        self.optimizer.synchronize()
+
+    def step(self, scaler=None):
+        with self.optimizer.skip_synchronize():
+            super().step(scaler)
+
+    def gather(self, tensor):
+        table = torch.zeros(self.size, tensor.numel())
+        table[self.rank] = tensor.reshape(-1)
+        table = bps.push_pull(table, average=False, name=f"gathered.{next(self.numbers)}")
+        return [row.view(tensor.shape) for row in table]
+
+
+TRAINERS = {each.engine: each for each in (Ddp, Horovod, Mpi, Byteps)}
+
+
+def start(engine):
+    """Start the engine; returns this rank, or None on a server that has served all trainers."""
+    global dist, hvd, bps, byteps_plugin, servers, world
+    if engine == "ddp":
+        import datetime
+
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        return dist.get_rank()
+    if engine == "horovod":
+        import horovod.torch as hvd
+
+        hvd.init()
+        return hvd.rank()
+    if engine == "byteps":
+        import byteps.torch as bps
+
+        import gcompress.plugins.byteps as byteps_plugin
+
+        byteps_plugin.init()
+        return bps.rank()
+    import gcompress.plugins.mpi as servers
+
+    world = servers.job.MPI.COMM_WORLD
+    if world.rank < world.size - 1:
+        return world.rank
+    while world.bcast(None, root=0):
+        servers.Job(1).serve()
+    return None
+
+
+def main():
+    engine, out, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    rank = start(engine)
+    if rank is None:
+        return
+    trainer, results = TRAINERS[engine], {}
+
+    def new(*arguments, **options):
+        return trainer(*arguments, **options)
+
+    new.trainer = trainer
+    for name, (function, engines) in PROMISES.items():
+        if (names and name not in names) or (engines and engine not in engines):
+            continue
+        try:
+            function(new)
+            results[name] = "ok"
+        except Exception:
+            results[name] = traceback.format_exc()
+        with open(f"{out}.{rank}", "w") as file:
+            json.dump(results, file)
+    if engine == "mpi":
+        world.bcast(False, root=0)
+    if engine == "ddp":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
