@@ -29,7 +29,7 @@ setup: $(READY) ## create .venv with torch, Horovod and gcompress (10 minutes th
 
 venv: setup
 
-$(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py $(wildcard csrc/* csrc/*/*)
+$(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py tools/wheel_cache.py $(wildcard csrc/* csrc/*/*)
 	@command -v $(PYTHON) >/dev/null || { echo 'make: $(PYTHON) not found: install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'make: $(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
@@ -58,7 +58,8 @@ split: data ## train a model cut in two, with and without compression, and compa
 
 engines: $(ENGINES) ## add MPI and BytePS, where they can be had (5 minutes the first time, then nothing)
 
-$(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edits.py plugins/byteps/compressor.cc
+$(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edits.py $(wildcard tools/byteps_stand_ins/*) \
+		plugins/byteps/compressor.cc
 	$(BIN)/python tools/install_mpi.py --optional
 	$(BIN)/python tools/build_byteps.py --optional
 	@touch $@

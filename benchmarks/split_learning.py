@@ -28,7 +28,8 @@ sys.path.insert(0, str(EXAMPLE.parent))
 import split_report  # noqa: E402
 from gcompress import from_spec, split  # noqa: E402
 from split_models import ARCHS  # noqa: E402
-from training_report import in_bytes  # noqa: E402
+from split_report import socket_bytes  # noqa: E402
+from training_report import in_bytes, set_byte_axis  # noqa: E402
 
 MASK = "mask:sparsity=0.99,bits=2,signed=false"
 METHODS = ("none", "qu3", "sp", "ms")
@@ -93,10 +94,6 @@ def read_all(arguments):
     return found
 
 
-def sent(record):
-    return record["socket_up"] + record["socket_down"]
-
-
 def table(found):
     lines = [
         "| cut | activations | gradients | top-1 | bytes up | bytes down | fewer, both | until less a point | fewer |"
@@ -110,11 +107,11 @@ def table(found):
         for curve in runs.values():
             last = curve[-1]
             up, _, down = last["title"].partition(", up ")[2].partition(", down ")
-            reached = next((sent(record) for record in curve if record["test_top1"] >= target), None)
-            spent = next(sent(record) for record in base if record["test_top1"] >= target) if base else None
+            reached = next((socket_bytes(record) for record in curve if record["test_top1"] >= target), None)
+            spent = next(socket_bytes(record) for record in base if record["test_top1"] >= target) if base else None
             cells = [cut, f"`{up}`", f"`{down}`", f"{100 * last['test_top1']:.2f} %"]
             cells += [in_bytes(last["socket_up"]), in_bytes(last["socket_down"])]
-            cells.append(f"{sent(base[-1]) / sent(last):.2f}x" if base else "-")
+            cells.append(f"{socket_bytes(base[-1]) / socket_bytes(last):.2f}x" if base else "-")
             fewer = f"{spent / reached:.2f}x" if reached and spent else "-"
             cells += [in_bytes(reached) if reached else "never", fewer]
             lines.append("| " + " | ".join(cells) + " |")
@@ -127,7 +124,6 @@ def plot(path, found):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
 
     names = {"none": "uncompressed", "qu3": "quantize 3 bit", "sp": "top-k, equal bytes", "ms": "mask 99 %, 2 bit"}
     colours = dict(zip(names, split_report.COLOURS, strict=False))
@@ -137,12 +133,11 @@ def plot(path, found):
         figure, panels = pyplot.subplots(1, len(found), figsize=size, sharey=True, layout="constrained", squeeze=False)
         for panel, (cut, runs) in zip(panels[0], found.items(), strict=True):
             for method, curve in runs.items():
-                top1, spent = [100 * r["test_top1"] for r in curve], [sent(r) for r in curve]
+                top1, spent = [100 * r["test_top1"] for r in curve], [socket_bytes(r) for r in curve]
                 looks = {"color": colours[method], "label": names[method], "marker": "o", "markersize": 3.5}
                 panel.plot(spent, top1, linewidth=1.8, **looks)
-            panel.set(title=f"{cut} cut", xlabel="bytes up and down, at the socket", xscale="log")
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda count, _: in_bytes(count)))
-            panel.xaxis.set_minor_formatter(lambda *_: "")
+            panel.set(title=f"{cut} cut", xlabel="bytes up and down, at the socket")
+            set_byte_axis(panel, [socket_bytes(record) for curve in runs.values() for record in curve])
         panels[0][0].set(ylabel="test top-1 (%)")
         fullest = max(panels[0], key=lambda panel: len(panel.lines))
         handles, labels = fullest.get_legend_handles_labels()
@@ -173,7 +168,7 @@ def slow_link(arguments):
                 seconds = (second["seconds"] - first["seconds"]) / arguments.steps
                 base = base or seconds
                 up, _, down = second["title"].partition(", up ")[2].partition(", down ")
-                per_step = in_bytes((sent(second) - sent(first)) / arguments.steps)
+                per_step = in_bytes((socket_bytes(second) - socket_bytes(first)) / arguments.steps)
                 cells = [cut, f"`{up}`", f"`{down}`", f"{1000 * seconds:.1f}", f"{base / seconds:.2f}x", per_step]
                 print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -4,7 +4,7 @@ import torch
 
 
 class SmallConvNet(torch.nn.Module):
-    """Two convolutions and two linear layers: 312 000 parameters for ten classes of 28 x 28 grey images."""
+    """Two convolutions and two linear layers: 307,978 parameters for ten classes of 28 x 28 grey images."""
 
     def __init__(self, channels, classes):
         super().__init__()

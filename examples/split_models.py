@@ -63,7 +63,7 @@ def residual_network(channels, width, blocks, classes, stride):
 
 
 def small_network(channels=1, classes=10):
-    """Three convolutions and two linear layers: 427,000 parameters for grey images of 28 x 28."""
+    """Three convolutions and two linear layers: 426,234 parameters for grey images of 28 x 28."""
 
     def convolution(entering, leaving):
         return [nn.Conv2d(entering, leaving, 3, padding=1, bias=False), nn.BatchNorm2d(leaving), nn.ReLU()]

@@ -6,7 +6,7 @@ import sys
 import time
 
 from gcompress import split
-from training_report import COLOURS, in_bytes, ratio
+from training_report import COLOURS, in_bytes, ratio, set_byte_axis
 
 COUNTED = ("up", "down", "evaluation", "socket_up", "socket_down", "socket_evaluation")
 
@@ -254,11 +254,16 @@ def table(record, others=()):
 
 def _comparison(record, other):
     points = 100 * (record["test_top1"] - other["test_top1"])
-    mine, theirs = (run["socket_up"] + run["socket_down"] for run in (record, other))
+    mine, theirs = socket_bytes(record), socket_bytes(other)
     return (
         f"\nagainst {other['title']}:\n  {points:+.2f} points of top-1 after {record['step']} steps "
         f"(it: {other['step']}), {ratio(theirs, mine):.2f}x fewer bytes both directions together at the socket"
     )
+
+
+def socket_bytes(record):
+    """Bytes of training in both directions, as TCP counted them."""
+    return record["socket_up"] + record["socket_down"]
 
 
 def plot(path, curves, title):
@@ -267,14 +272,14 @@ def plot(path, curves, title):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
     with pyplot.rc_context({**style, "font.size": 10, "axes.axisbelow": True}):
         figure, (by_epoch, by_bytes) = pyplot.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
         for number, curve in reversed(list(enumerate(curves))):
             accuracy = [100 * record["test_top1"] for record in curve]
-            spent = [record["socket_up"] + record["socket_down"] for record in curve]
+            spent = [socket_bytes(record) for record in curve]
             name = curve[-1]["title"].partition(", up ")[2]
             looks = {
                 "color": COLOURS[number % len(COLOURS)],
@@ -287,9 +292,8 @@ def plot(path, curves, title):
             by_bytes.plot(spent, accuracy, **looks)
         by_epoch.set(xlabel="epochs", ylabel="test top-1 (%)", title="Accuracy by epochs")
         by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-        by_bytes.set(xlabel="bytes up and down, at the socket", title="Accuracy by bytes", xscale="log")
-        by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: in_bytes(count)))
-        by_bytes.xaxis.set_minor_formatter(lambda *_: "")
+        by_bytes.set(xlabel="bytes up and down, at the socket", title="Accuracy by bytes")
+        set_byte_axis(by_bytes, [socket_bytes(record) for curve in curves for record in curve])
         handles, labels = by_epoch.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside lower center", frameon=False, ncols=1)
         figure.suptitle(title, fontsize=12)

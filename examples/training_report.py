@@ -9,11 +9,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def in_bytes(count):
     """A number of bytes in the largest fitting decimal unit: `12.3 kB`."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.4g} TB"
+    return f"{count:.4g} EB"
 
 
 def in_ranks(count):
@@ -92,6 +92,28 @@ def read_log(path):
     return curve
 
 
+def set_byte_axis(panel, counts):
+    """Scale a panel's x axis, drawn over these byte counts, and label it in units, few enough to stay apart.
+
+    matplotlib reckons with labels three times as wide as high; `250 MB` is wider.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    least, most = min(counts), max(counts)
+    # Compressors differ by factors of ten to a thousand; one run alone reads better without logarithms.
+    if 0 < 20 * least < most:
+        panel.set_xscale("log")
+        decades = math.log10(most / least)
+        # Few decades have few powers of ten: what lies between them is labelled as well.
+        labelled = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+        panel.xaxis.set_major_locator(LogLocator(subs=labelled, numticks=6))
+    else:
+        panel.set_xlim(left=0)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=(1, 2, 2.5, 5, 10)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda count, _: in_bytes(count)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
 def plot(path, curves, title):
     """Draw test accuracy against steps and against the bytes that rank 0 handed to Horovod.
 
@@ -104,7 +126,7 @@ def plot(path, curves, title):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
     with pyplot.rc_context({**style, "font.size": 10, "axes.axisbelow": True}):
@@ -124,15 +146,9 @@ def plot(path, curves, title):
             by_bytes.plot([record["sent_bytes"] for record in curve], accuracy, **looks)
         by_step.set(xlabel="steps", ylabel="test accuracy (%)", title="Accuracy by steps")
         by_step.set_xlim(left=0)
+        by_step.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         by_bytes.set(xlabel="bytes handed to Horovod by rank 0", title="Accuracy by bytes sent")
-        # Compressors differ by factors of ten to a thousand; one run alone reads better without logarithms.
-        sent = [record["sent_bytes"] for curve in curves for record in curve]
-        if 0 < 20 * min(sent) < max(sent):
-            by_bytes.set_xscale("log")
-        else:
-            by_bytes.set_xlim(left=0)
-        by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: in_bytes(count)))
-        by_bytes.xaxis.set_minor_formatter(lambda *_: "")
+        set_byte_axis(by_bytes, [record["sent_bytes"] for curve in curves for record in curve])
         by_step.yaxis.set_major_locator(MaxNLocator(nbins=7))
         handles, labels = by_step.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside lower center", frameon=False, ncols=1)

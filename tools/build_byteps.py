@@ -4,9 +4,10 @@
 BytePS is published as a source distribution that needs CUDA, NCCL and an old torch, and that
 has faults on the way we go (byteps_edits.py lists them). This script downloads the release from
 the package index, edits it, builds a wheel against stand-ins for CUDA's, NCCL's and libnuma's
-headers (byteps_stand_ins/), and keeps it in a cache keyed by everything that went in. Then it
-compiles our compressors for BytePS's workers and servers (plugins/byteps/compressor.cc). The
-build takes 3 to 5 minutes on two cores, once; then seconds. x86-64 with gcc 11 or newer.
+headers (byteps_stand_ins/), and keeps it in a cache keyed by all that decides the build
+(wheel_cache.py). Then it compiles our compressors for BytePS's workers and servers
+(plugins/byteps/compressor.cc). The build takes 3 to 5 minutes on two cores, once; then seconds.
+x86-64 with gcc 11 or newer.
 
     python tools/build_byteps.py            # build or reuse, install, compile the compressors
     python tools/build_byteps.py --print    # only print where the wheel is or would be
@@ -14,7 +15,6 @@ build takes 3 to 5 minutes on two cores, once; then seconds. x86-64 with gcc 11 
 """
 
 import argparse
-import hashlib
 import os
 import pathlib
 import platform
@@ -23,14 +23,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import zipfile
 
 import byteps_edits
-from build_horovod import cache_folder, run
+import wheel_cache
+from wheel_cache import PIP, CannotBuild, compiler, run
 
 VERSION = "0.2.5.post15"
+SHA256 = "9d6a3c5be4c4b5a172739744bb32725c433f9a9f63794e1885e7376ff4eea99f"  # of its source distribution
 HERE = pathlib.Path(__file__).resolve().parent
 STAND_INS = HERE / "byteps_stand_ins"
 PLUGIN = HERE.parent / "plugins" / "byteps"
@@ -73,34 +74,9 @@ HEADERS = [
 TARGETS = {"_worker.so": [], "_server.so": ["-DBYTEPS_BUILDING_SERVER"]}
 
 
-class CannotBuild(Exception):
-    """Why BytePS cannot be built here, in one sentence."""
-
-
-def compiler():
-    """The C++ compiler of wheel and plugin, which must be the same."""
-    for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
-        if shutil.which(name.split()[0]):
-            return name
-    raise CannotBuild("no C++ compiler was found")
-
-
-def cache_key():
-    import torch
-
-    stand_ins = [path.read_text() for path in sorted(STAND_INS.iterdir())]
-    recipe = repr((byteps_edits.EDITS, BUILD_REQUIREMENTS, PRE_SETUP, HEADERS, stand_ins))
-    version = subprocess.run([*compiler().split(), "-dumpversion"], capture_output=True, text=True).stdout.strip()
-    parts = [
-        f"byteps{VERSION}",
-        sys.implementation.cache_tag,
-        f"torch{torch.__version__}",
-        sysconfig.get_platform(),
-        platform.libc_ver()[1] or "libc",
-        f"gcc{version}",
-        hashlib.sha256(recipe.encode()).hexdigest()[:8],
-    ]
-    return "-".join(re.sub(r"[^A-Za-z0-9.+]", "_", part) for part in parts)
+def make_recipe():
+    tools = [pathlib.Path(__file__), pathlib.Path(byteps_edits.__file__), *STAND_INS.iterdir()]
+    return wheel_cache.make_recipe("byteps", VERSION, SHA256, tools)
 
 
 def check_machine():
@@ -110,21 +86,6 @@ def check_machine():
         if shutil.which(tool) is None:
             raise CannotBuild(f"{tool} was not found (Debian, Ubuntu: apt-get install build-essential)")
     compiler()
-
-
-def download(scratch):
-    """The unpacked release in `scratch`."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(
-        pip
-        + ["download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-        + ["-d", str(scratch), f"byteps=={VERSION}"],
-        # Its setup.py runs to tell its name.
-        env={**os.environ, "BYTEPS_WITHOUT_TENSORFLOW": "1", "BYTEPS_WITHOUT_MXNET": "1"},
-    )
-    with tarfile.open(scratch / f"byteps-{VERSION}.tar.gz") as tar:
-        tar.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    return scratch / f"byteps-{VERSION}"
 
 
 def stand_in_folder(scratch):
@@ -146,54 +107,46 @@ def run_quietly(command, **kwargs):
         raise subprocess.CalledProcessError(result.returncode, command)
 
 
-def build(target):
-    run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", *BUILD_REQUIREMENTS])
-    target.parent.mkdir(parents=True, exist_ok=True)
+def build(recipe):
+    run([*PIP, "install", "-q", *BUILD_REQUIREMENTS])
     with tempfile.TemporaryDirectory(prefix="byteps-build-") as scratch:
         scratch = pathlib.Path(scratch)
-        source = download(scratch)
+        frameworks = {"BYTEPS_WITHOUT_TENSORFLOW": "1", "BYTEPS_WITHOUT_MXNET": "1", "BYTEPS_WITH_PYTORCH": "1"}
+        # The release's setup.py runs to tell its name.
+        source = wheel_cache.download_source(scratch, "byteps", VERSION, SHA256, env={**os.environ, **frameworks})
         byteps_edits.apply(source)
         (source / "pre_setup_local.py").write_text(PRE_SETUP)
         environment = {
             **os.environ,
+            **frameworks,
             "CC": os.environ.get("CC", "gcc"),
             "CXX": compiler(),
             "CFLAGS": "-w",
             "CI": "true",
             "BYTEPS_NCCL_HOME": str(stand_in_folder(scratch)),
             "BYTEPS_NCCL_LINK": "SHARED",
-            "BYTEPS_WITHOUT_TENSORFLOW": "1",
-            "BYTEPS_WITHOUT_MXNET": "1",
-            "BYTEPS_WITH_PYTORCH": "1",
         }
         print(f"building BytePS {VERSION}: 3 to 5 minutes on two cores, once", flush=True)
         run_quietly([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=source, env=environment)
-        # Into the cache in one step: an interrupted build leaves nothing behind that looks whole.
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source / "dist", partial)
         for name in HEADERS:
-            (partial / "include" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, partial / "include" / name)
+            (source / "dist/include" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, source / "dist/include" / name)
         for path in STAND_INS.iterdir():
-            shutil.copy(path, partial / "include")
-        if not target.exists():
-            os.replace(partial, target)
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.copy(path, source / "dist/include")
+        wheel_cache.store(recipe, source / "dist")
 
 
 def compile_plugin(include):
-    """Our compressors, once as a worker's library and once as a server's."""
+    """Our compressors, once as a worker's library and once as a server's.
+
+    Always: it takes seconds, and no file's time tells by which compiler and against which release they were made.
+    """
     source, interface = PLUGIN / "compressor.cc", HERE.parent / "csrc" / "gcompress.h"
     for name, flags in TARGETS.items():
-        target = PLUGIN / name
-        inputs = [source, interface, include / HEADERS[0]]
-        if target.exists() and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs):
-            continue
         run(
             [*compiler().split(), "-std=c++17", "-O2", "-fPIC", "-shared", "-march=x86-64-v3", "-Wall", *flags]
             + [f"-I{include}", f"-I{interface.parent}", f"-I{sysconfig.get_path('include')}"]
-            + [str(source), "-o", str(target)]
+            + [str(source), "-o", str(PLUGIN / name)]
         )
 
 
@@ -212,18 +165,16 @@ def main():
     arguments = parser.parse_args()
     try:
         check_machine()
-        target = cache_folder() / cache_key()
+        recipe = make_recipe()
+        target = wheel_cache.entry(recipe)
         if arguments.print:
             print(target)
             return
-        if not target.exists():
-            build(target)
+        if not wheel_cache.usable(recipe):
+            build(recipe)
         (wheel,) = target.glob("byteps-*.whl")
         if not installed(wheel):
-            run(
-                [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-                + ["--force-reinstall", str(wheel)]
-            )
+            wheel_cache.install_wheel(wheel)
         compile_plugin(target / "include")
         run([sys.executable, "-c", "import byteps.torch; print('BytePS is built')"])
     except (CannotBuild, byteps_edits.EditError, OSError, subprocess.CalledProcessError) as error:

@@ -2,22 +2,32 @@
 """Put Fashion-MNIST into ./data/fashion-mnist, unless it is there or in /usr/share/datasets/fashion-mnist.
 
 On Debian and Ubuntu it comes from the package dataset-fashion-mnist, which is unpacked without being
-installed and needs no root; elsewhere from torchvision's download. Calling it again does nothing.
+installed and needs no root; elsewhere from torchvision's download. What is put there is what was published:
+its digests are known. Calling it again does nothing.
 
     python tools/fetch_data.py
 """
 
+import gzip
+import hashlib
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 
 TARGET = pathlib.Path(__file__).resolve().parent.parent / "data" / "fashion-mnist"
 INSTALLED = pathlib.Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "dataset-fashion-mnist"
-FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+# SHA-256 of what is in each file: Debian's are compressed once more, without their names, and so differ by bytes.
+FILES = {
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
 
 
 class Unavailable(Exception):
@@ -66,11 +76,22 @@ def from_torchvision(scratch):
     return scratch / "FashionMNIST" / "raw"
 
 
-def put_in_place(source):
-    """Move the files to TARGET one by one, each in one step: what lies there is never half a file."""
-    for name in FILES:
+def check(source):
+    """Unavailable unless the folder has every file, and in it what was published."""
+    for name, expected in FILES.items():
         if not (source / name).is_file():
             raise Unavailable(f"{name} is not in what was downloaded")
+        try:
+            found = hashlib.sha256(gzip.decompress((source / name).read_bytes())).hexdigest()
+        except (OSError, EOFError, zlib.error) as error:
+            raise Unavailable(f"{name} is damaged: {error}") from error
+        if found != expected:
+            raise Unavailable(f"{name} holds something else: SHA-256 {found}, expected {expected}")
+
+
+def put_in_place(source):
+    """Move the files to TARGET one by one, each in one step: what lies there is never half a file."""
+    check(source)
     TARGET.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         os.replace(source / name, TARGET / name)

@@ -1,0 +1,76 @@
+"""What the guides and docstrings say of files, commands, tests and models is so."""
+
+import importlib.util
+import pathlib
+import re
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gcompress", "plugins", "tests", "tools")
+GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SOURCES = [path for name in FOLDERS for path in sorted((REPOSITORY / name).rglob("*.py"))]
+MAKEFILE = REPOSITORY / "Makefile"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def found(pattern, paths):
+    """(path, what the pattern's groups matched) for every place in the files."""
+    return [(path, match) for path in paths for match in re.findall(pattern, path.read_text(), re.MULTILINE)]
+
+
+def test_every_file_that_is_named_exists():
+    pattern = rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*\.(?:cc|cu|cuh|h|json|md|png|py))\b"
+    missing = {name for _, name in found(pattern, GUIDES + SOURCES) if not (REPOSITORY / name).is_file()}
+    assert missing <= {"csrc/cuda/MODULE.cu"}, "the one allowed is a placeholder"
+
+
+def test_every_link_leads_somewhere():
+    links = found(r"\]\(([^)#:]+)\)", GUIDES)
+    assert links
+    assert [link for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_command_that_is_shown_has_its_options():
+    scripts = [path for name in ("benchmarks", "examples", "tools") for path in (REPOSITORY / name).glob("*.py")]
+    defined = {"--help", *(option for _, option in found(r'"(--[a-z][\w-]*)"', scripts))}
+    commands = found(r"\b(?:benchmarks|examples|tools)/\w+\.py((?: +[^\s`|]+)*)", GUIDES + SOURCES)
+    shown = {option for _, words in commands for option in re.findall(r"(?<=\s)--[a-z][\w-]*", words)}
+    assert len(shown) > 10
+    assert shown <= defined
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = {target for _, target in found(r"^([a-z-]+):", [MAKEFILE])}
+    named = {target for _, target in found(r"(?:^ {4}|`)make ([a-z-]+)", [*GUIDES, MAKEFILE])}
+    assert {"train", "test"} <= named <= targets
+
+
+def test_every_target_of_make_has_its_line_of_help():
+    (_, phony), *_ = found(r"^\.PHONY: (.*)", [MAKEFILE])
+    described = {target for _, target in found(r"^([a-z-]+):.*## ", [MAKEFILE])}
+    assert set(phony.split()) - described == {"venv"}, "venv is another name of setup"
+
+
+def test_every_test_that_is_named_exists():
+    """A name may be cut short: `test_what_is_not_finite_…`."""
+    tests = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("*.py"))
+    names = found(r"`(Test[A-Z]\w+|test_\w+)(…?)`", GUIDES)
+    assert names
+    for _, (name, cut) in names:
+        end = "" if cut else r"\b"
+        assert re.search(rf"(?:class|def) {name}{end}", tests), name
+
+
+def test_every_number_of_parameters_is_that_of_a_model():
+    small_cnn, split_models = (load(REPOSITORY / "examples" / f"{name}.py") for name in ("small_cnn", "split_models"))
+    split_network = split_models.small_network()
+    models = (small_cnn.SmallConvNet(1, 10), split_network, split_network[:8])  # the last: the client's half
+    counts = {sum(parameter.numel() for parameter in model.parameters()) for model in models}
+    assert counts == {307_978, 426_234, 4848}
+    named = {int(re.sub("[, ]", "", number)) for _, number in found(r"\b(\d[\d, ]*\d) parameters", GUIDES + SOURCES)}
+    assert named == counts
