@@ -1,12 +1,14 @@
 """What the examples train, whatever engine carries their gradients: model, batches, schedule and a plain loop."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import time
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -104,7 +106,65 @@ def parser(prog, description):
     add("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     add("--seed", type=int, default=1, help="of initial weights and batches (%(default)s)")
     add("--log-file", metavar="FILE", help="write a JSON line for each epoch")
+    add_amp(add)
     return parser
+
+
+def add_amp(add):
+    """The options of mixed precision, which all examples have."""
+    add("--amp", choices=("none", "fp16"), default="none", help="scale the loss as for float16 (%(default)s)")
+    add(
+        "--overflow-at",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help="for tests: one rank's gradients overflow at these steps, which are skipped and repeated",
+    )
+
+
+def loss_scaler(arguments):
+    """torch's scaler for --amp; without it one that does nothing.
+
+    It scales the loss, skips steps that overflow, and changes its scale. The examples run on the CPU, whose
+    arithmetic stays float32; on a GPU the forward pass would be under torch.autocast besides.
+    """
+    return torch.amp.GradScaler("cpu", enabled=arguments.amp == "fp16", growth_interval=5)
+
+
+def take_step(optimizer, scaler, loss_of, overflows=False):
+    """One step with a loss scaler; returns what `loss_of` did.
+
+    Args:
+        optimizer: any engine's.
+        scaler: from `loss_scaler`.
+        loss_of: function without arguments that returns a tuple that begins with the loss.
+        overflows: make this attempt overflow.
+    """
+    optimizer.zero_grad()
+    results = loss_of()
+    scaler.scale(results[0] * (math.inf if overflows else 1.0)).backward()
+    # Horovod, MPI and BytePS exchange before the scaler looks for overflows; DDP has exchanged already.
+    if hasattr(optimizer, "synchronize"):
+        optimizer.synchronize()
+    scaler.unscale_(optimizer)
+    with getattr(optimizer, "skip_synchronize", contextlib.nullcontext)():
+        scaler.step(optimizer)
+    scaler.update()
+    return results
+
+
+def step_of(optimizer, scaler, loss_of, step, rank, arguments):
+    """`take_step`, and before it a step that overflows on rank 0 alone where --overflow-at asks for that."""
+    if step in arguments.overflow_at:
+        with torch.random.fork_rng():  # the same dropout once more
+            take_step(optimizer, scaler, loss_of, overflows=rank == 0)
+    return take_step(optimizer, scaler, loss_of)
+
+
+def checksum(model):
+    """A number that differs for other weights, to the bit."""
+    return zlib.crc32(b"".join(p.detach().contiguous().numpy().tobytes() for p in model.parameters()))
 
 
 def policy_of(arguments):
@@ -136,6 +196,7 @@ def train(engine, arguments, *, optimizer_momentum=None):
     # From here on each worker draws its own dropout; initial weights are drawn.
     torch.manual_seed(arguments.seed * 1_000_003 + 1 + engine.rank)
     total_steps = len(data.train_images) // (arguments.batch_size * engine.size) * arguments.epochs
+    scaler = loss_scaler(arguments)
     step, record, started = 0, None, time.perf_counter()
     if engine.rank == 0 and arguments.log_file:
         pathlib.Path(arguments.log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +207,11 @@ def train(engine, arguments, *, optimizer_momentum=None):
         for images, labels in rank_batches(data, arguments.seed, epoch, arguments.batch_size, engine.rank, engine.size):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, arguments.lr)
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(data.normalised(images)), labels)
-            loss.backward()
-            optimizer.step()
+
+            def loss_of(images=images, labels=labels):
+                return (functional.cross_entropy(model(data.normalised(images)), labels),)
+
+            (loss,) = step_of(optimizer, scaler, loss_of, step, engine.rank, arguments)
             step, seen, loss_sum = step + 1, seen + len(labels), loss_sum + loss.item() * len(labels)
         totals = engine.sum([loss_sum, seen, *tested(model, data, engine)])
         record = {
@@ -161,6 +223,7 @@ def train(engine, arguments, *, optimizer_momentum=None):
             "seconds": round(time.perf_counter() - started, 3),
             "train_loss": totals[0] / max(totals[1], 1),
             "test_accuracy": totals[2] / totals[3],
+            "weights": checksum(model),
             **report.as_dict(),
         }
         if engine.rank == 0:

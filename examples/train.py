@@ -17,6 +17,7 @@ compare step by step:
     horovodrun -np 4 python examples/train.py --compressor topk:sparsity=0.999 --momentum-correction \
         --warmup-steps 400
     horovodrun -np 4 python examples/train.py --compressor fp16
+    horovodrun -np 4 python examples/train.py --amp fp16
     horovodrun -np 4 python examples/train.py --compressor none --log-file runs/none.jsonl
     horovodrun -np 4 python examples/train.py --plot runs/both.png --compare runs/none.jsonl
 
@@ -63,6 +64,7 @@ except ImportError as error:
     sys.exit(f"train.py: error: {error}; `make setup` installs what is needed into .venv")
 
 import image_data
+import image_training
 import training_report
 from image_training import build_model, learning_rate, rank_batches
 
@@ -87,6 +89,7 @@ RESUME_MUST_MATCH = (
     "weight_decay",
     "seed",
     "limit_train",
+    "amp",
 )
 
 
@@ -147,6 +150,7 @@ def build_parser():
     add("--momentum", type=at_least(0, float), default=0.9, help="default: %(default)s")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="default: %(default)s")
     add("--seed", type=at_least(0), default=1, help="of initial weights and batches (%(default)s)")
+    image_training.add_amp(add)
     add("--max-steps", type=at_least(1), metavar="N", help="stop after N steps as if interrupted, for tests")
 
     add = parser.add_argument_group("results").add_argument
@@ -248,6 +252,7 @@ class Training:
             optimizer, named_parameters=model.named_parameters(), compression=arguments.compression
         )
         self.exchange = gcompress_hvd.exchange(self.optimizer)
+        self.scaler = image_training.loss_scaler(arguments)
         self.steps_per_epoch = len(data.train_images) // (arguments.batch_size * hvd.size())
         self.total_steps = self.steps_per_epoch * arguments.epochs
         self.last_step = min(self.total_steps, arguments.max_steps or self.total_steps)
@@ -270,11 +275,14 @@ class Training:
         """One step; returns the loss and the number of images that were classified correctly."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.arguments.lr)
-        self.optimizer.zero_grad()
-        outputs = self.model(images)
-        loss = functional.cross_entropy(outputs, labels)
-        loss.backward()
-        self.optimizer.step()
+
+        def loss_of():
+            outputs = self.model(images)
+            return functional.cross_entropy(outputs, labels), outputs
+
+        loss, outputs = image_training.step_of(
+            self.optimizer, self.scaler, loss_of, self.step, hvd.rank(), self.arguments
+        )
         self.step += 1
         return loss.item(), (outputs.argmax(1) == labels).sum().item()
 
@@ -334,6 +342,7 @@ class Training:
             "train_loss": loss / max(seen, 1),
             "train_accuracy": correct / max(seen, 1),
             "test_accuracy": test_correct / test_seen,
+            "weights": image_training.checksum(self.model),
             **report,
         }
 
@@ -401,6 +410,7 @@ def save(training):
             "curve": training.curve,
             "model": training.model.state_dict(),
             "optimizer": training.optimizer.state_dict(),
+            "scaler": training.scaler.state_dict(),
         }
         write_atomically(folder / "model.pt", lambda file: torch.save(shared, file))
     hvd.barrier()
@@ -432,6 +442,7 @@ def resume(training):
     own = load_file(folder / f"rank-{hvd.rank()}.pt")
     training.model.load_state_dict(shared["model"])
     training.optimizer.load_state_dict(shared["optimizer"])
+    training.scaler.load_state_dict(shared["scaler"])
     training.exchange.load_state_dict(own["exchange"])
     torch.set_rng_state(own["rng"])
     for name in ("epoch", "step", "seconds", "curve"):

@@ -447,6 +447,11 @@ class GradientExchange:
         """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
         return state.of_all_ranks(self)
 
+    @property
+    def all_ranks(self):
+        """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
+        return state.AllRanks(self)
+
     def load_state_dict(self, saved):
         """Go on from a state: this rank's own, or all ranks' together.
 

@@ -202,6 +202,21 @@ def parameter_groups(named_parameters, policy, *, weight_decay=0.0):
     return [group for group in groups if group["params"]]
 
 
+def check_types(policy, parameters):
+    """ConfigError if the policy has a compressor for a parameter of a type that none takes.
+
+    Args:
+        policy: a Policy.
+        parameters: {name: parameter}.
+    """
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point() and policy.compressor_for(name, parameter.numel()):
+            raise ConfigError(
+                f"parameter {name!r}: got {parameter.dtype}, which no compressor takes, expected a rule that leaves "
+                f"it alone, such as 'name={name} -> none'"
+            )
+
+
 def check_momentum(policy, param_groups, names):
     """ConfigError if an optimizer applies momentum to parameters that have the policy's already.
 

@@ -8,6 +8,8 @@ What ranks owe to a mean is the mean of their residuals, and to a sum their sum;
 holds the sum over its ranks of each parameter's residual, velocity and owners' residuals.
 """
 
+import re
+
 import torch
 
 from .errors import ConfigError
@@ -48,6 +50,26 @@ def of_all_ranks(exchange):
         handle = exchange.engine.allreduce(f"state.{name}", 0, vector, "sum")
         owed[name] = handle.wait()
     return {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "owed": owed}
+
+
+class AllRanks:
+    """An exchange's merged state as an object that others save and load: the same for every rank.
+
+    For what saves one file for all ranks: `accelerator.register_for_checkpointing(exchange.all_ranks)`,
+    a Lightning callback's `state_dict`, `torch.distributed.checkpoint.save({"gcompress": exchange.all_ranks})`.
+    Every rank must take part in saving.
+    """
+
+    def __init__(self, exchange):
+        self._exchange = exchange
+
+    def state_dict(self):
+        """See `GradientExchange.full_state_dict`."""
+        return of_all_ranks(self._exchange)
+
+    def load_state_dict(self, saved):
+        """See `GradientExchange.load_state_dict`."""
+        load(self._exchange, saved)
 
 
 def merge_states(states):
@@ -113,11 +135,10 @@ def _owed(policy, sizes, saved):
 
 def _piece_of(key):
     """(parameter, start, stop) of `Piece.key`."""
-    name, _, borders = key.removesuffix("]").rpartition("[")
-    start, _, stop = borders.partition(":")
-    if not (start.isdecimal() and stop.isdecimal()):
+    found = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", key, re.DOTALL)
+    if found is None:
         raise ConfigError(f"owner's residual: got {key!r}, expected NAME[START:STOP]")
-    return name, int(start), int(stop)
+    return found[1], int(found[2]), int(found[3])
 
 
 def take_over(exchange, owed, ranks, memories, steps):

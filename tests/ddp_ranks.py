@@ -8,10 +8,13 @@ import copy
 import datetime
 import io
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 
@@ -214,6 +217,208 @@ def parameters_of_another_model_are_refused():
         assert "none of the model's" in str(error)
     else:
         raise AssertionError("expected ConfigError")
+
+
+class WithTable(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(200, 16, sparse=True)
+        self.rest = torch.nn.Linear(16, 200)
+
+    def forward(self, numbers):
+        return self.rest(self.table(numbers))
+
+
+@scenario
+def sparse_gradients_that_no_compressor_takes_are_passed_on():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for policy in ("none", "topk:sparsity=0.9; name=table.* -> none"):
+        model, state = wrapped(WithTable(), policy)
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.tensor([rank, 100])).sum().backward()
+            gradient = model.module.table.weight.grad
+            assert gradient.is_sparse
+            expected = model.module.rest.weight.sum(0) / size
+            for row in (*range(size), 100):
+                torch.testing.assert_close(gradient.to_dense()[row], expected * (size if row == 100 else 1))
+            assert same_on_all_ranks(model.module.rest.weight.grad)
+        assert state.exchange.report.last_step_bytes > 2 * (8 + 16 * 4)
+    model, _ = wrapped(WithTable(), "topk:sparsity=0.9")
+    expect_error(
+        gcompress.ConfigError, "'table.weight' is sparse", lambda: model(torch.tensor([rank])).sum().backward()
+    )
+
+
+@scenario
+def residuals_lie_in_the_order_of_the_parameters_shape():
+    """Whatever the memory format: a state fits a model of another."""
+    states = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(16, 24, 3), torch.nn.Flatten(), torch.nn.Linear(24 * 16, 10))
+        model, state = wrapped(model.to(memory_format=layout).double(), "topk:sparsity=0.9")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            x = torch.randn(4, 16, 6, 6, generator=generator, dtype=torch.double).to(memory_format=layout)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            assert same_on_all_ranks(model.module[0].weight.grad.contiguous())
+            optimizer.step()
+        states.append(state.state_dict())
+    one, other = (state["feedback"] for state in states)
+    assert one["0.weight"].abs().max() > 0
+    for name, residual in one.items():
+        torch.testing.assert_close(residual, other[name], atol=1e-6, rtol=1e-4)
+
+
+@scenario
+def wrapped_models_can_be_copied_and_saved_whole():
+    model, state = wrapped(make_model(), "topk:sparsity=0.9")
+    backward(model, 0, dist.get_rank())
+    state.exchange.applied()
+    duplicate = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for each in (duplicate, loaded):
+        assert all(map(torch.equal, each.parameters(), model.parameters()))
+        ((_, its_state),) = each._comm_hooks
+        assert its_state is not state
+        assert torch.equal(its_state.state_dict()["feedback"]["0.weight"], state.state_dict()["feedback"]["0.weight"])
+        anew = ddp.register(torch.nn.parallel.DistributedDataParallel(each.module), "topk:sparsity=0.9")
+        anew.load_state_dict(its_state.state_dict())
+        assert torch.equal(anew.state_dict()["feedback"]["0.weight"], state.state_dict()["feedback"]["0.weight"])
+    expect_error(gcompress.ConfigError, "got a copy", lambda: duplicate._comm_hooks[0][1].start(None))
+
+
+@scenario
+def compiled_models_are_those_that_were_compiled():
+    """torch.compile around a DistributedDataParallel of some ranks, and inside it."""
+    rank = dist.get_rank()
+    policy = "none; name=0.* -> topk:sparsity=0.9; name=2.* -> quantize:bits=4"
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    group = groups[rank // 2]
+    parallel = torch.nn.parallel.DistributedDataParallel(make_model(), process_group=group)
+    inside = torch.nn.parallel.DistributedDataParallel(
+        torch.compile(make_model(), backend="eager"), process_group=group
+    )
+    for model in (torch.compile(parallel, backend="eager"), inside):
+        state = ddp.register(model, policy)
+        assert state.exchange.engine.world_size() == 2
+        compressors = {name: str(entry.compressor) for name, entry in state.exchange.plan.entries.items()}
+        assert compressors["0.weight"] == "topk:sparsity=0.9" and compressors["2.weight"] == "quantize:bits=4"
+        backward(model, 0, rank)
+        gradient = next(model.parameters()).grad
+        rows = [torch.empty_like(gradient) for _ in range(2)]
+        dist.all_gather(rows, gradient, group=group)
+        assert torch.equal(*rows)
+
+
+@scenario
+def what_cannot_be_exchanged_is_refused_when_it_is_registered():
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(make_model())
+    expect_error(gcompress.ConfigError, "FSDP", lambda: ddp.register(sharded, "topk"))
+    expect_error(gcompress.ConfigError, "Sequential", lambda: ddp.register(make_model(), "topk"))
+    waves = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(2000, dtype=torch.complex64))})
+    parallel = torch.nn.parallel.DistributedDataParallel(waves)
+    expect_error(gcompress.ConfigError, "'w': got torch.complex64", lambda: ddp.register(parallel, "topk"))
+
+
+@scenario
+def complex_gradients_without_a_compressor_are_averaged():
+    class Waves(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v = torch.nn.Parameter(torch.zeros(30, 2, dtype=torch.complex64))
+            self.w = torch.nn.Parameter(torch.zeros(2000, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (self.w * x).real.sum() + 3.0 * self.v.real.sum()
+
+    model, _ = wrapped(Waves(), "topk; name=w -> none")  # v is too small
+    x = torch.full((2000,), complex(1.0 + dist.get_rank(), 2.0 * dist.get_rank()))
+    model(x).backward()
+    size = dist.get_world_size()
+    expected = torch.full((2000,), complex((1 + size) / 2, -(size - 1)))  # conjugated
+    torch.testing.assert_close(model.module.w.grad, expected)
+    torch.testing.assert_close(model.module.v.grad, torch.full((30, 2), complex(3.0)))
+
+
+@scenario
+def momentum_in_optimizer_and_policy_is_refused_at_the_first_step():
+    model, _ = wrapped(make_model(), Policy("topk:sparsity=0.9", momentum=0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    backward(model, 0, dist.get_rank())
+    expect_error(gcompress.ConfigError, "parameter_groups", optimizer.step)
+    other = torch.optim.SGD(make_model().parameters(), lr=0.1, momentum=0.9)  # another model's is nobody's business
+    other.step()
+
+
+@scenario
+def results_that_nobody_ever_applies_are_warned_of():
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("gcompress.applied").addHandler(handler)
+    model, _ = wrapped(make_model(), "topk:sparsity=0.9")
+    for step in range(25):
+        backward(model, step, dist.get_rank())
+        for p in model.parameters():
+            p.data -= 0.1 * p.grad
+    assert len(warnings) == 1 and "applied()" in warnings[0], warnings
+
+
+@scenario
+def checkpoints_of_torch_distributed():
+    """One checkpoint for all ranks: what they owe together is in it."""
+    import torch.distributed.checkpoint as dcp
+
+    policy = Policy("topk:sparsity=0.9", exchange="twophase")
+    model, state = wrapped(make_model(), policy)
+    for step in range(3):
+        backward(model, step, dist.get_rank())
+        state.exchange.applied()
+    expected = state.full_state_dict()
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    dcp.save({"gcompress": state.exchange.all_ranks}, checkpoint_id=folder[0])
+    _, other = wrapped(make_model(), policy)
+    dcp.load({"gcompress": other.exchange.all_ranks}, checkpoint_id=folder[0])
+    assert other.exchange.steps == 3
+    found = other.full_state_dict()
+    for name, owed in expected["owed"].items():
+        torch.testing.assert_close(found["owed"][name], owed)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+def expect_error(kind, text, function):
+    try:
+        function()
+    except kind as error:
+        assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"expected {kind.__name__}")
+
+
+def one_rank_never_registers():
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+    model = torch.nn.parallel.DistributedDataParallel(make_model())
+    started = time.monotonic()
+    try:
+        if dist.get_rank() != 1:
+            ddp.register(model, "topk:sparsity=0.9")
+        backward(model, 0, dist.get_rank())
+    finally:
+        assert time.monotonic() - started < 20
 
 
 def different_configurations():

@@ -371,6 +371,29 @@ def sparse_gradients():
 
 
 @scenario
+def sparse_gradients_that_no_compressor_takes_are_passed_on():
+    table = torch.nn.Embedding(200, 16, sparse=True)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(table.parameters(), lr=1.0), named_parameters=[("passed.on", table.weight)],
+        compression="topk:sparsity=0.5; name=passed.* -> none",
+    )  # fmt: skip
+    table(torch.tensor([hvd.rank(), 7])).sum().backward()
+    optimizer.synchronize()
+    dense = table.weight.grad.to_dense()
+    assert table.weight.grad.is_sparse and torch.equal(dense[7], torch.ones(16))
+    assert torch.equal(dense[: hvd.size()], torch.full((hvd.size(), 16), 1 / hvd.size()))
+    assert gcompress_hvd.exchange(optimizer).report.sent_bytes == 2 * 8 + 2 * 16 * 4
+
+
+@scenario
+def complex_parameters_are_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2000, dtype=torch.complex64))
+    base = torch.optim.SGD([parameter], lr=1.0)
+    make = lambda: hvd.DistributedOptimizer(base, [("waves", parameter)], compression="topk")  # noqa: E731
+    expect_error(gcompress.ConfigError, "'waves': got torch.complex64", make)
+
+
+@scenario
 def adasum_is_refused():
     expect_error(gcompress.ConfigError, "Adasum", lambda: make_optimizer(make_model(), TopK(), op=hvd.Adasum))
 
@@ -435,6 +458,15 @@ def join_while_others_train():
 
 def join_while_others_train_in_two_phases():
     model, optimizer = steps_before_the_end(Policy(TopK(sparsity=0.9), exchange="twophase"))
+    if hvd.rank() == 0:
+        hvd.join()
+    optimizer.zero_grad()
+    backward(model, 9)
+    optimizer.step()
+
+
+def join_while_others_train_something_uncompressed():
+    model, optimizer = steps_before_the_end("none; name=0.weight -> topk:sparsity=0.9")  # the last of a backward pass
     if hvd.rank() == 0:
         hvd.join()
     optimizer.zero_grad()

@@ -70,6 +70,12 @@ def test_a_different_compressor_on_one_rank_is_refused_everywhere_with_both_name
         assert '"topk"' in message and '"quantize"' in message and "ranks [0, 2]" in message
 
 
+def test_a_rank_that_never_registers_is_told_within_the_groups_time_out(tmp_path):
+    errors = failing(tmp_path, "one_rank_never_registers", ranks=3)
+    assert errors[0][0] == "ExchangeError" and "not every rank called it" in errors[0][1], errors
+    assert set(errors) == {0, 1, 2}
+
+
 def test_another_ranks_state_is_refused(tmp_path):
     errors = failing(tmp_path, "another_ranks_state", ranks=2)
     assert any(kind == "ConfigError" and "of 2, expected one that rank" in message for kind, message in errors.values())

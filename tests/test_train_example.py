@@ -3,7 +3,9 @@
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -154,9 +156,51 @@ def test_distributed_data_parallel_trains_as_well(tmp_path):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("twophase (mask:sparsity=0.99,bits=2): 3 tensors") == 1, "the plan, once"
-    final = json.loads((tmp_path / "log.json").read_text())
+    final = json.loads((tmp_path / "log.json").read_text().splitlines()[-1])
     assert final["step"] == final["steps"] == 32 and final["test_accuracy"] > 0.3
     assert 0 < final["wire_bytes"] < final["fp32_wire_bytes"] / 10
+
+
+MPIRUN = shutil.which("mpirun", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+LAUNCHERS = {
+    "train.py": [HOROVODRUN, "-np", 2, sys.executable],
+    "train_ddp.py": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "train_ps.py": [MPIRUN, "-np", 3, sys.executable],
+}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("train.py", marks=needs_horovod),
+        "train_ddp.py",
+        pytest.param("train_ps.py", marks=pytest.mark.mpi),
+    ],
+)
+def test_mixed_precision_ends_with_the_same_weights(tmp_path, script):
+    """Whatever steps overflow, are skipped and repeated, to the bit."""
+    if fashion_mnist() is None:
+        pytest.skip("Fashion-MNIST is not on this machine: make data")
+    if script == "train_ps.py" and (MPIRUN is None or importlib.util.find_spec("mpi4py") is None):
+        pytest.skip("mpi4py is not installed: python tools/install_mpi.py")
+    logs = {}
+    for name, options in (("plain", []), ("amp", ["--amp", "fp16", "--overflow-at", 1, 2, 5])):
+        logs[name] = tmp_path / f"{name}.jsonl"
+        # fmt: off
+        command = [
+            *LAUNCHERS[script], EXAMPLES / script, "--data", fashion_mnist(), "--epochs", 1, "--limit-train", 512,
+            "--batch-size", 32, "--limit-test", 100, "--compressor", "topk:sparsity=0.95",
+            "--log-file", logs[name], *options,
+        ]
+        # fmt: on
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+    plain, scaled = (json.loads(log.read_text().splitlines()[-1]) for log in logs.values())
+    assert plain["step"] == scaled["step"] == 8 and plain["weights"] == scaled["weights"]
+    assert scaled["sent_bytes"] > plain["sent_bytes"], "no step was repeated"
 
 
 def assert_refused(result, words):

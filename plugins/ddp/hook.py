@@ -10,6 +10,7 @@ from gcompress import agreement
 from gcompress.applied import holds_nothing
 from gcompress.errors import ConfigError
 from gcompress.exchange import GradientExchange
+from gcompress.policy import check_types
 
 from .engine import DistributedEngine
 from .unwrap import parallel_of, plain_names
@@ -41,21 +42,13 @@ class GradientState:
         self._names = {p: name for name, p in trained.items()}
         self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}
         self.exchange = GradientExchange(compression, scaler=scaler)
-        self._check(trained)
+        check_types(self.exchange.policy, trained)
         self.exchange.engine = DistributedEngine(process_group)
         self.exchange.prepare({name: p.shape for name, p in trained.items()})
         self.exchange.watch(trained)
         self._agreed = False
         self._pending = []  # (future, the bucket's buffer, its gradients by name, function that waits)
         self._stream = None
-
-    def _check(self, trained):
-        for name, p in trained.items():
-            if p.is_complex() and self.exchange.compressor_for(name, p.numel()):
-                raise ConfigError(
-                    f"parameter {name!r}: got {p.dtype}, which no compressor takes, expected a rule that leaves it "
-                    f"alone, such as 'name={name} -> none'"
-                )
 
     def state_dict(self):
         """This rank's memory and counts: save one per rank and load each on its own rank."""
@@ -99,10 +92,7 @@ class GradientState:
 
     def _start_dense(self, bucket, buffer):
         with self._side_stream(buffer):
-            gradients = {
-                (name := self._name(p)): self._as_parameter(name, g)
-                for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)
-            }
+            gradients = self._gradients(bucket, buffer)
             absent = [name for name, g in gradients.items() if holds_nothing(g)] if self._maybe_unused else ()
             future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
             finish = self.exchange.start_bucket(gradients, absent=absent)
@@ -137,10 +127,19 @@ class GradientState:
             self._pending.pop(0)
             future.set_result(buffer)
 
-    def _as_parameter(self, name, gradient):
-        """The gradient in its parameter's order of entries: DDP stores it as its parameter lies (channels_last)."""
-        strides = self._strides.get(name)
-        return gradient if strides is None else gradient.as_strided(gradient.shape, strides, gradient.storage_offset())
+    def _gradients(self, bucket, buffer):
+        """{name: view of the buffer in the order of the parameter's shape}."""
+        gradients = {}
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            name = self._name(parameter)
+            if parameter.is_complex():  # of which torch's views cover one half: parts lie side by side in real numbers
+                start = sum(2 * each.numel() for each in gradients.values())
+                parts = buffer[start : start + 2 * parameter.numel()].view(-1, 2)
+                gradient = torch.view_as_complex(parts).view(parameter.shape)
+            elif name in self._strides:  # DDP stores it as its parameter lies (channels_last)
+                gradient = gradient.as_strided(gradient.shape, self._strides[name], gradient.storage_offset())
+            gradients[name] = gradient
+        return gradients
 
     def _name(self, parameter):
         try:

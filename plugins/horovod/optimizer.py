@@ -13,7 +13,7 @@ from gcompress.applied import holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import GradientExchange
-from gcompress.policy import Policy, check_momentum
+from gcompress.policy import Policy, check_momentum, check_types
 from gcompress.state import replan
 
 from .elastic import enter_world
@@ -125,6 +125,7 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
         raise ConfigError("op: compressed gradients are averaged or summed, expected hvd.Average or hvd.Sum")
     if ours:
         check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
+        check_types(self._gcompress.policy, {name: p for p, name in self._parameter_names.items()})
     self._gcompress.engine = HorovodEngine(self.process_set)
     self._gcompress.average = self.op == hvd.Average
     inner = hvd.Compression.none if ours else compression

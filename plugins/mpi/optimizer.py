@@ -38,6 +38,11 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
         raise ConfigError(
             f"named_parameters: got {len(parameters)}, of which {len(unnamed)} that the optimizer steps are missing"
         )
+    complex_ones = [name for name, p in parameters.items() if not p.is_floating_point()]
+    if complex_ones:
+        raise ConfigError(
+            f"parameter {complex_ones[0]!r}: got one that is not of real floating point, which is not sent"
+        )
     worker = Worker(job, {name: p.numel() for name, p in parameters.items()}, compression, **options)
     if worker.policy:
         check_momentum(worker.policy, optimizer.param_groups, {p: name for name, p in parameters.items()})
