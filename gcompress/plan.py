@@ -134,6 +134,16 @@ class Plan:
             total[entry.exchange] = total.get(entry.exchange, 0) + wire_bytes(entry, self.world_size)
         return total
 
+    def memory_bytes(self):
+        """The mean over ranks of the bytes that error feedback holds between steps."""
+        kinds = 2 if self.policy.momentum or self.policy.clip else 1
+        total = 0
+        for entry in self.entries.values():
+            if entry.compressor and self.policy.feedback_for(entry.compressor):
+                total += 4 * entry.numel * kinds
+                total += 4 * entry.numel // self.world_size if entry.exchange == "twophase" else 0
+        return total
+
     def __str__(self):
         lines = []
         for exchange, sent in self.wire_bytes().items():
@@ -147,6 +157,10 @@ class Plan:
             )
         half = 2 * sum(entry.numel for entry in self.entries.values())
         total = round(sum(self.wire_bytes().values()))
+        if remembered := self.memory_bytes():
+            lines.append(
+                f"memory of what is not sent: {remembered:,} bytes per rank, twice that from backward pass to step"
+            )
         lines.append(
             f"{self.world_size} ranks send {total:,} bytes each per step; "
             f"a float16 all-reduce would send {2 * (self.world_size - 1) * half // self.world_size:,}"

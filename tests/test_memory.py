@@ -89,6 +89,35 @@ def test_what_four_ranks_owe_is_owed_by_any_number_of_ranks(size, exchange, mome
             assert torch.allclose(after[0][1][name].view(-1) + left, given.view(-1) + expected[name], atol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("exchange", ["allgather", "twophase"])
+def test_memory_takes_what_the_plan_says_and_twice_that_before_a_step_is_applied(exchange, momentum):
+    policy = Policy("topk:sparsity=0.9", exchange=exchange, momentum=momentum)
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+
+    def held(memories):
+        tensors = {id(t): t for each in memories for part in (each._values, each._proposed) for t in part.values()}
+        return sum(tensor.numel() * 4 for tensor in tensors.values())
+
+    def run(rank, exchange):
+        exchange.prepare(SHAPES)
+        exchange.watch(parameters)
+        memories = [*exchange.feedback.memories.values(), *exchange.owner_feedback.memories.values()]
+        for step in range(3):
+            finish = {name: exchange.start(name, g) for name, g in gradients(step, rank).items()}
+            for wait in finish.values():
+                wait()
+            exchange.end_step()
+            before = held(memories)
+            exchange.applied()
+        return before, held(memories), exchange.plan.memory_bytes()
+
+    ranks = run_ranks(World(4), policy, run)
+    for before, after, _ in ranks:
+        assert before == 2 * after
+    assert sum(after for _, after, _ in ranks) / 4 == pytest.approx(ranks[0][2], abs=16)
+
+
 def test_states_that_do_not_belong_together_are_not_merged():
     policy = Policy("topk:sparsity=0.9", exchange="twophase")
     states = [state for state, _ in trained(policy, 3, steps=2)]
