@@ -255,7 +255,7 @@ def layers_used_in_turns_lose_nothing(new):
             start = weights(trainer)
             for step in range(8):
                 trainer.model.turn = step % 2
-                trainer.optimizer.zero_grad()
+                trainer.model.zero_grad(set_to_none=exchange == "allgather")
                 loss = trainer.loss(batch(step, trainer.rank))
                 loss.backward()
                 own = trainer.model.layers[step % 2]
