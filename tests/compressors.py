@@ -4,7 +4,7 @@ import torch
 
 from gcompress import REGISTRY, PayloadError, from_spec
 
-# At least one spec of every method in the registry (test_specs.py checks that none is missing).
+# At least one spec of every method in the registry (test_compressor_laws.py checks that none is missing).
 SPECS = [
     "quantize:bits=4",
     "quantize:bits=1",

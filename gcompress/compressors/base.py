@@ -10,6 +10,10 @@ from .. import native
 from ..errors import ConfigError, PayloadError
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_INTEGER = 2**63 - 1  # what a kernel takes
+LARGEST_DEPTH = 8  # of compressors in compressors
+LONGEST_SPEC = 1000  # characters
+LONGEST_SHOWN = 100  # characters of a value in an error
 
 
 class Context(NamedTuple):
@@ -63,6 +67,11 @@ class Compressor:
     def unbiased(self):
         """Whether the expected decoded value is the input, so that no error feedback is needed."""
         return False
+
+    @property
+    def depth(self):
+        """Compressors inside one another, this one included: 1 without parts."""
+        return 1 + max((getattr(self, part).depth for part in self.parts), default=0)
 
     def nbytes(self, numel):
         """The payload size in bytes for `numel` entries: exact, or if not `fixed_size` the largest possible."""
@@ -223,11 +232,20 @@ class Compressor:
         raise NotImplementedError(f"{type(self).__name__}._decode_native")
 
     def _read_parts(self):
-        """Let parts be given as specs or dicts; to be called by `__post_init__`."""
+        """Let parts be given as specs or dicts; ConfigError if they are too deep or many. For `__post_init__`."""
         from . import from_spec
 
         for part in self.parts:
-            object.__setattr__(self, part, from_spec(getattr(self, part)))
+            found = from_spec(getattr(self, part))
+            if found.depth >= LARGEST_DEPTH:
+                raise ConfigError(
+                    f"{part}: got compressors {found.depth} deep, expected at most {LARGEST_DEPTH - 1} in {self.name!r}"
+                )
+            object.__setattr__(self, part, found)
+        if len(self.spec) > LONGEST_SPEC:
+            raise ConfigError(
+                f"{self.name}: got parts whose spec has {len(self.spec)} characters, more than {LONGEST_SPEC}"
+            )
 
     def to_dict(self):
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
@@ -282,23 +300,40 @@ def check_scales(what, scales, nan=False):
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
+def shown(value):
+    """How an error shows a value: its repr, of which a long one is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of so many digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
+
+
+def is_number(value):
+    """Whether value is an int or float, NaN and infinity included, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_integer(argument, value, low, high=None):
-    """ConfigError unless value is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-        raise ConfigError(f"{argument}: got {value!r}, expected {expected}")
+    """ConfigError unless value is an int in [low, high]; without `high` it must fit 64 bits."""
+    largest = LARGEST_INTEGER if high is None else high
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= largest:
+        expected = f"an integer from {low} to {largest}"
+        if high is None:
+            expected = f"an integer of at least {low}" + (", below 2^63" if is_number(value) and value >= low else "")
+        raise ConfigError(f"{argument}: got {shown(value)}, expected {expected}")
 
 
 def check_number(argument, value, low, high):
     """ConfigError unless value is a number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{argument}: got {value!r}, expected a number from {low} to {high}")
+    if not is_number(value) or not low <= value <= high:
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a number from {low} to {high}")
 
 
 def check_sparsity(value):
     """ConfigError unless value is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"sparsity: got {value!r}, expected the fraction set to zero, 0 <= sparsity < 1")
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"sparsity: got {shown(value)}, expected the fraction set to zero, 0 <= sparsity < 1")
 
 
 def check_bucket(value, multiple):
@@ -308,10 +343,16 @@ def check_bucket(value, multiple):
         raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
 
 
+def check_power_of_two(argument, value, low, high):
+    """ConfigError unless value is a power of two from `low` to `high`, which are such."""
+    if type(value) is not int or not low <= value <= high or value & (value - 1):
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a power of two from {low} to {high}")
+
+
 def check_choice(argument, value, choices):
-    """ConfigError unless value is one of choices."""
-    if value not in choices:
-        raise ConfigError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    """ConfigError unless value is one of choices, of the same type: 1 is not True, nor 32.0 32."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ConfigError(f"{argument}: got {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def selection_workspace(numel, k, device):

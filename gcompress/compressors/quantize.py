@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, Section, check_choice, check_integer, check_scales, code_section
+from .base import Compressor, Section, check_bucket, check_choice, check_integer, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Quantize(Compressor):
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, 8)
-        check_integer("bucket", self.bucket, 0)
-        if self.bucket % 8:
-            check_choice("bucket", self.bucket, ("a multiple of 8", 0))
+        check_bucket(self.bucket, 8)
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
 
     @property
