@@ -18,6 +18,19 @@ INFINITY_KEY = 0x7F800000
 SUM_BLOCK = 4096  # terms of an ordered sum that are added before the sums of blocks are
 
 
+def to_type(values, dtype):
+    """Floats of another type, where what is finite stays finite: the type's largest number of its sign."""
+    if torch.finfo(dtype).max < torch.finfo(values.dtype).max:
+        limit = torch.finfo(dtype).max
+        values = torch.where(values.isinf(), values, values.clamp(-limit, limit))
+    return values.to(dtype)
+
+
+def share_of_largest(world_size):
+    """So many numbers of at most this magnitude have a finite sum, however it is rounded."""
+    return LARGEST * (1 - 2.0**-16) / world_size
+
+
 def packed_bytes(count, bits):
     """Bytes of `count` entries of `bits` bits each."""
     return (count * bits + 7) // 8

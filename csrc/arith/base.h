@@ -64,6 +64,12 @@ GC_INLINE float magnitude_of(float value) { return __builtin_fabsf(value); }
 GC_INLINE double square_root(double value) { return __builtin_sqrt(value); }
 #endif
 
+// No decoder makes infinity of finite numbers: the largest float of its sign instead. NaN stays.
+GC_INLINE float saturated(float value) {
+    value = value > LARGEST ? LARGEST : value;
+    return value < -LARGEST ? -LARGEST : value;
+}
+
 GC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Nearest integer, ties to even, for |value| < 2^22: vectorises on every instruction set,

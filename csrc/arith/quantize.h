@@ -76,7 +76,7 @@ GC_INLINE uint8_t quantized(float value, const Grid& grid, float dither, bool st
     return (uint8_t)(int32_t)code;
 }
 
-GC_INLINE float dequantized(uint8_t code, float zero, float step) { return ((float)code - zero) * step; }
+GC_INLINE float dequantized(uint8_t code, float zero, float step) { return saturated(((float)code - zero) * step); }
 
 }  // namespace
 #endif

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .. import native
+from .. import native, packing
 from ..errors import ConfigError, PayloadError
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +41,8 @@ class Compressor:
     A subclass is a frozen dataclass that sets `name`, implements `nbytes` and the four
     methods `_encode_reference`, `_decode_reference`, `_encode_native`, `_decode_native`,
     and is listed in `gcompress/compressors/__init__.py`. All arithmetic is float32: other
-    floating-point types are converted on the way in and out.
+    floating-point types are converted on the way in and out. A finite tensor decodes to a finite
+    one: what would be larger than the largest number becomes that.
 
     Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
     is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
@@ -151,14 +152,19 @@ class Compressor:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
-        values = tensor.detach().to(torch.float32).contiguous()
+        values = packing.to_type(tensor.detach(), torch.float32).contiguous()
+        if values.numel() == 1:  # of any strides, which a view as bytes would not take
+            values = values.clone(memory_format=torch.contiguous_format)
         return values if self.uses_shape else values.view(-1)
 
     def decompress(self, payload, ctx):
-        """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit."""
+        """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit.
+
+        Finite numbers beyond the range of ctx.dtype become its largest of their sign.
+        """
         values = torch.empty(ctx.shape.numel(), dtype=torch.float32, device=payload.device)
         self.decode_into(payload, values)
-        return values.to(ctx.dtype).view(ctx.shape)
+        return packing.to_type(values, ctx.dtype).view(ctx.shape)
 
     def decode_into(self, payload, out, add=False):
         """Decode into, or add to, a contiguous 1-D float32 tensor on the payload's device."""
@@ -279,6 +285,12 @@ def code_section(numel, bits):
 def kept_count(numel, sparsity):
     """Entries that a sparse compressor keeps: max(1, round(numel (1 - sparsity))), none of none."""
     return max(1, round(numel * (1 - sparsity))) if numel else 0
+
+
+def bucket_of(numel, bucket, multiple):
+    """Entries of a bucket: of `bucket`, or of a tensor that is smaller, or always (0), all, up to a `multiple`."""
+    whole = max(1, -(-numel // multiple)) * multiple
+    return min(bucket, whole) if bucket else whole
 
 
 def read_u32(start):

@@ -15,7 +15,7 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError
-from .base import Compressor, check_bucket, check_choice, is_number, shown
+from .base import Compressor, bucket_of, check_bucket, check_choice, is_number, shown
 
 GROUP = 320  # entries whose trits lie in 64 bytes
 
@@ -59,7 +59,7 @@ class Ternary(Compressor):
         return 4 * -(-numel // self._bucket(numel)) + -(-numel // 5) if numel else 0
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 64) * 64
+        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

@@ -64,13 +64,13 @@ class Factors(NamedTuple):
         """What remains of a float32 [rows, columns]."""
         rest = torch.empty_like(matrix)
         for rows, product in self.products():
-            torch.sub(matrix[rows], product, out=rest[rows])
+            torch.sub(matrix[rows], product, out=rest[rows]).clamp_(-plan.LARGEST, plan.LARGEST)
         return rest
 
     def add_to(self, matrix):
         """Add the product to a float32 [rows, columns]."""
         for rows, product in self.products():
-            matrix[rows] += product
+            matrix[rows].add_(product).clamp_(-plan.LARGEST, plan.LARGEST)
 
 
 def _chunks(rows, columns):
@@ -218,6 +218,8 @@ def _choose(powers, energy, numel, shape, bits, left_over):
     """
     entries = shape[0] * shape[1]
     least = energy * left_over(bits)
+    if least <= 0:
+        return 0, 0.0
     best, water, spent, left, worse = 0, least / numel, 8 * (HEADER.size + LENGTH.size), energy, 0
     level = water
     for count, power in enumerate(powers, 1):
