@@ -1,4 +1,4 @@
-"""How much memory a block of code asks for: tensors by a dispatch mode, numpy's arrays and Python's objects by tracemalloc.
+"""How much memory a block of code asks for: tensors by a dispatch mode, arrays and objects by tracemalloc.
 
 What C++ kernels write to is a tensor or an array that Python passes; they allocate nothing.
 """
@@ -59,3 +59,7 @@ def _tensors_in(values):
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors_in(value)
+
+
+with Allocations():  # the first one imports a large part of torch
+    torch.ones(1)

@@ -13,9 +13,9 @@ SCALES = (-1.0, float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, -1e-45, 
 
 
 def with_scales(payload, positions):
-    """Payloads with one of SCALES at one of the byte positions."""
+    """Payloads with one of SCALES at one of the byte positions, those behind the end left out."""
     for position in positions:
-        for scale in SCALES:
+        for scale in SCALES if position < len(payload) else ():
             changed = payload.clone()
             changed[position : position + 4] = torch.tensor([scale]).view(torch.uint8)[: len(payload) - position]
             yield changed
