@@ -84,8 +84,14 @@ void shared_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, int l
         for (int64_t i = first; i < first + count;) {
             const int64_t end = min64(first + count, (i / bucket + 1) * bucket);
             const float step = shared_step(load<float>(scales + i / bucket * 4), limit);
+            if (may_overflow(step, (float)half)) {
+                for (; i < end; ++i) {
+                    const float value = shared_value(codes[i - first], step);
+                    out[i] = add ? out[i] + value : value;
+                }
+            }
             for (; i < end; ++i) {
-                const float value = shared_value(codes[i - first], step);
+                const float value = (float)codes[i - first] * step;
                 out[i] = add ? out[i] + value : value;
             }
         }
