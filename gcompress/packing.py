@@ -20,10 +20,14 @@ SUM_BLOCK = 4096  # terms of an ordered sum that are added before the sums of bl
 
 def to_type(values, dtype):
     """Floats of another type, where what is finite stays finite: the type's largest number of its sign."""
-    if torch.finfo(dtype).max < torch.finfo(values.dtype).max:
-        limit = torch.finfo(dtype).max
-        values = torch.where(values.isinf(), values, values.clamp(-limit, limit))
-    return values.to(dtype)
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(values.dtype).max or values.numel() == 0:
+        return values.to(dtype)
+    if values.device.type == "cpu":  # where a look costs less than what it spares, and waits for no device
+        low, high = torch.aminmax(values)
+        if -limit <= low and high <= limit:
+            return values.to(dtype)
+    return torch.where(values.isinf(), values, values.clamp(-limit, limit)).to(dtype)
 
 
 def share_of_largest(world_size):

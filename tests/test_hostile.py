@@ -63,6 +63,19 @@ def test_any_bytes_decode_alike_or_are_refused_alike(compressor):
 
 
 @every_compressor
+def test_looking_at_any_bytes_raises_payload_errors_only(compressor):
+    generator = torch.Generator().manual_seed(14)
+    for numel in (1, 65, 1000):
+        payload = example(compressor, numel)
+        for wrong in (*hostile(payload, generator, TRIALS), payload[:0], payload[:3]):
+            for question in (compressor.check, compressor.payload_nbytes):
+                try:
+                    question(wrong, numel)
+                except PayloadError:
+                    pass
+
+
+@every_compressor
 def test_any_scale_decodes_alike(compressor):
     """Negative, not finite, -0 or subnormal: at every place where a payload may have one."""
     for numel in (65, 333):

@@ -305,8 +305,14 @@ def u32_bytes(number, device):
     return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
 
 
-def check_scales(what, scales, nan=False):
-    """PayloadError unless float32 scales are finite and not negative, or NaN where that stands for a poisoned input."""
+def check_scales(what, payload, count, nan=False):
+    """PayloadError unless a payload begins with `count` float32 scales that are finite and not negative.
+
+    nan: whether they may be NaN too, which stands for a poisoned input.
+    """
+    if payload.numel() < 4 * count:
+        raise PayloadError(f"payload: got {payload.numel()} bytes, expected at least {4 * count}")
+    scales = packing.bytes_to_float(payload[: 4 * count])
     wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
     if wrong.numel():
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
