@@ -112,7 +112,7 @@ void quantize_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, flo
     for (int64_t b = 0; b < buckets; ++b) {
         const float step = load<float>(payload + 4 * b), zero = bits == 1 ? 0.5f : (float)zeros[b];
         const int64_t first = b * bucket, end = min64(n, first + bucket);
-        if (may_overflow(step, 256.0f))
+        if (may_overflow(step, 255.0f))
             dequantize_bucket<bits, add, true>(packed, first, end, n, zero, step, out);
         else
             dequantize_bucket<bits, add, false>(packed, first, end, n, zero, step, out);

@@ -70,8 +70,8 @@ GC_INLINE float saturated(float value) {
     return value < -LARGEST ? -LARGEST : value;
 }
 
-// Whether products of a scale with codes of less than `codes` in magnitude need that: seldom, and it takes a while.
-GC_INLINE bool may_overflow(float scale, float codes) { return !(magnitude_of(scale) <= LARGEST / codes); }
+// Whether products of a scale with numbers of up to `most` in magnitude need that: seldom, and it takes a while.
+GC_INLINE bool may_overflow(float scale, float most) { return !(magnitude_of(scale) <= LARGEST / 2 / most); }
 
 GC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 

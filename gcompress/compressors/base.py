@@ -288,7 +288,7 @@ def kept_count(numel, sparsity):
 
 
 def bucket_of(numel, bucket, multiple):
-    """Entries of a bucket: of `bucket`, or of a tensor that is smaller, or always (0), all, up to a `multiple`."""
+    """Entries that share a scale: `bucket`, but of a smaller tensor (0: of any) all, rounded up to a `multiple`."""
     whole = max(1, -(-numel // multiple)) * multiple
     return min(bucket, whole) if bucket else whole
 
@@ -322,7 +322,7 @@ def shown(value):
     """How an error shows a value: its repr, of which a long one is cut."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of so many digits
+    except (ValueError, RecursionError):  # Python writes no integer of so many digits, nor lists that deep
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
 
