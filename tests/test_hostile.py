@@ -14,6 +14,7 @@ import torch
 from allocations import Allocations
 from compressors import COMPRESSORS, inputs
 from gcompress import PayloadError, from_spec, native
+from gcompress.polar.tables import design_at, design_count
 from hostile import hostile, hostile_polar, with_scales
 
 TRIALS = 200 if os.environ.get("GCOMPRESS_LONG") == "1" else 6
@@ -89,9 +90,15 @@ def test_any_scale_decodes_alike(compressor):
             assert all(same(result, results[0]) for result in results), (numel, wrong)
 
 
+@pytest.fixture(scope="module")
+def designs():
+    """Those of polar, made once in a process, for which more is needed on the way."""
+    return [design_at(index) for index in range(design_count())]
+
+
 @every_compressor
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backend):
+def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backend, designs):
     generator = torch.Generator().manual_seed(12)
     with native.use_backend(backend):
         for numel in (1000, 30000):
@@ -104,7 +111,7 @@ def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_polar_is_told_of_it_believes_when_it_is_there(backend):
+def test_what_polar_is_told_of_it_believes_when_it_is_there(backend, designs):
     """Products and outliers: room was made for 20 times the entries that a few bytes claimed."""
     compressor, numel = from_spec("polar:rate=4"), 40000
     with native.use_backend(backend):
