@@ -230,7 +230,7 @@ void eden_decode_bits(const uint8_t* payload, int64_t n, int64_t block, int64_t 
         }
         turned.rotate_back(y);
         const float scale = load<float>(payload + 4 + 4 * (int64_t)number);
-        for (int64_t i = 0; i < entries; ++i) y[i] = eden_clamped(y[i] * scale);  // vectorised
+        for (int64_t i = 0; i < entries; ++i) y[i] = saturated(y[i] * scale);  // vectorised
         flip_signs(y, entries, turned.word, seed);
         if (add)
             for (int64_t i = 0; i < entries; ++i) out[first + i] += y[i];

@@ -55,7 +55,7 @@ void polar_turn_blocks_back(float* y, int64_t n, uint32_t seed, const float* sca
         float* turned = y + first;
         block.rotate_back(turned);
         for (int64_t i = 0; i < block.entries; ++i) {  // vectorised
-            turned[i] = eden_clamped(turned[i] * *scales);
+            turned[i] = saturated(turned[i] * *scales);
         }
         flip_signs(turned, block.entries, block.word, seed);
         for (int64_t i = 0; i < block.entries; ++i) out[first + i] = add ? out[first + i] + turned[i] : turned[i];

@@ -77,35 +77,45 @@ void quantize_encode_bits(const float* x, int64_t n, int64_t bucket, bool stocha
     }
 }
 
+// The entries from `first` on of one bucket, which ends at `end` of n entries.
+template <int bits, bool add, bool limited>
+void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_t n, float zero, float step,
+                       float* out) {
+    uint8_t codes[64];
+    for (int64_t i = first; i < end; i += 64) {
+        const int64_t block = min64(64, end - i);
+        if (block == 64 && i + 128 <= n) {
+            unpack_64<bits>(packed + i / 8 * bits, codes);
+        } else {
+            unpack_tail<bits>(packed + i / 8 * bits, block, codes);
+        }
+        float* target = out + i;
+        if (block == 64) {
+            for (int j = 0; j < 64; ++j) {  // vectorised
+                const float value = dequantized(codes[j], zero, step, limited);
+                target[j] = add ? target[j] + value : value;
+            }
+        } else {
+            for (int64_t j = 0; j < block; ++j) {
+                const float value = dequantized(codes[j], zero, step, limited);
+                target[j] = add ? target[j] + value : value;
+            }
+        }
+    }
+}
+
 template <int bits, bool add>
 void quantize_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     const uint8_t* zeros = payload + 4 * buckets;
     const uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);
-    uint8_t codes[64];
     for (int64_t b = 0; b < buckets; ++b) {
         const float step = load<float>(payload + 4 * b), zero = bits == 1 ? 0.5f : (float)zeros[b];
-        const int64_t end = min64(n, (b + 1) * bucket);
-        for (int64_t i = b * bucket; i < end; i += 64) {
-            const int64_t block = min64(64, end - i);
-            if (block == 64 && i + 128 <= n) {
-                unpack_64<bits>(packed + i / 8 * bits, codes);
-            } else {
-                unpack_tail<bits>(packed + i / 8 * bits, block, codes);
-            }
-            float* target = out + i;
-            if (block == 64) {
-                for (int j = 0; j < 64; ++j) {  // vectorised
-                    const float value = dequantized(codes[j], zero, step);
-                    target[j] = add ? target[j] + value : value;
-                }
-            } else {
-                for (int64_t j = 0; j < block; ++j) {
-                    const float value = dequantized(codes[j], zero, step);
-                    target[j] = add ? target[j] + value : value;
-                }
-            }
-        }
+        const int64_t first = b * bucket, end = min64(n, first + bucket);
+        if (may_overflow(step, 255.0f))
+            dequantize_bucket<bits, add, true>(packed, first, end, n, zero, step, out);
+        else
+            dequantize_bucket<bits, add, false>(packed, first, end, n, zero, step, out);
     }
 }
 

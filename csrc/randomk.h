@@ -22,25 +22,22 @@ inline void for_each_drawn(int64_t n, int64_t k, uint32_t seed, const Place& pla
     }
 }
 
-inline bool all_finite(const float* x, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) {  // vectorised
-        const uint32_t key = key_of<true>(x[i]);
-        largest = key > largest ? key : largest;
-    }
-    return largest < INFINITY_KEY;
-}
-
 void randomk_encode(const float* x, int64_t n, int64_t k, int unbiased, uint32_t seed, uint8_t* payload) {
     store<uint32_t>(payload, seed);
     uint8_t* values = payload + 4;
-    if (!all_finite(x, n)) {
+    const uint32_t largest = largest_key(x, n);
+    if (largest >= INFINITY_KEY) {
         for (int64_t i = 0; i < k; ++i) store<uint32_t>(values + 4 * i, 0x7fc00000u);
         return;
     }
-    for_each_drawn(n, k, seed, [&](int64_t run, int64_t index, int64_t length) {
-        store<float>(values + 4 * run, drawn_value(x[index], length, unbiased != 0));
-    });
+    if (unbiased && !may_overflow(bits_float(largest), (float)(n / k + 1)))
+        for_each_drawn(n, k, seed, [&](int64_t run, int64_t index, int64_t length) {
+            store<float>(values + 4 * run, x[index] * (float)length);
+        });
+    else
+        for_each_drawn(n, k, seed, [&](int64_t run, int64_t index, int64_t length) {
+            store<float>(values + 4 * run, drawn_value(x[index], length, unbiased != 0));
+        });
 }
 
 void randomk_decode(const uint8_t* payload, int64_t n, int64_t k, int add, float* out) {

@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_SHARED_H
 #define GCOMPRESS_SHARED_H
 
+#include "arith/lowrank.h"
 #include "arith/shared.h"
 #include "quantize.h"
 #include "select.h"
@@ -83,6 +84,12 @@ void shared_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, int l
         for (int64_t i = first; i < first + count;) {
             const int64_t end = min64(first + count, (i / bucket + 1) * bucket);
             const float step = shared_step(load<float>(scales + i / bucket * 4), limit);
+            if (may_overflow(step, (float)half)) {
+                for (; i < end; ++i) {
+                    const float value = shared_value(codes[i - first], step);
+                    out[i] = add ? out[i] + value : value;
+                }
+            }
             for (; i < end; ++i) {
                 const float value = (float)codes[i - first] * step;
                 out[i] = add ? out[i] + value : value;
@@ -110,6 +117,10 @@ void lowrank_decode(const float* left, const float* right, int64_t rows, int64_t
             for (int64_t j = 0; j < count; ++j) row[j] = 0.0f;
             for (int64_t k = 0; k < rank; ++k)
                 for (int64_t j = 0; j < count; ++j) row[j] += left[i * rank + k] * right[k * columns + first + j];
+            if (largest_key(row, count) >= INFINITY_KEY)
+                for (int64_t j = 0; j < count; ++j)
+                    if (key_of<true>(row[j]) >= INFINITY_KEY)
+                        row[j] = lowrank_wide(left + i * rank, right + first + j, rank, columns);
             float* target = out + i * columns + first;
             for (int64_t j = 0; j < count; ++j) target[j] = add ? target[j] + row[j] : row[j];
         }

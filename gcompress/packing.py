@@ -18,6 +18,23 @@ INFINITY_KEY = 0x7F800000
 SUM_BLOCK = 4096  # terms of an ordered sum that are added before the sums of blocks are
 
 
+def to_type(values, dtype):
+    """Floats of another type, where what is finite stays finite: the type's largest number of its sign."""
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(values.dtype).max or values.numel() == 0:
+        return values.to(dtype)
+    if values.device.type == "cpu":  # where a look costs less than what it spares, and waits for no device
+        low, high = torch.aminmax(values)
+        if -limit <= low and high <= limit:
+            return values.to(dtype)
+    return torch.where(values.isinf(), values, values.clamp(-limit, limit)).to(dtype)
+
+
+def share_of_largest(world_size):
+    """So many numbers of at most this magnitude have a finite sum, however it is rounded."""
+    return LARGEST * (1 - 2.0**-16) / world_size
+
+
 def packed_bytes(count, bits):
     """Bytes of `count` entries of `bits` bits each."""
     return (count * bits + 7) // 8
@@ -37,11 +54,23 @@ def _pack_single_bits(stream):
 
 def unpack_bits(packed, count, bits):
     """The `count` integers behind `pack_bits`, as uint8 (bits <= 8) or int64."""
+    if bits > 8:
+        return bits_at(packed, torch.arange(count, device=packed.device) * bits, bits, bits)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed.unsqueeze(1) >> shifts) & 1).view(-1)[: count * bits].view(count, bits)
-    work = torch.uint8 if bits <= 8 else torch.int64
-    weights = torch.arange(bits, dtype=work, device=packed.device)
-    return (stream.to(work) << weights).sum(1, dtype=work)
+    return (stream << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
+
+
+def bits_at(packed, first, bits, widest):
+    """The integers, as int64, of `bits` bits that begin at the bits `first` of a stream that holds them all.
+
+    `first` is int64; `bits` an int, or int64 of the same shape, at most `widest`.
+    """
+    word = torch.zeros_like(first)
+    for byte in range((widest + 14) // 8):
+        # Of bytes behind the last one nothing is used.
+        word |= packed[((first >> 3) + byte).clamp_(max=packed.numel() - 1)].to(torch.int64) << 8 * byte
+    return word >> (first & 7) & ((1 << bits) - 1)
 
 
 def hashed(index, seed):

@@ -5,7 +5,7 @@ import fnmatch
 import math
 
 from .compressors import Compressor, from_spec, parse_value
-from .compressors.base import check_choice, check_integer
+from .compressors.base import check_choice, check_integer, shown
 from .errors import ConfigError
 from .feedback import eased
 
@@ -286,4 +286,4 @@ def _number(value):
 
 def _check_number(argument, value, fine, expected):
     if not fine:
-        raise ConfigError(f"{argument}: got {value!r}, expected {expected}")
+        raise ConfigError(f"{argument}: got {shown(value)}, expected {expected}")

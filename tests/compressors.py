@@ -4,7 +4,7 @@ import torch
 
 from gcompress import REGISTRY, PayloadError, from_spec
 
-# At least one spec of every method in the registry (test_specs.py checks that none is missing).
+# At least one spec of every method in the registry (test_compressor_laws.py checks that none is missing).
 SPECS = [
     "quantize:bits=4",
     "quantize:bits=1",
@@ -108,6 +108,7 @@ def fits(compressor, payload, numel):
     return payload.numel() == compressor.payload_nbytes(payload, numel) <= compressor.nbytes(numel)
 
 
+LARGEST = torch.finfo(torch.float32).max
 SIZES = (1, 2, 7, 63, 64, 65, 127, 128, 129, 1023, 1024, 8200, 70001)
 
 
@@ -128,6 +129,8 @@ def inputs(numel, seed=0):
         "smallest normal": gauss.sign() * torch.finfo(torch.float32).tiny,
         "huge": gauss.clamp(-1.5, 1.5) * 1e38,
         "minus zero": -torch.zeros(numel),
+        "largest": gauss.sign() * LARGEST,
+        "near largest": torch.where(gauss.abs() > 0.7, gauss.sign() * (0.3 + gauss.abs() % 0.7) * LARGEST, gauss),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned
-from gcompress import ConfigError, PayloadError, from_dict, from_spec, native
+from gcompress import Chain, ConfigError, Entropy, PayloadError, Quantize, TopK, from_dict, from_spec, native
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 
@@ -185,7 +185,17 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("quantize:bits=9", "bits: got 9"),
         ("quantize:bits=0", "bits: got 0"),
         ("quantize:bits=2.5", "bits: got 2.5"),
-        ("quantize:bucket=12", "bucket: got 12"),
+        ("quantize:bits=1e400", "bits: got inf"),
+        ("quantize:bits=nan", "bits: got nan"),
+        ("quantize:bucket=12", "bucket: got 12, expected a multiple of 8, or 0"),
+        ("quantize:bucket=9223372036854775808", "expected an integer of at least 0, below 2^63"),
+        ("topk:sparsity=nan", "sparsity: got nan"),
+        ("ternary:clip=1e400", "clip: got inf"),
+        ("threshold:threshold=nan", "threshold: got nan"),
+        ("polar:rate=nan", "rate: got nan"),
+        ("polar:block=100", "block: got 100, expected a power of two from 64 to 16384"),
+        ("mxfp4:bucket=32.0", "bucket: got 32.0, expected one of 16"),
+        ("lowrank:exchanges=true", "exchanges: got True"),
         ("quantize:rounding=up", "rounding: got 'up'"),
         ("sign:bucket=100", "bucket: got 100"),
         ("mxfp4:bucket=0", "bucket: got 0"),
@@ -203,12 +213,63 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("entropy:(quantize),(topk)", "each once"),
         ("chain:(topk:sparsity=0.9),(polka)", "'polka'"),
         (17, "17"),
+        ({"name": []}, "got []"),
+        ({"name": "chain", "first": {"name": {}}}, "got {}"),
+        ("quantize:bits=" + "9" * 10**6, "(1000016 characters), expected a spec of at most 1000"),
+        ("entropy:" + "(" * 10**6, "expected a spec of at most 1000"),
+        ("entropy:" + "(entropy:" * 90, "parentheses are 8 deep, expected at most 7"),
     ],
 )
 def test_a_bad_spec_names_the_argument_and_what_came(spec, words):
     with pytest.raises(ConfigError) as caught:
         from_spec(spec)
     assert words in str(caught.value)
+
+
+def nested(depth, part="then"):
+    """A chain so many compressors deep."""
+    chain = TopK(sparsity=0.5)
+    for _ in range(depth - 1):
+        chain = Chain(**{"first": TopK(sparsity=0.5), "then": TopK(sparsity=0.5), part: chain})
+    return chain
+
+
+@pytest.mark.parametrize("part", ["first", "then"])
+def test_compressors_are_eight_deep_at_most(part):
+    deepest = nested(8, part)
+    assert deepest.depth == 8 and from_spec(str(deepest)) == deepest == from_dict(deepest.to_dict())
+    spec, configuration, cycle = str(deepest), deepest.to_dict(), {"name": "entropy"}
+    cycle["inner"] = cycle
+    for _ in range(400):
+        spec, configuration = f"entropy:({spec})", {"name": "entropy", "inner": configuration}
+    for make in (lambda: nested(9, part), lambda: Entropy(deepest), lambda: from_spec(spec[-900:])):
+        with pytest.raises(ConfigError, match="deep|match"):
+            make()
+    for deep in (configuration, cycle):
+        with pytest.raises(ConfigError, match="dicts more than 8 deep"):
+            from_dict(deep)
+    with pytest.raises(ConfigError, match="characters, more than 1000"):
+        hybrid = TopK()
+        for _ in range(7):
+            hybrid = Chain(hybrid, hybrid)
+
+
+@pytest.mark.parametrize("part", ["first", "then"])
+def test_each_part_is_asked_once(part, monkeypatch):
+    """Whatever is asked of a nest of compressors takes no more steps than it has parts."""
+    deepest, asked = nested(8, part), []
+    sections = TopK.sections
+    monkeypatch.setattr(TopK, "sections", lambda self, numel: asked.append(numel) or sections(self, numel))
+    for question in (deepest.sections, deepest.nbytes, lambda numel: deepest.payload_nbytes(torch.zeros(9), numel)):
+        asked.clear()
+        question(1 << 20)
+        assert len(asked) <= 8, question
+
+
+def test_a_number_too_long_to_be_written_is_named_by_its_bits():
+    for make in (lambda: Quantize(bits=10**5000), lambda: Quantize(bucket=8 * 10**5000), lambda: TopK(10**5000)):
+        with pytest.raises(ConfigError, match="an integer of 166[0-9][0-9] bits"):
+            make()
 
 
 @every_compressor

@@ -23,6 +23,7 @@ from gcompress.cuda import compiler, sources
 from gcompress.cuda import launcher as device_launcher
 from gcompress.cuda.kernels import DeviceKernels
 from gcompress.feedback import ErrorFeedback
+from hostile import with_scales
 
 ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
 BUILD = pathlib.Path(__file__).parent.parent / "build"
@@ -175,6 +176,26 @@ def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, launche
                     compressor.decode_into(wrong, out)
                 except PayloadError:
                     pass
+
+
+@needs_compiler
+@every_compressor
+def test_any_scale_decodes_as_on_the_cpu(compressor, launcher):
+    """Negative, not finite, -0 or subnormal. What the CPU refuses is refused here too, or is not finite."""
+    payload, _ = compressor.compress(inputs(333)["heavy"], seed=7)
+    for wrong in with_scales(payload, {0, 1, 4, 8, max(0, len(payload) - 5)}):
+        expected, refused, out = torch.ones(333), False, torch.ones(333)
+        try:
+            compressor.decode_into(wrong, expected, add=True)
+        except PayloadError:
+            refused = True
+        try:
+            with native.use_backend(DeviceKernels(launcher)):
+                compressor.decode_into(wrong, out, add=True)
+        except PayloadError:
+            assert refused, wrong
+        else:
+            assert not out.isfinite().all() if refused else same(out, expected), wrong
 
 
 @needs_compiler

@@ -64,6 +64,15 @@ GC_INLINE float magnitude_of(float value) { return __builtin_fabsf(value); }
 GC_INLINE double square_root(double value) { return __builtin_sqrt(value); }
 #endif
 
+// No decoder makes infinity of finite numbers: the largest float of its sign instead. NaN stays.
+GC_INLINE float saturated(float value) {
+    value = value > LARGEST ? LARGEST : value;
+    return value < -LARGEST ? -LARGEST : value;
+}
+
+// Whether products of a scale with numbers of up to `most` in magnitude need that: seldom, and it takes a while.
+GC_INLINE bool may_overflow(float scale, float most) { return !(magnitude_of(scale) <= LARGEST / 2 / most); }
+
 GC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Nearest integer, ties to even, for |value| < 2^22: vectorises on every instruction set,

@@ -42,10 +42,5 @@ GC_INLINE float eden_scale(double power, double dot, double squares, bool unbias
     return rounded >= SMALLEST_NORMAL ? rounded : 0.0f;
 }
 
-GC_INLINE float eden_clamped(float value) {
-    value = value > LARGEST ? LARGEST : value;
-    return value < -LARGEST ? -LARGEST : value;
-}
-
 }  // namespace
 #endif

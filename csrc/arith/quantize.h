@@ -76,7 +76,11 @@ GC_INLINE uint8_t quantized(float value, const Grid& grid, float dither, bool st
     return (uint8_t)(int32_t)code;
 }
 
-GC_INLINE float dequantized(uint8_t code, float zero, float step) { return ((float)code - zero) * step; }
+// `limited` may be false unless a product of the step may overflow.
+GC_INLINE float dequantized(uint8_t code, float zero, float step, bool limited) {
+    const float value = ((float)code - zero) * step;
+    return limited ? saturated(value) : value;
+}
 
 }  // namespace
 #endif

@@ -11,7 +11,7 @@ GC_INLINE int64_t drawn_entry(int64_t run, int64_t first, int64_t length, uint32
     return first + (int64_t)((uint64_t)hashed((uint32_t)run, seed) * (uint64_t)length >> 32);
 }
 GC_INLINE float drawn_value(float value, int64_t length, bool unbiased) {
-    return unbiased ? value * (float)length : value;
+    return unbiased ? saturated(value * (float)length) : value;
 }
 
 }  // namespace

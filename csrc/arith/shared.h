@@ -9,7 +9,7 @@ namespace {
 const int64_t WORDS = 64;  // of a block; field f of word j is its entry 64 f + j
 
 GC_INLINE float shared_step(float scale, int limit) {
-    if (float_bits(scale) >= INFINITY_KEY) return bits_float(QUIET_NAN);
+    if (key_of<true>(scale) >= INFINITY_KEY) return bits_float(QUIET_NAN);
     const float step = scale / (float)limit;
     return step >= SMALLEST_NORMAL ? step : 0.0f;
 }
@@ -24,6 +24,8 @@ GC_INLINE int32_t shared_code(float value, float inverse, float top, bool stocha
     scaled = scaled > top ? top : scaled;
     return round_even(scaled);
 }
+
+GC_INLINE float shared_value(int32_t code, float step) { return saturated((float)code * step); }
 
 GC_INLINE uint64_t bias_of(int width, int fields) {
     uint64_t bias = 0;

@@ -123,7 +123,7 @@ GC_KERNEL(eden_decode)(const uint8_t* payload, int64_t n, int64_t bits, int64_t 
     rotate_back(y, block);
     const float scale = load_float(payload + 4 + 4 * (int64_t)block.number);
     for (int64_t i = threadIdx.x; i < block.entries; i += THREADS) {
-        const float value = flipped(eden_clamped(y.at(i) * scale), hashed(block.word + (uint32_t)(i >> 5), block.seed), i);
+        const float value = flipped(saturated(y.at(i) * scale), hashed(block.word + (uint32_t)(i >> 5), block.seed), i);
         out[block.first + i] = add ? out[block.first + i] + value : value;
     }
 }

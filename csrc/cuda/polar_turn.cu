@@ -77,7 +77,7 @@ GC_KERNEL(polar_turn_back)(const float* decoded, int64_t n, int64_t seed, const 
     __syncthreads();
     rotate_back(y, block);
     for (int64_t i = threadIdx.x; i < block.entries; i += THREADS) {
-        const float value = turn_flipped(eden_clamped(y.at(i) * scales[blockIdx.x]), block, i);
+        const float value = turn_flipped(saturated(y.at(i) * scales[blockIdx.x]), block, i);
         out[block.first + i] = add ? out[block.first + i] + value : value;
     }
 }

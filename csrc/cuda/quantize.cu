@@ -51,7 +51,7 @@ struct Quantize {
         return quantized(value, grid, stochastic ? uniform((uint32_t)index, seed) : 0.5f, stochastic, bits);
     }
     GC_INLINE float value(uint32_t code, const Grid& grid) const {
-        return dequantized((uint8_t)code, grid.zero, grid.step);
+        return dequantized((uint8_t)code, grid.zero, grid.step, true);
     }
     GC_INLINE Header header_of(int64_t number) const {
         const Header header = {load_float(payload + 4 * number),
@@ -59,7 +59,7 @@ struct Quantize {
         return header;
     }
     GC_INLINE float decoded(uint32_t code, const Header& header) const {
-        return dequantized((uint8_t)code, header.zero, header.step);
+        return dequantized((uint8_t)code, header.zero, header.step, true);
     }
 };
 

@@ -1,5 +1,6 @@
 // SharedScale: integers that add up in 64-bit words. Scales read 4 bytes an entry, words read 4 again and write bits / 8;
 // decoding reads bits / 8 and writes 4, or reads 4 more to add. LowRank's product of two factors writes 4 an entry.
+#include "../arith/lowrank.h"
 #include "../arith/shared.h"
 #include "device.cuh"
 
@@ -59,7 +60,7 @@ GC_KERNEL(shared_encode)(const float* x, const float* owed, float* fresh, uint32
             const float draw = stochastic ? uniform((uint32_t)i, (uint32_t)seed) : 0.0f;
             const float finite = step == step ? value : 0.0f;
             code = shared_code(finite, shared_inverse(step), (float)(int)limit, stochastic != 0, draw);
-            if (fresh) feedback.keep(i, value, (float)code * step);
+            if (fresh) feedback.keep(i, value, shared_value(code, step));
         }
         word += (uint64_t)(int64_t)code << (width * f);
     }
@@ -80,7 +81,7 @@ GC_KERNEL(shared_decode)(const uint8_t* payload, int64_t n, int64_t bucket, int6
         const int64_t i = fields.first + f * fields.stride;
         if (i >= fields.end) break;
         const int32_t code = (int32_t)(word >> (width * f) & mask) - half;
-        const float value = (float)code * shared_step(load_float(scales + 4 * quotient(i, bucket)), (int)limit);
+        const float value = shared_value(code, shared_step(load_float(scales + 4 * quotient(i, bucket)), (int)limit));
         out[i] = add ? out[i] + value : value;
     }
 }
@@ -94,6 +95,7 @@ GC_KERNEL(lowrank_decode)(const float* left, const float* right, int64_t columns
     const int64_t row = quotient(i, columns), column = i - row * columns;
     float sum = 0.0f;
     for (int64_t k = 0; k < rank; ++k) sum = sum + left[row * rank + k] * right[k * columns + column];
+    if (key_of<true>(sum) >= INFINITY_KEY) sum = lowrank_wide(left + row * rank, right + column, rank, columns);
     out[i] = add ? out[i] + sum : sum;
 }
 GC_REGISTER(lowrank_decode)

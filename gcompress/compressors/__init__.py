@@ -3,7 +3,7 @@
 import dataclasses
 
 from ..errors import ConfigError
-from .base import Compressor, Context
+from .base import LARGEST_DEPTH, LONGEST_SPEC, Compressor, Context, shown
 from .casts import BF16, FP8, FP16, MXFP4
 from .combine import Chain, Hybrid
 from .eden import Eden
@@ -50,26 +50,45 @@ REGISTRY = {
 
 
 def from_dict(configuration):
-    """The compressor behind `Compressor.to_dict()`; ConfigError on an unknown name or argument."""
+    """The compressor behind `Compressor.to_dict()`; ConfigError if it is too deep or names what nobody knows."""
+    if not isinstance(configuration, dict):
+        raise ConfigError(f"compressor: got {shown(configuration)}, expected a dict")
+    _check_depth(configuration)
     arguments = dict(configuration)
     name = arguments.pop("name", None)
-    if name not in REGISTRY:
-        raise ConfigError(f"compressor: got {name!r}, expected one of {', '.join(REGISTRY)}")
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise ConfigError(f"compressor: got {shown(name)}, expected one of {', '.join(REGISTRY)}")
     known = [field.name for field in dataclasses.fields(REGISTRY[name])]
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
-        raise ConfigError(f"{name}: got the argument {unknown[0]!r}, expected some of {', '.join(known)}")
+        raise ConfigError(f"{name}: got the argument {shown(unknown[0])}, expected some of {', '.join(known)}")
     return REGISTRY[name](**arguments)
 
 
+def _check_depth(configuration):
+    """ConfigError if dicts are too deep inside one another, found out level by level."""
+    level = [configuration]
+    for _ in range(LARGEST_DEPTH):
+        # A dict that is met twice needs to be looked at once: identity keeps the walk linear.
+        level = list({id(part): part for found in level for part in found.values() if isinstance(part, dict)}.values())
+        if not level:
+            return
+    raise ConfigError(f"compressor: got dicts more than {LARGEST_DEPTH} deep, expected at most so many")
+
+
 def from_spec(spec):
-    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself."""
+    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself.
+
+    A spec has at most 1000 characters and compressors stand at most 8 deep in one another: ConfigError otherwise.
+    """
     if isinstance(spec, Compressor):
         return spec
     if isinstance(spec, dict):
         return from_dict(spec)
     if not isinstance(spec, str):
-        raise ConfigError(f'compressor: got {spec!r}, expected a spec such as "mask:sparsity=0.99,bits=2"')
+        raise ConfigError(f'compressor: got {shown(spec)}, expected a spec such as "mask:sparsity=0.99,bits=2"')
+    if len(spec) > LONGEST_SPEC:
+        raise ConfigError(f"compressor: got {shown(spec)}, expected a spec of at most {LONGEST_SPEC} characters")
     name, _, rest = spec.strip().partition(":")
     arguments = {"name": name.strip()}
     parts = iter(getattr(REGISTRY.get(arguments["name"]), "parts", ()))
@@ -89,12 +108,14 @@ def split_outside_parentheses(text, spec):
     items, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")
-        if depth < 0:
+        if not 0 <= depth < LARGEST_DEPTH:
             break
         if character == "," and depth == 0:
             items.append("")
         else:
             items[-1] += character
+    if depth == LARGEST_DEPTH:
+        raise ConfigError(f"compressor {spec!r}: its parentheses are {depth} deep, expected at most {depth - 1}")
     if depth != 0:
         raise ConfigError(f"compressor {spec!r}: its parentheses do not match")
     return [item.strip() for item in items if item.strip()]

@@ -6,10 +6,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .. import native
+from .. import native, packing
 from ..errors import ConfigError, PayloadError
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_INTEGER = 2**63 - 1  # what a kernel takes
+LARGEST_DEPTH = 8  # of compressors in compressors
+LONGEST_SPEC = 1000  # characters
+LONGEST_SHOWN = 100  # characters of a value in an error
 
 
 class Context(NamedTuple):
@@ -37,7 +41,8 @@ class Compressor:
     A subclass is a frozen dataclass that sets `name`, implements `nbytes` and the four
     methods `_encode_reference`, `_decode_reference`, `_encode_native`, `_decode_native`,
     and is listed in `gcompress/compressors/__init__.py`. All arithmetic is float32: other
-    floating-point types are converted on the way in and out.
+    floating-point types are converted on the way in and out. A finite tensor decodes to a finite
+    one: what would be larger than the largest number becomes that.
 
     Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
     is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
@@ -63,6 +68,11 @@ class Compressor:
     def unbiased(self):
         """Whether the expected decoded value is the input, so that no error feedback is needed."""
         return False
+
+    @property
+    def depth(self):
+        """Compressors inside one another, this one included: 1 without parts."""
+        return 1 + max((getattr(self, part).depth for part in self.parts), default=0)
 
     def nbytes(self, numel):
         """The payload size in bytes for `numel` entries: exact, or if not `fixed_size` the largest possible."""
@@ -142,14 +152,19 @@ class Compressor:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ConfigError(f"tensor: got {got}, expected a dense float16, bfloat16, float32 or float64 tensor")
-        values = tensor.detach().to(torch.float32).contiguous()
+        values = packing.to_type(tensor.detach(), torch.float32).contiguous()
+        if values.numel() == 1:  # of any strides, which a view as bytes would not take
+            values = values.clone(memory_format=torch.contiguous_format)
         return values if self.uses_shape else values.view(-1)
 
     def decompress(self, payload, ctx):
-        """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit."""
+        """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit.
+
+        Finite numbers beyond the range of ctx.dtype become its largest of their sign.
+        """
         values = torch.empty(ctx.shape.numel(), dtype=torch.float32, device=payload.device)
         self.decode_into(payload, values)
-        return values.to(ctx.dtype).view(ctx.shape)
+        return packing.to_type(values, ctx.dtype).view(ctx.shape)
 
     def decode_into(self, payload, out, add=False):
         """Decode into, or add to, a contiguous 1-D float32 tensor on the payload's device."""
@@ -223,11 +238,20 @@ class Compressor:
         raise NotImplementedError(f"{type(self).__name__}._decode_native")
 
     def _read_parts(self):
-        """Let parts be given as specs or dicts; to be called by `__post_init__`."""
+        """Let parts be given as specs or dicts; ConfigError if they are too deep or many. For `__post_init__`."""
         from . import from_spec
 
         for part in self.parts:
-            object.__setattr__(self, part, from_spec(getattr(self, part)))
+            found = from_spec(getattr(self, part))
+            if found.depth >= LARGEST_DEPTH:
+                raise ConfigError(
+                    f"{part}: got compressors {found.depth} deep, expected at most {LARGEST_DEPTH - 1} in {self.name!r}"
+                )
+            object.__setattr__(self, part, found)
+        if len(self.spec) > LONGEST_SPEC:
+            raise ConfigError(
+                f"{self.name}: got parts whose spec has {len(self.spec)} characters, more than {LONGEST_SPEC}"
+            )
 
     def to_dict(self):
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
@@ -263,6 +287,12 @@ def kept_count(numel, sparsity):
     return max(1, round(numel * (1 - sparsity))) if numel else 0
 
 
+def bucket_of(numel, bucket, multiple):
+    """Entries that share a scale: `bucket`, but of a smaller tensor (0: of any) all, rounded up to a `multiple`."""
+    whole = max(1, -(-numel // multiple)) * multiple
+    return min(bucket, whole) if bucket else whole
+
+
 def read_u32(start):
     """The little-endian number that a payload begins with; PayloadError if it is shorter."""
     if start.numel() < 4:
@@ -275,30 +305,53 @@ def u32_bytes(number, device):
     return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
 
 
-def check_scales(what, scales, nan=False):
-    """PayloadError unless float32 scales are finite and not negative, or NaN where that stands for a poisoned input."""
+def check_scales(what, payload, count, nan=False):
+    """PayloadError unless a payload begins with `count` float32 scales that are finite and not negative.
+
+    nan: whether they may be NaN too, which stands for a poisoned input.
+    """
+    if payload.numel() < 4 * count:
+        raise PayloadError(f"payload: got {payload.numel()} bytes, expected at least {4 * count}")
+    scales = packing.bytes_to_float(payload[: 4 * count])
     wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
     if wrong.numel():
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
+def shown(value):
+    """How an error shows a value: its repr, of which a long one is cut."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of so many digits, nor lists that deep
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
+
+
+def is_number(value):
+    """Whether value is an int or float, NaN and infinity included, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_integer(argument, value, low, high=None):
-    """ConfigError unless value is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-        raise ConfigError(f"{argument}: got {value!r}, expected {expected}")
+    """ConfigError unless value is an int in [low, high]; without `high` it must fit 64 bits."""
+    largest = LARGEST_INTEGER if high is None else high
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= largest:
+        expected = f"an integer from {low} to {largest}"
+        if high is None:
+            expected = f"an integer of at least {low}" + (", below 2^63" if is_number(value) and value >= low else "")
+        raise ConfigError(f"{argument}: got {shown(value)}, expected {expected}")
 
 
 def check_number(argument, value, low, high):
     """ConfigError unless value is a number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{argument}: got {value!r}, expected a number from {low} to {high}")
+    if not is_number(value) or not low <= value <= high:
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a number from {low} to {high}")
 
 
 def check_sparsity(value):
     """ConfigError unless value is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"sparsity: got {value!r}, expected the fraction set to zero, 0 <= sparsity < 1")
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"sparsity: got {shown(value)}, expected the fraction set to zero, 0 <= sparsity < 1")
 
 
 def check_bucket(value, multiple):
@@ -308,10 +361,16 @@ def check_bucket(value, multiple):
         raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
 
 
+def check_power_of_two(argument, value, low, high):
+    """ConfigError unless value is a power of two from `low` to `high`, which are such."""
+    if type(value) is not int or not low <= value <= high or value & (value - 1):
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a power of two from {low} to {high}")
+
+
 def check_choice(argument, value, choices):
-    """ConfigError unless value is one of choices."""
-    if value not in choices:
-        raise ConfigError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    """ConfigError unless value is one of choices, of the same type: 1 is not True, nor 32.0 32."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ConfigError(f"{argument}: got {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def selection_workspace(numel, k, device):

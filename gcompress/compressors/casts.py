@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_bucket, check_choice
+from .base import Compressor, bucket_of, check_bucket, check_choice
 
 # Below it the largest magnitude of a bucket is not scaled up further: both factors stay normal numbers.
 SMALLEST_EXPONENT = 15
@@ -42,7 +42,7 @@ class _Cast(Compressor):
         return -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.width) if numel else 0
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 64) * 64
+        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

@@ -52,7 +52,7 @@ class Chain(_Combination):
             randomk or mask, the steps of quantize.
         then: any compressor; it sees these values as a tensor of one dimension.
 
-    Biased unless both are not. A contraction if `first` is one and the values' error is small.
+    Unbiased only if both parts are. A contraction if `first` is one and the values' error is small.
 
     >>> chain = Chain(TopK(sparsity=0.99), Quantize(bits=4))
     >>> payload, ctx = chain.compress(torch.randn(1 << 20))
@@ -94,17 +94,19 @@ class Chain(_Combination):
         return before + after + self.then.payload_nbytes(start[before + after :], values // 4)
 
     def sections(self, numel):
-        before, values, after = self._split(numel)
+        before, values, after = self._parted(numel)
+        return before + after + self.then.sections(values.nbytes // 4)
+
+    def _parted(self, numel):
+        """The Sections of `first` before its values, that of the values (of several the last), those after it."""
         sections = self.first.sections(numel)
         coded = max(index for index, section in enumerate(sections) if section.floats)
-        return sections[:coded] + sections[coded + 1 :] + self.then.sections(values // 4)
+        return sections[:coded], sections[coded], sections[coded + 1 :]
 
     def _split(self, numel):
-        """Bytes of `first` before its values, of the values, after them; of several sections the last is taken."""
-        sections = self.first.sections(numel)
-        coded = max(index for index, section in enumerate(sections) if section.floats)
-        sizes = [section.nbytes for section in sections]
-        return sum(sizes[:coded]), sizes[coded], sum(sizes[coded + 1 :])
+        """Bytes of `first` before its values, of the values, after them."""
+        before, values, after = self._parted(numel)
+        return sum(section.nbytes for section in before), values.nbytes, sum(section.nbytes for section in after)
 
     def _encode_parts(self, values, seed):
         payload, _ = self.first.compress(values, seed=seed)

@@ -20,11 +20,10 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError
-from .base import Compressor, check_choice
+from .base import Compressor, check_choice, check_power_of_two, shown
 from .eden_levels import LEVELS, UNIT
 
 LARGEST = torch.finfo(torch.float32).max
-BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TAIL_WORDS = 0x80000000  # the second rotation of the last block draws from other words
 PART_WORDS = 0x40000000  # and which entries are sent from others again
 PRIMES = (16411, 16417, 16421, 16427, 16433, 16447, 16451, 16453)
@@ -59,9 +58,9 @@ class Eden(Compressor):
     def __post_init__(self):
         whole = type(self.bits) is int and self.bits in LEVELS
         if not whole and not (type(self.bits) is float and 0.01 <= self.bits < 1):
-            raise ConfigError(f"bits: got {self.bits!r}, expected an integer from 1 to 8 or 0.01 <= bits < 1")
+            raise ConfigError(f"bits: got {shown(self.bits)}, expected an integer from 1 to 8 or 0.01 <= bits < 1")
         check_choice("scale", self.scale, ("least", "unbiased"))
-        check_choice("block", self.block, BLOCKS)
+        check_power_of_two("block", self.block, 64, 16384)
 
     @property
     def unbiased(self):

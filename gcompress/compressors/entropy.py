@@ -156,7 +156,7 @@ class Entropy(Compressor):
         tables = {}
         for number, mode in enumerate(modes):
             if mode:
-                tables[number], used = _read_table(data[start:].tolist()[:1024])
+                tables[number], used = _read_table(data[start : start + 1024].tolist())
                 start += used
         for plane, mode in zip(planes, modes, strict=True):
             if not mode:

@@ -85,7 +85,7 @@ class LowRank(Compressor):
             basis, left = orthonormal(torch.zeros(columns, rank, device=values.device), seed), False
         for number in range(self.exchanges):
             # One basis spans the columns of the matrix and multiplies from the left, the next its rows.
-            own = ((matrix.t() if left else matrix) @ basis.double()).float()
+            own = _sendable((matrix.t() if left else matrix) @ basis.double(), world_size)
             summed = yield own, "sum"
             if number + 1 < self.exchanges:
                 basis, left = orthonormal(summed, seed), not left
@@ -127,6 +127,12 @@ class LowRank(Compressor):
                 floats[: rows * rank].view(rows, rank), floats[rows * rank :].view(rank, columns), out.numel()
             )
         out.add_(floats) if add else out.copy_(floats)
+
+
+def _sendable(columns, world_size):
+    """A float64 product as float32 whose sum over ranks is finite where the product is."""
+    limit = packing.share_of_largest(world_size)
+    return torch.where(columns.isinf(), columns, columns.clamp(-limit, limit)).float()
 
 
 def near_square(numel):
@@ -171,7 +177,10 @@ def orthonormal(matrix, seed):
 
 
 def product(left, right, numel):
-    """The first numel entries of left @ right, float32, added in the order of the rank: the same bits everywhere."""
+    """The first numel entries of left @ right, float32, added in the order of the rank: the same bits everywhere.
+
+    Entries whose sum is not finite are added up in double precision; what is beyond float32 becomes its largest.
+    """
     left, right = left.contiguous(), right.contiguous()
     out = torch.empty(numel, dtype=torch.float32, device=left.device)
     kernels = native.kernels(left)
@@ -184,4 +193,10 @@ def product(left, right, numel):
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     for k in range(left.shape[1]):
         total += left[:, k : k + 1] * right[k]
+    overflowed = ~total.isfinite()
+    if bool(overflowed.any()):
+        wide = torch.zeros(total.shape, dtype=torch.float64, device=left.device)
+        for k in range(left.shape[1]):
+            wide += left[:, k : k + 1].double() * right[k].double()
+        total = torch.where(overflowed, packing.to_type(wide, torch.float32), total)
     return out.copy_(total.view(-1)[:numel])

@@ -97,7 +97,7 @@ class MaskSparse(Compressor):
         return [Section(4 * self._sent_levels, 4, floats=True), kept, code_section(numel, self.bits)]
 
     def check(self, payload, numel):
-        check_scales("levels hold", packing.bytes_to_float(payload[: 4 * self._sent_levels if numel else 0]))
+        check_scales("levels hold", payload, self._sent_levels if numel else 0)
 
     def _encode_native(self, kernels, values, payload, seed):
         k = kept_count(values.numel(), self.sparsity)

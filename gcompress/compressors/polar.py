@@ -15,7 +15,7 @@ import torch
 
 from ..polar import codec, lowrank, plan, reference, turning
 from ..polar.device import backend_of
-from .base import Compressor, check_choice, check_integer, check_number
+from .base import Compressor, check_choice, check_integer, check_number, check_power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Polar(Compressor):
 
     def __post_init__(self):
         check_number("rate", self.rate, 0.05, 4)
-        check_integer("block", self.block, 64, 16384)
-        if self.block & (self.block - 1):
-            check_choice("block", self.block, ("a power of two",))
+        check_power_of_two("block", self.block, 64, 16384)
         check_choice("scales", self.scales, ("rowcol", "chunk", "tensor"))
         check_choice("allocation", self.allocation, ("waterfill", "flat"))
         check_choice("list_size", self.list_size, (1, 2, 4, 8))

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_bucket, check_choice, check_integer
+from .base import Compressor, bucket_of, check_bucket, check_choice, check_integer
 
 LARGEST_NORM = 3.4e38  # s steps of it stay finite
 
@@ -54,7 +54,7 @@ class QSGD(Compressor):
         return 4 * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.bits) if numel else 0
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 64) * 64
+        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, Section, check_choice, check_integer, check_scales, code_section
+from .base import Compressor, Section, bucket_of, check_bucket, check_choice, check_integer, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Quantize(Compressor):
     The error of an entry is at most step / 2 (nearest) or step (stochastic) for bits >= 2,
     with step = (max(x, 0) - min(x, 0)) / (2^bits - 1). A bucket with a non-finite entry
     decodes to NaN; one whose step is below the smallest normal float32 (with 1 bit: whose
-    magnitudes are below 2^-110) decodes to zero. Entries beyond 1.7e38 may decode to infinity.
+    magnitudes are below 2^-110) decodes to zero.
 
     >>> payload, ctx = Quantize(bits=4).compress(torch.randn(1024))
     >>> payload.numel()
@@ -47,9 +47,7 @@ class Quantize(Compressor):
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, 8)
-        check_integer("bucket", self.bucket, 0)
-        if self.bucket % 8:
-            check_choice("bucket", self.bucket, ("a multiple of 8", 0))
+        check_bucket(self.bucket, 8)
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
 
     @property
@@ -69,10 +67,10 @@ class Quantize(Compressor):
 
     def check(self, payload, numel):
         buckets = -(-numel // self._bucket(numel)) if numel else 0
-        check_scales("steps hold", packing.bytes_to_float(payload[: 4 * buckets]), nan=True)
+        check_scales("steps hold", payload, buckets, nan=True)
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 8) * 8
+        return bucket_of(numel, self.bucket, 8)
 
     def _encode_native(self, kernels, values, payload, seed):
         kernels.quantize_encode(
@@ -139,7 +137,8 @@ class Quantize(Compressor):
             zero, packed = payload[4 * buckets : 5 * buckets].view(-1, 1), payload[5 * buckets :]
         codes = packing.unpack_bits(packed, numel, self.bits).to(torch.float32)
         rows = torch.nn.functional.pad(codes, (0, -numel % bucket)).view(-1, bucket)
-        return ((rows - zero) * step).view(-1)[:numel]
+        values = ((rows - zero) * step).view(-1)[:numel]
+        return values.clamp_(-packing.LARGEST, packing.LARGEST)
 
 
 def _mean_magnitude(rows, largest, numel):

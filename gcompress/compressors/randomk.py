@@ -62,9 +62,13 @@ class RandomK(Compressor):
     def sum_rounds(self, values, *, shape, seed, world_size, memory):
         """One round: the kept values, whose places the shared seed tells every rank."""
         payload, _ = self.compress(values, seed=seed)
+        kept = payload[4:].view(torch.float32)
+        if self.unbiased:  # a multiple of what is finite on every rank: so that the sum is finite too
+            limit = packing.share_of_largest(world_size)
+            kept.clamp_(-limit, limit)
         own = torch.empty_like(values)
         self.decode_into(payload, own)
-        summed = yield payload[4:].view(torch.float32), "sum"
+        summed = yield kept, "sum"
         total = torch.empty_like(values)
         self.decode_into(torch.cat([payload[:4], packing.float_to_bytes(summed)]), total)
         return total, own
@@ -79,7 +83,9 @@ class RandomK(Compressor):
 
     def _encode_reference(self, values, seed):
         indices, lengths = drawn(values.numel(), kept_count(values.numel(), self.sparsity), seed, values.device)
-        kept = values[indices] * lengths if self.unbiased else values[indices]
+        kept = values[indices]
+        if self.unbiased:
+            kept = (kept * lengths).clamp_(-packing.LARGEST, packing.LARGEST)
         if not bool(torch.isfinite(values).all()):
             kept = torch.full_like(kept, float("nan"))
         word = torch.tensor([seed], device=values.device).view(torch.uint8)[:4]

@@ -19,7 +19,7 @@ import torch
 
 from .. import native, packing
 from ..errors import ConfigError
-from .base import Compressor, Section, check_choice, check_integer
+from .base import Compressor, Section, bucket_of, check_choice, check_integer
 
 BLOCK_WORDS = 64
 MAX_WIDTH = 24
@@ -84,7 +84,7 @@ class SharedScale(Compressor):
         return [Section(4 * self._buckets(numel), 4, floats=True), Section(8 * word_count(numel, self.bits), 8)]
 
     def _bucket(self, numel):
-        return self.bucket or numel
+        return bucket_of(numel, self.bucket, 1)
 
     def _buckets(self, numel):
         return -(-numel // self._bucket(numel))
@@ -139,6 +139,7 @@ class SharedScale(Compressor):
             return
         step = self._steps(scales).repeat_interleave(self._bucket(numel))[:numel]
         values = unpack_fields(words, numel, width).to(torch.float32) * step
+        values.clamp_(-packing.LARGEST, packing.LARGEST)
         out.add_(values) if add else out.copy_(values)
 
     def _steps(self, scales):

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, check_bucket
+from .base import Compressor, bucket_of, check_bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sign(Compressor):
         return 4 * self.means * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, 1)
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 64) * 64
+        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

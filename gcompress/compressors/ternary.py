@@ -15,7 +15,7 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError
-from .base import Compressor, check_bucket, check_choice
+from .base import Compressor, bucket_of, check_bucket, check_choice, is_number, shown
 
 GROUP = 320  # entries whose trits lie in 64 bytes
 
@@ -46,8 +46,8 @@ class Ternary(Compressor):
 
     def __post_init__(self):
         check_choice("rounding", self.rounding, ("stochastic", "nearest"))
-        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 <= self.clip < 1e6:
-            raise ConfigError(f"clip: got {self.clip!r}, expected a number of root mean squares, or 0 for none")
+        if not is_number(self.clip) or not 0 <= self.clip < 1e6:
+            raise ConfigError(f"clip: got {shown(self.clip)}, expected a number of root mean squares, or 0 for none")
         check_bucket(self.bucket, 64)
 
     @property
@@ -59,7 +59,7 @@ class Ternary(Compressor):
         return 4 * -(-numel // self._bucket(numel)) + -(-numel // 5) if numel else 0
 
     def _bucket(self, numel):
-        return self.bucket or -(-numel // 64) * 64
+        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

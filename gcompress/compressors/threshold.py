@@ -16,7 +16,7 @@ import torch
 
 from .. import packing
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, check_choice, read_u32, u32_bytes
+from .base import Compressor, check_choice, is_number, read_u32, shown, u32_bytes
 from .topk import FORMS, decode_kept, encode_kept, index_layout
 
 
@@ -48,11 +48,10 @@ class Threshold(Compressor):
 
     def __post_init__(self):
         check_choice("relative", self.relative, (True, False))
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         largest = 1 if self.relative else packing.LARGEST
-        if not number or not packing.SMALLEST_NORMAL <= self.threshold <= largest:
+        if not is_number(self.threshold) or not packing.SMALLEST_NORMAL <= self.threshold <= largest:
             expected = "from 2^-126 to 1 when relative" if self.relative else "a positive float32 of at least 2^-126"
-            raise ConfigError(f"threshold: got {self.threshold!r}, expected {expected}")
+            raise ConfigError(f"threshold: got {shown(self.threshold)}, expected {expected}")
 
     def nbytes(self, numel):
         return self._size(numel, numel) if numel else 0

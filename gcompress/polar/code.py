@@ -9,7 +9,7 @@ import dataclasses
 import torch
 
 from .. import native, packing
-from ..compressors.base import check_choice, check_integer
+from ..compressors.base import check_integer, check_power_of_two
 from ..errors import ConfigError, PayloadError
 from . import plan, reference
 from .device import backend_of
@@ -47,9 +47,7 @@ class PolarCode:
     information: int
 
     def __post_init__(self):
-        check_integer("block", self.block, SMALLEST_BLOCK, LARGEST_CODE)
-        if self.block & (self.block - 1):
-            check_choice("block", self.block, ("a power of two",))
+        check_power_of_two("block", self.block, SMALLEST_BLOCK, LARGEST_CODE)
         check_integer("information", self.information, 1, self.block)
 
     def nbytes(self, count):

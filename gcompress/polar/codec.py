@@ -334,7 +334,7 @@ def _decode_rest_into(backend, payload, out, add, block):
     else:
         _decode_spending(backend, payload[at:], spending, out, add)
     if apart is not None:
-        whole = out[apart.places] + apart.coarse(spending.layout)
+        whole = (out[apart.places] + apart.coarse(spending.layout)).clamp_(-plan.LARGEST, plan.LARGEST)
         out[apart.places] = before + whole if add else whole
 
 

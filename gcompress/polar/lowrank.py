@@ -39,6 +39,7 @@ CODE_LOSS = 0.7  # bits of a rounded factor beyond half the logarithm of its pow
 LARGEST_EXPONENT = 200
 WIDEST = 20  # low bits of a Rice code
 MOST_SHARE = 0.9  # of the bytes for the factors
+STRETCH = 1 << 14  # entries that are unpacked at a time
 
 
 class Factors(NamedTuple):
@@ -64,13 +65,13 @@ class Factors(NamedTuple):
         """What remains of a float32 [rows, columns]."""
         rest = torch.empty_like(matrix)
         for rows, product in self.products():
-            torch.sub(matrix[rows], product, out=rest[rows])
+            torch.sub(matrix[rows], product, out=rest[rows]).clamp_(-plan.LARGEST, plan.LARGEST)
         return rest
 
     def add_to(self, matrix):
         """Add the product to a float32 [rows, columns]."""
         for rows, product in self.products():
-            matrix[rows] += product
+            matrix[rows].add_(product).clamp_(-plan.LARGEST, plan.LARGEST)
 
 
 def _chunks(rows, columns):
@@ -218,6 +219,8 @@ def _choose(powers, energy, numel, shape, bits, left_over):
     """
     entries = shape[0] * shape[1]
     least = energy * left_over(bits)
+    if least <= 0:
+        return 0, 0.0
     best, water, spent, left, worse = 0, least / numel, 8 * (HEADER.size + LENGTH.size), energy, 0
     level = water
     for count, power in enumerate(powers, 1):
@@ -279,7 +282,10 @@ def _low_places(widths, lengths, device):
 
 
 def unpack(payload, numel):
-    """(Factors, the payload of the rest) from a uint8 tensor; PayloadError if it contradicts itself."""
+    """(Factors, the payload of the rest) from a uint8 tensor; PayloadError if it contradicts itself.
+
+    Memory for entries is asked for when as many are marked: a few times what they take.
+    """
     (size,) = LENGTH.unpack(bytes(payload[-LENGTH.size :].tolist()))
     if not HEADER.size + LENGTH.size <= size <= payload.numel() - plan.SMALLEST_PAYLOAD:
         raise PayloadError(f"payload: factors of {size} bytes do not fit {payload.numel()}")
@@ -292,27 +298,35 @@ def unpack(payload, numel):
     if abs(least) > LARGEST_EXPONENT or max(shift for shift, *_ in components) > MOST_SHIFT:
         raise PayloadError(f"payload: factors with exponents from {least} on, {MOST_SHIFT} above it at most")
     lengths = [numel // columns, columns]
-    values = _unfolded(_unpack_rice(section[at:], [both for _, *both in components], lengths))
-    if int(values.abs().max()) > LARGEST_FACTOR:
+    if count > min(lengths):
+        raise PayloadError(f"payload: {count} factors of a matrix of {lengths[0]} rows and {columns} columns")
+    values = _unpack_rice(section[at:], [width for _, *both in components for width in both], lengths * count)
+    if max(int(values.max()), -int(values.min())) > LARGEST_FACTOR:
         raise PayloadError(f"payload: an entry of a factor beyond {LARGEST_FACTOR}")
     left, right = values.view(count, -1).split(lengths, 1)
     return Factors(left.t(), right.t(), [least + shift for shift, *_ in components]), payload[:-size].clone()
 
 
 def _unpack_rice(section, widths, lengths):
-    """The entries, column after column: int64."""
-    bits = sum(length * width for both in widths for length, width in zip(lengths, both, strict=True))
-    if max(max(both) for both in widths) > WIDEST or packing.packed_bytes(bits, 1) > section.numel():
+    """The entries of columns of so many low bits and so many entries, column after column: int64."""
+    bits, entries = sum(width * length for width, length in zip(widths, lengths, strict=True)), sum(lengths)
+    if max(widths) > WIDEST or packing.packed_bytes(bits, 1) > section.numel():
         raise PayloadError(f"payload: {bits} low bits of factors do not fit {section.numel()} bytes")
-    places, width = _low_places(widths, lengths, section.device)
-    low = torch.zeros(places.shape, dtype=torch.int64, device=section.device)
-    low[places] = packing.unpack_bits(section, bits, 1).to(torch.int64)
-    unary = section[packing.packed_bytes(bits, 1) :]
-    ends = torch.nonzero(packing.unpack_bits(unary, 8 * unary.numel(), 1)).view(-1)
-    if len(ends) != len(low):
-        raise PayloadError(f"payload: {len(ends)} entries of factors, expected {len(low)}")
-    above = torch.diff(ends, prepend=ends.new_full((1,), -1)) - 1
-    return above << width | (low << torch.arange(low.shape[1], device=low.device)).sum(1)
+    marks = packing.unpack_bits(section[packing.packed_bytes(bits, 1) :], 8 * section.numel() - -(-bits // 8) * 8, 1)
+    if int(marks.sum()) != entries:
+        raise PayloadError(f"payload: {int(marks.sum())} entries of factors, expected {entries}")
+    ends = torch.nonzero(marks).view(-1)
+    width = torch.tensor(widths, dtype=torch.uint8).repeat_interleave(torch.tensor(lengths)).to(section.device)
+    values, before, at = torch.empty_like(ends), -1, 0
+    for first in range(0, entries, STRETCH):
+        part = slice(first, first + STRETCH)
+        wide = width[part].to(torch.int64)
+        low_ends = torch.cumsum(wide, 0) + at
+        low = packing.bits_at(section, low_ends - wide, wide, WIDEST)
+        above = torch.diff(ends[part], prepend=ends.new_full((1,), before)) - 1
+        values[part] = _unfolded(above << wide | low)
+        before, at = int(ends[part][-1]), int(low_ends[-1])
+    return values
 
 
 def _folded(values):
