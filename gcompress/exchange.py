@@ -245,6 +245,8 @@ class GradientExchange:
         """The result of an exchange in the gradient's type, shape and scale."""
         if scale != 1.0:
             mean = mean * scale
+        if ctx.dtype.is_complex:
+            return mean.to(ctx.dtype).view(ctx.shape)
         result, beyond = saturated(mean, ctx.dtype)
         compressor = self.compressor_for(name, mean.numel()) if beyond is not None else None
         if compressor and self._remembers(compressor, name):
@@ -488,27 +490,26 @@ class _Forgetful:
 
     @staticmethod
     def corrected(name, gradient):
-        return gradient.detach().reshape(-1).to(torch.float32).contiguous()
+        return packing.to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
 
 
 def unscaled(gradient, scale):
     """The true gradient of one that carries a loss scale."""
-    return gradient if scale == 1.0 else gradient.detach().to(torch.float32) * (1.0 / scale)
+    return gradient if scale == 1.0 else packing.to_type(gradient.detach(), torch.float32) * (1.0 / scale)
 
 
 def saturated(mean, dtype):
-    """A mean in a gradient's type, without the infinities that float16 makes of finite values.
+    """A mean in a gradient's type, without the infinities that a smaller type makes of finite values.
 
     Returns:
-        (result, beyond): `beyond`, like `mean`, is what of it lies outside the type's range and is to
+        (result, beyond): `beyond`, like `mean`, is what of it lies outside float16's range and is to
         come with later gradients; None if nothing does.
     """
-    result = mean.to(dtype)
-    if dtype != torch.float16 or not bool((result.isinf() & mean.isfinite()).any()):
-        return result, None
+    result = packing.to_type(mean, dtype)
     limit = torch.finfo(dtype).max
-    beyond = torch.where(mean.isfinite(), mean - mean.clamp(-limit, limit), 0.0)
-    return (mean - beyond).to(dtype), beyond
+    if dtype != torch.float16 or not bool((over := mean.isfinite() & (mean.abs() > limit)).any()):
+        return result, None
+    return result, torch.where(over, mean - mean.clamp(-limit, limit), 0.0)
 
 
 def _as_real(tensor):

@@ -16,6 +16,7 @@ import torch
 from .compressors import Context
 from .errors import ConfigError
 from .memory import Memory, checked_copies
+from .packing import to_type
 
 WARM_UP_STAGES = 4
 
@@ -66,7 +67,7 @@ class ErrorFeedback:
 
     def corrected(self, name, gradient):
         """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
-        values = gradient.detach().reshape(-1).to(torch.float32)
+        values = to_type(gradient.detach().reshape(-1), torch.float32)
         residual = self._residual_for(name, gradient)
         return values.clone() if residual is None else values + residual
 
@@ -162,7 +163,7 @@ class MomentumCorrection(ErrorFeedback):
 
     def corrected(self, name, gradient):
         """Velocity plus the residual of `name`: a new 1-D float32 tensor."""
-        velocity = gradient.detach().reshape(-1).to(torch.float32)
+        velocity = to_type(gradient.detach().reshape(-1), torch.float32)
         if self.clip is not None:
             norm = float(torch.linalg.vector_norm(velocity))
             if self.clip < norm < float("inf"):

@@ -19,7 +19,7 @@ from .compressors.base import check_integer
 from .errors import ConfigError, ExchangeError, PayloadError
 from .feedback import ErrorFeedback, new_memory
 from .memory import Memory
-from .packing import bytes_to_float, float_to_bytes
+from .packing import bytes_to_float, float_to_bytes, to_type
 
 
 class Partition(NamedTuple):
@@ -92,7 +92,7 @@ class Codec:
         if values.numel() != part.numel:
             raise ConfigError(f"gradient {part.name!r}: got {values.numel()} entries, expected {part.numel}")
         if part.compressor is None:
-            return float_to_bytes(values.to(torch.float32)).clone()
+            return float_to_bytes(to_type(values, torch.float32)).clone()
         seed = zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
         if self._policy.feedback_for(part.compressor):
             return self._feedback.compress(_memory_name(part) + peer, values, part.compressor, seed=seed)[0]

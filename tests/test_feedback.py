@@ -34,6 +34,13 @@ def test_a_non_finite_gradient_is_passed_on_and_forgotten():
     assert compressor.decompress(*memory.compress("w", torch.randn(1000), compressor)).isfinite().all()
 
 
+def test_finite_gradients_beyond_float32_stay_finite():
+    memory, compressor = ErrorFeedback(), TopK(sparsity=0.9)
+    gradient = torch.full((1000,), 1e300, dtype=torch.float64)
+    decoded = compressor.decompress(*memory.compress("w", gradient, compressor))
+    assert decoded.isfinite().all() and memory.residual("w").isfinite().all()
+
+
 def test_state_is_saved_without_pickled_objects():
     memory, compressor = ErrorFeedback(), TopK(sparsity=0.9)
     memory.compress("w", torch.randn(1000, dtype=torch.float64), compressor)

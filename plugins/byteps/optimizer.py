@@ -18,6 +18,7 @@ from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import unscaled
 from gcompress.feedback import new_memory
 from gcompress.memory import Memory
+from gcompress.packing import to_type
 from gcompress.policy import Policy, as_policy, check_momentum
 from gcompress.report import Report
 from gcompress.scaling import LossScale
@@ -311,7 +312,9 @@ class Compression:
         if compressor is None:
             return tensor, None
         feedback = self._feedback if self.policy.feedback_for(compressor) and not self._absent else None
-        corrected = feedback.corrected(name, tensor) if feedback else tensor.detach().reshape(-1).float()
+        corrected = (
+            feedback.corrected(name, tensor) if feedback else to_type(tensor.detach().reshape(-1), torch.float32)
+        )
         memory = dict(self._memories.get(name, {}))
         rounds = compressor.sum_rounds(
             corrected,

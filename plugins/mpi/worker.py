@@ -8,6 +8,7 @@ from gcompress.applied import Watch
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange import saturated, unscaled
+from gcompress.packing import to_type
 from gcompress.policy import as_policy
 from gcompress.report import Report
 from gcompress.scaling import LossScale
@@ -130,7 +131,7 @@ class Worker:
         applied = self._begin(name)
         self._pushed[name] = (tensor.shape, tensor.dtype, tensor.device, scale)
         if not absent:
-            values = unscaled(tensor.detach().reshape(-1), scale).to(device="cpu", dtype=torch.float32)
+            values = to_type(unscaled(tensor.detach().reshape(-1), scale), torch.float32).cpu()
         for key in self._keys[name]:
             part = self.partitions[key]
             payload = torch.empty(0, dtype=torch.uint8)
