@@ -365,6 +365,18 @@ def float16_gradients_stay_finite_and_arrive(new):
             assert ((total - 60003).abs() < error).all(), (spec, total.min(), total.max())
 
 
+@promise("byteps")
+def a_layer_unfrozen_later_is_refused(new):
+    """BytePS exchanges what was trained when its optimizer was made: workers would drift apart."""
+    model = make_model()
+    model[0].requires_grad_(False)
+    with new(model, Policy("topk:sparsity=0.9")) as trainer:
+        train(trainer, steps=2)
+        model[0].requires_grad_(True)
+        with refused(gcompress.ConfigError, "would not exchange it"):
+            train(trainer, steps=1)
+
+
 @promise("horovod", "ddp", "mpi")
 def a_state_that_is_not_this_ranks_is_refused(new):
     policy = Policy("topk:sparsity=0.9", exchange="twophase")

@@ -89,6 +89,14 @@ def test_rules_momentum_correction_and_a_warm_up_go_through_two_phases():
             assert all(torch.equal(results[step][name], mean) for name, mean in expected.items())
 
 
+def test_a_rule_that_matches_nothing_is_warned_of(caplog):
+    rules = [Rule("sign", name="_orig_mod.*"), Rule(None, name="e"), Rule("sign", role="activation")]
+    policy = Policy("topk", rules=rules)
+    run_ranks(World(2), policy, lambda rank, exchange: exchange.prepare(SHAPES))
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "name=_orig_mod.* -> sign matches none of the 6 parameters" in warning
+
+
 @pytest.mark.parametrize("exchange", ["allgather", "twophase"])
 def test_nothing_is_lost_over_many_steps(exchange):
     """What all steps' means add up to, and what is still owed, is what all gradients add up to."""
