@@ -64,7 +64,7 @@ class Watch:
         """A new gradient of a parameter is about to be computed: find out what became of the last one."""
         exchange = self._exchange()
         by_others = name not in self._stepped or len(_stepping) > 0
-        if by_others and parameter._version != self._versions[name]:
+        if by_others and parameter._version != self._versions.get(name, parameter._version):
             exchange.applied([name])
         elif holds_nothing(parameter.grad):
             exchange.discard([name])

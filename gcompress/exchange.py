@@ -30,7 +30,7 @@ from .memory import Memory
 from .plan import Plan
 from .policy import as_policy
 from .report import Report
-from .scaling import LossScale
+from .scaling import LossScale, unscaled
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class GradientExchange:
             mean = mean * scale
         if ctx.dtype.is_complex:
             return mean.to(ctx.dtype).view(ctx.shape)
-        result, beyond = saturated(mean, ctx.dtype)
+        result, beyond = packing.saturated(mean, ctx.dtype)
         compressor = self.compressor_for(name, mean.numel()) if beyond is not None else None
         if compressor and self._remembers(compressor, name):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
@@ -491,25 +491,6 @@ class _Forgetful:
     @staticmethod
     def corrected(name, gradient):
         return packing.to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
-
-
-def unscaled(gradient, scale):
-    """The true gradient of one that carries a loss scale."""
-    return gradient if scale == 1.0 else packing.to_type(gradient.detach(), torch.float32) * (1.0 / scale)
-
-
-def saturated(mean, dtype):
-    """A mean in a gradient's type, without the infinities that a smaller type makes of finite values.
-
-    Returns:
-        (result, beyond): `beyond`, like `mean`, is what of it lies outside float16's range and is to
-        come with later gradients; None if nothing does.
-    """
-    result = packing.to_type(mean, dtype)
-    limit = torch.finfo(dtype).max
-    if dtype != torch.float16 or not bool((over := mean.isfinite() & (mean.abs() > limit)).any()):
-        return result, None
-    return result, torch.where(over, mean - mean.clamp(-limit, limit), 0.0)
 
 
 def _as_real(tensor):

@@ -30,6 +30,20 @@ def to_type(values, dtype):
     return torch.where(values.isinf(), values, values.clamp(-limit, limit)).to(dtype)
 
 
+def saturated(mean, dtype):
+    """A mean in a gradient's type, without the infinities that a smaller type makes of finite values.
+
+    Returns:
+        (result, beyond): `beyond`, like `mean`, is what of it lies outside float16's range and is to
+        come with later gradients; None if nothing does.
+    """
+    result = to_type(mean, dtype)
+    limit = torch.finfo(dtype).max
+    if dtype != torch.float16 or not bool((over := mean.isfinite() & (mean.abs() > limit)).any()):
+        return result, None
+    return result, torch.where(over, mean - mean.clamp(-limit, limit), 0.0)
+
+
 def share_of_largest(world_size):
     """So many numbers of at most this magnitude have a finite sum, however it is rounded."""
     return LARGEST * (1 - 2.0**-16) / world_size

@@ -17,6 +17,7 @@ import weakref
 import torch
 
 from .errors import ConfigError
+from .packing import to_type
 
 _in_force = None  # a weak reference to the scaler whose loss is being differentiated, and its scale
 _told = set()  # classes of scalers that tell
@@ -61,6 +62,11 @@ class LossScale:
             return _in_force[1]
         scaler = self._found() if self._found is not None else None
         return scaler.get_scale() if scaler is not None else 1.0
+
+
+def unscaled(gradient, scale):
+    """The true gradient of one that carries a loss scale."""
+    return gradient if scale == 1.0 else to_type(gradient.detach(), torch.float32) * (1.0 / scale)
 
 
 def _is_scale(value):

@@ -127,7 +127,9 @@ def test_published_data_is_put_in_place(downloaded):
 
 
 @pytest.mark.parametrize(
-    "content", [gzip.compress(b"another"), gzip.compress(PUBLISHED[min(PUBLISHED)])[:-9], b"<html>"]
+    "content",
+    [gzip.compress(b"another"), gzip.compress(PUBLISHED[min(PUBLISHED)])[:-9], b"<html>"],
+    ids=["another", "truncated", "a page"],
 )
 def test_other_data_is_refused(downloaded, content):
     (downloaded / min(PUBLISHED)).write_bytes(content)

@@ -15,13 +15,12 @@ from gcompress import agreement
 from gcompress.applied import Watch, holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
-from gcompress.exchange import unscaled
 from gcompress.feedback import new_memory
 from gcompress.memory import Memory
 from gcompress.packing import to_type
 from gcompress.policy import Policy, as_policy, check_momentum
 from gcompress.report import Report
-from gcompress.scaling import LossScale
+from gcompress.scaling import LossScale, unscaled
 
 from . import native
 from .kernels import parameters, payload_bytes

@@ -167,8 +167,10 @@ def _unfrozen(self):
 
 def _adopt_unfrozen(self, arguments, keywords):
     """After a step on all ranks: compress what was unfrozen from now on. Until then stock Horovod averages it."""
+    if not self._grad_accs or getattr(self, "found_inf", None) is not None:
+        return
     adopted = [p for p in _unfrozen(self) if p.grad is not None]
-    if not adopted or not self._grad_accs or getattr(self, "found_inf", None) is not None:
+    if not adopted:
         return
     exchange = self._gcompress
     exchange.applied([name for name, p in _trained(self).items() if p.grad is not None])

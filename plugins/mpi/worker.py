@@ -7,11 +7,10 @@ from mpi4py import MPI
 from gcompress.applied import Watch
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError, ExchangeError
-from gcompress.exchange import saturated, unscaled
-from gcompress.packing import to_type
+from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 from gcompress.report import Report
-from gcompress.scaling import LossScale
+from gcompress.scaling import LossScale, unscaled
 from gcompress.server import Codec, partition
 
 from .messages import leave_tag, memory_tag, pull_tag, push_tag, sum_tag
