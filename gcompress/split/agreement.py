@@ -123,9 +123,8 @@ def canonical_spec(name, spec):
 
 def _check_extent(name, spec):
     """Before it is parsed: it may be a stranger's."""
+    if len(spec) > LONGEST_SPEC:
+        raise ConfigError(f"{name}: got {len(spec)} characters, expected a spec of at most {LONGEST_SPEC}")
     depths = itertools.accumulate((character == "(") - (character == ")") for character in spec)
-    if len(spec) > LONGEST_SPEC or max(depths, default=0) > DEEPEST_SPEC:
-        raise ConfigError(
-            f"{name}: got {spec[:40]!r}…, {len(spec)} characters, expected a spec of at most {LONGEST_SPEC}, "
-            f"with compressors at most {DEEPEST_SPEC} deep in one another"
-        )
+    if max(depths, default=0) > DEEPEST_SPEC:
+        raise ConfigError(f"{name}: got {spec!r}, expected compressors at most {DEEPEST_SPEC} deep in one another")
