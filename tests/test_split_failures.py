@@ -51,6 +51,14 @@ class Trap:
             raise self.error
         return result
 
+    @contextlib.contextmanager
+    def set(self, error):
+        self.error = error
+        try:
+            yield
+        finally:
+            self.error = None
+
 
 class Fragile(nn.Module):
     """Running statistics, then a trap that is set for one mode or the other."""
@@ -94,56 +102,112 @@ def same(one, other):
     return one == other
 
 
+MODES = {"labels": {}, "delta": DELTA, "u-shaped": {"labels": None}}
 PLACES = [(mode, place) for mode in ("labels", "delta") for place in ("model", "loss", "optimizer", "on_step")]
 PLACES += [("u-shaped", place) for place in ("model", "optimizer", "on_step")]
-ERRORS = (
-    ValueError("Expected more than 1 value, ü\udcff %"),
-    SystemExit(3),
-    KeyError("x" * 100_000),
-    grpc.RpcError("?"),
-)
+ERRORS = (ValueError("more than 1 value, ü\udcff %"), SystemExit(3), KeyError("x" * 100_000), grpc.RpcError("?"))
+
+
+class Training:
+    """Both halves of a model, with traps wherever an error can come from."""
+
+    def __init__(self, mode):
+        self.mode, self.tail = mode, Fragile()
+        optimizer = type("ItsSGD", (FragileSGD,), {"trap": Trap()})
+        loss, on_step = Trap(nn.functional.cross_entropy), Trap()
+        self.traps = {"model": self.tail.trap, "loss": loss, "optimizer": optimizer.trap, "on_step": on_step}
+        self.server = split.SplitServer(
+            self.tail,
+            optimizer=lambda parameters: optimizer(parameters, lr=0.05, momentum=0.9),
+            loss=loss,
+            on_step=on_step,
+            shape=(WIDTH,),
+            **MODES[mode],
+        )
+        self.port = self.server.listen()
+
+    def connect(self, port):
+        parts = split.cut(model(), 3)[:1]
+        if self.mode == "u-shaped":
+            parts += [None, nn.BatchNorm1d(CLASSES)]
+        self.trainer = Trainer(port, parts, **MODES[self.mode])
+        self.trainer.client.connect()
+
+    def step(self, number):
+        delta = self.mode == "delta"
+        self.trainer.step(number, ids=[(5 * number + sample) % 64 for sample in range(16)] if delta else None)
+
+    def state(self):
+        """All that a step changes, on both sides."""
+        client, memories = self.trainer.client, [self.trainer.client._activations.memory]
+        memories += [slot.activations.memory for slot in self.server._slots.values()]
+        memories = [memory.state_dict() for memory in memories if memory]
+        halves = everything(self.server.tail), client.state_dict(), self.trainer.optimizer.state_dict()
+        return copy.deepcopy([*halves, *(memories or [None, None])])
+
+    def steps(self):
+        return self.trainer.client.step, self.server._slots["client"].step
+
+    def asked(self):
+        """How often the server began a step."""
+        return self.traps["model"].calls
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.trainer.link.close()
+        self.server.stop()
 
 
 class TestAStep:
     """Both halves end where training without any error ends, to the bit."""
 
-    def run(self, mode, place=None, errors=()):
-        """Train six steps, each after so many that fail; what both halves are then."""
-        tail, traps = Fragile(), {"loss": Trap(nn.functional.cross_entropy), "on_step": Trap()}
-        optimizer = type("ItsSGD", (FragileSGD,), {"trap": Trap()})
-        traps |= {"model": tail.trap, "optimizer": optimizer.trap}
-        options = {"delta": DELTA, "u-shaped": {"labels": None}}.get(mode, {})
-        server = split.SplitServer(
-            tail, optimizer=lambda parameters: optimizer(parameters, lr=0.05, momentum=0.9),
-            loss=traps["loss"], on_step=traps["on_step"], shape=(WIDTH,), **options,
-        )  # fmt: skip
-        with server:
-            head = split.cut(model(), 3)[:1]
-            parts = [*head, tail, nn.BatchNorm1d(CLASSES)] if mode == "u-shaped" else head
-            trainer = Trainer(server.listen(), parts, patience=30, **options)
-            for number in range(6):
-                ids = [(5 * number + sample) % 64 for sample in range(16)] if mode == "delta" else None
-                for error in errors:
-                    before = everything(server.tail), copy.deepcopy(trainer.client.state_dict())
-                    asked = server.frames.bytes.get(Kind.FORWARD, 0)
-                    traps[place].error = error
-                    with told(type(error).__name__):
-                        trainer.step(number, ids=ids)
-                    traps[place].error = None
-                    assert same(before, (everything(server.tail), trainer.client.state_dict()))
-                    assert trainer.client.step == server._slots["client"].step == number
-                    frame = server.frames.bytes[Kind.FORWARD] - asked
-                    assert frame < 2 * (WIDTH * 16 * 4 + 8 * 16 + 64), "it was asked once"
-                trainer.step(number, ids=ids)
-            return everything(server.tail), trainer.client.state_dict(), trainer.optimizer.state_dict()
-
     @pytest.mark.parametrize(("mode", "place"), PLACES)
     def test_that_fails_is_taken_by_neither(self, mode, place, caplog):
-        expected = self.run(mode)
-        found = self.run(mode, place, ERRORS)
-        assert same(expected, found)
+        with Training(mode) as training:
+            training.connect(training.port)
+            for number in range(6):
+                training.step(number)
+            expected = training.state()
+        with Training(mode) as training:
+            training.connect(training.port)
+            for number in range(6):
+                for error in ERRORS:
+                    before, asked = training.state(), training.asked()
+                    with told(type(error).__name__), training.traps[place].set(error):
+                        training.step(number)
+                    assert same(before, training.state()) and training.steps() == (number, number)
+                    assert training.asked() == asked + 1, "it is asked once"
+                training.step(number)
+            assert same(expected, training.state())
         logged = [record for record in caplog.records if record.exc_info]
         assert len(logged) == 6 * len(ERRORS) and all(record.levelno == logging.ERROR for record in logged)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_errors_and_cuts_at_random_moments_change_nothing(self, mode):
+        rng, steps = random.Random(mode), 12
+        with Training(mode) as training:
+            training.connect(training.port)
+            for number in range(steps):
+                training.step(number)
+            expected = training.state()
+        for _ in range(trials(2, 200)):
+            with Training(mode) as training, Proxy(training.port) as proxy:
+                training.connect(proxy.port)
+                while training.trainer.client.step < steps:
+                    if rng.random() < 0.3:
+                        proxy.cut_after = proxy.carried + rng.randrange(1, 9000)
+                    place = rng.choice([place for place in training.traps if (mode, place) in PLACES])
+                    if rng.random() < 0.5:
+                        with pytest.raises(ServerError), training.traps[place].set(rng.choice(ERRORS)):
+                            training.step(training.trainer.client.step)
+                    else:
+                        training.step(training.trainer.client.step)
+                    if rng.random() < 0.3 and mode != "u-shaped":
+                        training.trainer.client.evaluate(*batch(rng.randrange(99)))
+                proxy.cut_after = None
+                assert same(expected, training.state()) and training.steps() == (steps, steps)
 
     def test_a_last_batch_of_one_is_batchnorms_error(self):
         head, tail = nn.Linear(INPUTS, WIDTH), nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CLASSES))

@@ -154,7 +154,7 @@ class Link:
         except (queue.Empty, queue.Full):
             self.close()
             raise Broken(f"no word from {self.address} for {self.deadline:g} s") from None
-        except PayloadError:
+        except BaseException:  # an interrupt, too: the answer that is still to come is nobody's
             self.close()
             raise
 

@@ -52,7 +52,8 @@ class SplitServer:
         optimizer, scheduler, loss, seed: see `gcompress.split.tail.Tail`.
         checkpoints: a folder, for clients that save; or None.
         rounds: `Sequential(…)` or `SplitFed(…)` for several clients; None for one.
-        on_step: function of (client's name, step, Stats or None), called after every step.
+        on_step: function of (client's name, step, Stats or None), called after every step. What it
+            raises undoes the step, as any error in the step does.
         on_epoch: function of (client's name, step), called when the client ends an epoch.
         deadline, idle, handshake_deadline: see `gcompress.split.service.Service`.
         labels, label_shape, max_batch, delta_samples, delta_first: see `Agreement`; the same at the client.

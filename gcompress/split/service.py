@@ -55,7 +55,7 @@ class Service:
         answer: function of (connection, frame), returns the answering frame.
         limits: function of a connection, returns {Kind: largest body} of what may come.
         gone: function of a connection that ended.
-        deadline: seconds a client may take over the rest of a frame or over reading one.
+        deadline: seconds a client may take over each MiB of a frame, sent or read, or over a smaller frame.
         idle: seconds a client may be silent between frames.
         handshake_deadline: seconds in which a stranger must have made himself known.
     """

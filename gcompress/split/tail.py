@@ -35,7 +35,7 @@ class Tail:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = self._makers[0](trained) if trained else None
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
-        self._pending = None
+        self._pending = self._failure = None
 
     def copy(self):
         """Another tail with weights of its own that begin as these."""
@@ -75,15 +75,18 @@ class Tail:
 
     def backward(self, gradient, encode):
         """The step that belongs to the last `forward`, given its outputs' gradient; returns the activation's bytes."""
+        if self._failure:
+            raise self._failure  # asked again, since the first word of it was lost on the way
         if self._pending is None or self._pending[0].shape != gradient.shape:
             raise PayloadError("gradient: there is no forward pass of this batch that it belongs to")
         outputs, activation, _ = self._pending
         return self._backward_and_step(outputs, gradient.to(outputs.dtype), activation, encode)
 
-    def drop_forward(self, undo=False):
-        """Forget the last `forward`: its step is done, or with `undo` will not be, and buffers are as before it."""
-        if self._pending and undo:
+    def drop_forward(self, failure=None):
+        """Forget the last `forward`: its step is done, or failed by an error, and then buffers are as before it."""
+        if self._pending and failure:
             restore_buffers([self.model], self._pending[2])
+            self._failure = failure
         self._pending = None
 
     @torch.no_grad()
@@ -110,11 +113,11 @@ class Tail:
         for name in ("optimizer", "scheduler"):
             if getattr(self, name):
                 getattr(self, name).load_state_dict(state[name])
-        self._pending = None
+        self._pending = self._failure = None
 
     def _forward(self, activation, step):
         self.model.train()
-        self._pending = None
+        self._pending = self._failure = None
         activation = activation.to(self.device).requires_grad_()
         with _seeded(self.seed, step, self.device):
             return self.model(activation), activation

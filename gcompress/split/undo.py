@@ -57,10 +57,10 @@ class Undo:
         self._before = copied({name: state() for name, (state, _) in parts.items()}, self._before)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             for name, (_, restore) in parts.items():
                 restore(copied(self._before[name]))  # an optimizer keeps the tensors that it is given
-            slot.tail.drop_forward(undo=True)
+            slot.tail.drop_forward(failure=error)
             slot.activations.revert()
             raise
         slot.activations.commit()
