@@ -89,6 +89,21 @@ class TestDamage:
             client.keep(tmp_path)
         client.keep(tmp_path, resume=False)
 
+    def test_rounds_go_on_from_the_last_that_is_whole_and_never_from_none(self, tmp_path):
+        tail, rounds = split.cut(model(), 3)[1], split.SplitFed(split.cut(model(), 3)[0], ["anna"], rounds=9)
+        checkpoints, saved = split.Checkpoints(tmp_path), {"head": rounds.head}
+        with serving(tail) as (server, _):
+            saved["tail"] = server.tail.state_dict()
+        for number in (3, 4):
+            checkpoints.save("0" * 32, number, saved)
+        paths = sorted(tmp_path.glob("*/step-*.pt"))
+        paths[1].write_bytes(paths[1].read_bytes()[:-1])
+        with serving(tail, rounds=rounds, checkpoints=tmp_path):
+            assert rounds.number == 3
+        paths[0].write_bytes(b"")
+        with pytest.raises(ConfigError, match="no file in .* is whole"), serving(rounds=rounds, checkpoints=tmp_path):
+            pass
+
 
 class TestOrder:
     def test_the_run_saved_last_goes_on_even_if_the_clock_was_set_back(self, tmp_path):

@@ -47,17 +47,24 @@ class Checkpoints:
         self._looked_at = {}  # path: (its size and time, whether it was whole then)
 
     def latest_run(self):
-        """The run that was saved last, or None; ConfigError if nothing that is left of it is whole."""
+        """The run that was saved last, or None; ConfigError as `newest`."""
         runs = [path.name for path in self.folder.iterdir() if RUN_NAME.fullmatch(path.name) and self._files(path.name)]
         run = self._named_latest()
         if run not in runs:  # lost, or from before there was such a file
             run = max(runs, key=lambda name: self._path(name).stat().st_mtime_ns, default=None)
-        if run and not self.steps(run):
-            raise ConfigError(
-                f"checkpoints: no file in {self._path(run)} is whole; remove that folder to go on with an older run, "
-                "or begin a new one with resume=False"
-            )
+        if run:
+            self.newest(run)
         return run
+
+    def newest(self, run):
+        """The last step that is whole, or None if there are no files; ConfigError if none of them is whole."""
+        steps = self.steps(run)
+        if not steps and self._files(run):
+            raise ConfigError(
+                f"checkpoints: no file in {self._path(run)} is whole; move that folder away to go on without it, "
+                "or begin a new run with resume=False"
+            )
+        return steps[-1] if steps else None
 
     def steps(self, run):
         """The steps whose files are whole, in order."""

@@ -8,7 +8,7 @@ import time
 import grpc
 
 from .. import wire
-from ..errors import ConfigError, LinkError, PayloadError, RefusedError, ServerError
+from ..errors import ConfigError, LinkError, RefusedError, ServerError
 from . import security
 from .traffic import FrameCounter, SocketCounter
 

@@ -57,12 +57,12 @@ class Rounds:
     def begin(self, tail, checkpoints):
         """Called once by the server: with its tail, which holds the weights between rounds."""
         self.tail, self._checkpoints = tail, checkpoints
-        saved = checkpoints.steps(RUN) if checkpoints else []
-        if saved:
-            state = checkpoints.load(RUN, saved[-1])
-            with fitting(f"round {saved[-1]}"):
+        saved = checkpoints.newest(RUN) if checkpoints else None
+        if saved is not None:
+            state = checkpoints.load(RUN, saved)
+            with fitting(f"round {saved}"):
                 self.tail.load_state_dict(state["tail"])
-                self.head, self.number = state["head"], saved[-1]
+                self.head, self.number = state["head"], saved
 
     def check_member(self, name):
         if name not in self.members:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 
 import grpc
 
@@ -147,9 +148,11 @@ class Service:
         except Retry as error:
             self._abort(context, connection, grpc.StatusCode.UNAVAILABLE, error)
         except _Failed as error:
-            self._fail(context, connection, error)
+            self._fail(context, connection, *error.args, error.__cause__)
         except grpc.RpcError:
             pass  # the client is gone
+        except Exception as error:
+            self._fail(context, connection, "STREAM", "the stream", error)
         finally:
             if connection:
                 with self._lock:
@@ -161,13 +164,13 @@ class Service:
         _log.warning("client %s at %s: %s", name, context.peer(), error)
         context.abort(code, _details(error))
 
-    def _fail(self, context, connection, failed):
+    def _fail(self, context, connection, kind, what, error):
         """Tell the client of an error that nobody meant, and this side's log where it was."""
-        error = failed.__cause__
-        _log.error("client %s at %s: %s failed", connection.name, context.peer(), failed, exc_info=error)
+        _log.error("client %s at %s: %s failed", connection and connection.name, context.peer(), what, exc_info=error)
         # INTERNAL alone may be gRPC's own word for a lost connection, which is worth another try.
-        context.set_trailing_metadata(((FAILED, failed.args[0]),))
-        context.abort(grpc.StatusCode.INTERNAL, _details(f"{failed}: {type(error).__name__}: {error}"))
+        context.set_trailing_metadata(((FAILED, kind),))
+        words = "".join(traceback.format_exception_only(type(error), error)).strip()
+        context.abort(grpc.StatusCode.INTERNAL, _details(f"{what}: {words}"))
 
     def _frames(self, requests, connection):
         reader = wire.FrameReader(self._limits(connection))
@@ -193,7 +196,7 @@ class Service:
         except (PayloadError, RefusedError, ConfigError, ExchangeError, RoundOver, Retry):
             raise
         except BaseException as error:  # SystemExit, too: the user's loss and callbacks run here
-            raise _Failed(frame.kind.name, frame.step) from error
+            raise _Failed(frame.kind.name, f"{frame.kind.name} at step {frame.step}") from error
 
 
 class _Unauthenticated(Exception):
@@ -201,11 +204,7 @@ class _Unauthenticated(Exception):
 
 
 class _Failed(Exception):
-    """A request failed for its cause, an error of a type that is not expected there."""
-
-    def __str__(self):
-        kind, step = self.args
-        return f"{kind} at step {step}"
+    """A request (its kind, and in words) failed for its cause, an error of a type that is not expected there."""
 
 
 def _details(error):
