@@ -17,6 +17,7 @@ from .agreement import LARGEST_SAMPLE, Agreement
 from .checkpoint import Checkpoints, fitting, new_run
 from .codec import STATISTICS_BYTES, ActivationCodec, Codec, Stats, seed_of
 from .cut import checked_activation, kept_modes
+from .functions import Batch, CutLoss, CutOutputs
 from .link import Broken, Patience, RoundLost
 from .undo import buffers, restore_buffers
 
@@ -60,7 +61,7 @@ class SplitClient(nn.Module):
         if shape is not None:
             self._agree(shape)
         self.stats, self.step = None, 0
-        self._exchanges, self._forwarded = weakref.WeakSet(), None  # whose backward pass the server waits for
+        self._batches, self._forwarded = weakref.WeakSet(), None  # whose backward pass the server waits for
         self._instance = secrets.token_hex(16)
         self._session, self._sequence = wire.NO_SESSION, 0
         self._checkpoints, self._kept, self._run, self._untouched = None, {}, new_run(), True
@@ -137,10 +138,10 @@ class SplitClient(nn.Module):
         activation = self._run_head(inputs)
         if not activation.requires_grad:  # a head without parameters: the server alone learns
             activation = activation.detach().requires_grad_()
-        exchange = self._exchange_of(activation, labels, before)
+        batch = self._batch_of(activation, labels, before)
         if self.end is not None:
-            return self.end(_CutOutputs.apply(activation, self, exchange, ids))
-        return _CutLoss.apply(activation, self, exchange, ids)
+            return self.end(CutOutputs.apply(activation, self, batch, ids))
+        return CutLoss.apply(activation, self, batch, ids)
 
     def evaluate(self, inputs, labels):
         """`Stats` of a batch without training on it (labels at the server)."""
@@ -161,20 +162,20 @@ class SplitClient(nn.Module):
         """The parts of the model that are here."""
         return [part for part in (self.head, self.end) if part is not None]
 
-    def _exchange_of(self, activation, labels, before):
+    def _batch_of(self, activation, labels, before):
         """What is asked of the server for a batch: something new, or within a backward pass what was asked already.
 
         Only gradient checkpointing computes a forward pass within a backward pass: again, for
         its gradients, after the server has taken the step.
         """
         if torch._C._current_graph_task_id() == -1:
-            exchange = _Exchange(activation.detach(), labels, before)
-            self._exchanges.add(exchange)
-            return exchange
-        for exchange in self._exchanges:
-            if exchange.is_of(activation, labels):
-                exchange.repeated = True
-                return exchange
+            batch = Batch(activation.detach(), labels, before)
+            self._batches.add(batch)
+            return batch
+        for batch in self._batches:
+            if batch.is_of(activation, labels):
+                batch.repeated = True
+                return batch
         raise ConfigError(
             "inputs: got, within a backward pass, a batch that no step was taken for: gradient checkpointing needs "
             "use_reentrant=False and a head that computes the same again"
@@ -257,23 +258,23 @@ class SplitClient(nn.Module):
 
     # Steps, called from the autograd functions below.
 
-    def _train_step(self, exchange, ids):
-        activation = exchange.activation
-        with self._step_of(exchange):
-            body, samples = self._activations.encode(activation, exchange.labels, ids, self.step, training=True)
+    def _train_step(self, batch, ids):
+        activation = batch.activation
+        with self._step_of(batch):
+            body, samples = self._activations.encode(activation, batch.labels, ids, self.step, training=True)
             size = STATISTICS_BYTES + self._gradients.nbytes(samples)
             answer = self._request(Kind.FORWARD, samples, body, {Kind.GRADIENT: size})
             sections = wire.read_sections(answer.body, [STATISTICS_BYTES, size - STATISTICS_BYTES])
             self.stats = Stats.from_bytes(sections[0])
-            exchange.gradient = self._gradients.decode(sections[1], samples, activation.device)
-            exchange.result = torch.tensor(self.stats.loss, device=activation.device)
+            batch.gradient = self._gradients.decode(sections[1], samples, activation.device)
+            batch.result = torch.tensor(self.stats.loss, device=activation.device)
         self.step += 1
 
-    def _forward_outputs(self, exchange, ids):
-        with self._step_of(exchange):
-            body, samples = self._activations.encode(exchange.activation, None, ids, self.step, training=True)
-            exchange.result = self._ask_outputs(Kind.FORWARD, body, samples, exchange.activation.device)
-        self._forwarded = exchange
+    def _forward_outputs(self, batch, ids):
+        with self._step_of(batch):
+            body, samples = self._activations.encode(batch.activation, None, ids, self.step, training=True)
+            batch.result = self._ask_outputs(Kind.FORWARD, body, samples, batch.activation.device)
+        self._forwarded = batch
 
     def _ask_outputs(self, kind, body, samples, device):
         if not self.link.open:
@@ -282,11 +283,11 @@ class SplitClient(nn.Module):
         answer = self._request(kind, samples, body, {Kind.OUTPUT: codec.nbytes(samples)})
         return codec.decode(answer.body, samples, device)
 
-    def _backward_outputs(self, exchange, gradient):
-        if self._forwarded is not exchange:
+    def _backward_outputs(self, batch, gradient):
+        if self._forwarded is not batch:
             raise ConfigError("backward: got a batch that is not the last one, or was trained on, or lost its server")
         samples = len(gradient)
-        with self._step_of(exchange):
+        with self._step_of(batch):
             body = self._outputs[1].encode(gradient, seed_of("back", self.step))
             answer = self._request(Kind.BACKWARD, samples, body, {Kind.GRADIENT: self._gradients.nbytes(samples)})
             result = self._gradients.decode(answer.body, samples, gradient.device)
@@ -295,7 +296,7 @@ class SplitClient(nn.Module):
         return result
 
     @contextlib.contextmanager
-    def _step_of(self, exchange):
+    def _step_of(self, batch):
         """A step that fails leaves buffers and the memory of activations as they were, as it does at the server."""
         try:
             yield
@@ -304,7 +305,7 @@ class SplitClient(nn.Module):
             raise
         except BaseException:
             self._activations.revert()
-            restore_buffers(self._halves(), exchange.before)
+            restore_buffers(self._halves(), batch.before)
             raise
         self._activations.commit()
 
@@ -441,67 +442,3 @@ class SplitClient(nn.Module):
             self._activations.memory.load_state_dict(state["memory"])
         for name, kept in self._kept.items():
             kept.load_state_dict(state["objects"][name])
-
-
-class _Exchange:
-    """What a batch asked of the server, and got: as long as something depends on its result.
-
-    result: the loss, or U-shaped the outputs. repeated: whether a checkpoint has computed it
-    again, and may once more.
-    """
-
-    def __init__(self, activation, labels, before):
-        self.activation, self.labels, self.before = activation, labels, before
-        self.result = self.gradient = None
-        self.repeated = False
-
-    def is_of(self, activation, labels):
-        """Whether the batch is this one, to the bit."""
-        pairs = (self.activation, activation), (self.labels, labels)
-        return all(one is other or _equal(one, other) for one, other in pairs)
-
-    def done(self):
-        """The gradient has gone on: let go of what only a repetition needs."""
-        if not self.repeated:
-            self.activation = self.labels = self.result = self.gradient = None
-
-
-def _equal(one, other):
-    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
-
-
-class _CutLoss(torch.autograd.Function):
-    """The rest of the model and the loss, which the server computes, as one function of the activation."""
-
-    @staticmethod
-    def forward(ctx, activation, client, exchange, ids):
-        if exchange.result is None:
-            client._train_step(exchange, ids)
-        ctx.exchange = exchange
-        ctx.save_for_backward(exchange.gradient.to(activation.dtype))
-        return exchange.result.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (activation_gradient,) = ctx.saved_tensors  # here a checkpoint computes the head again
-        ctx.exchange.done()
-        return activation_gradient * gradient, None, None, None
-
-
-class _CutOutputs(torch.autograd.Function):
-    """The server's layers of a U-shaped model as a function of the activation."""
-
-    @staticmethod
-    def forward(ctx, activation, client, exchange, ids):
-        if exchange.result is None:
-            client._forward_outputs(exchange, ids)
-        ctx.client, ctx.exchange = client, exchange
-        ctx.save_for_backward(activation)
-        return exchange.result.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.saved_tensors  # noqa: B018 - here a checkpoint computes the head again
-        result = ctx.client._backward_outputs(ctx.exchange, gradient)
-        ctx.exchange.done()
-        return result, None, None, None
