@@ -25,7 +25,7 @@ from gcompress.split.codec import ActivationCodec  # noqa: E402
 from gcompress.split.link import METHOD  # noqa: E402
 from gcompress.wire import Frame, Kind  # noqa: E402
 
-TOLD_SECONDS = 2.0
+TOLD_SECONDS = 5.0
 DELTA = {"up": "quantize:bits=4", "down": "quantize:bits=4", "delta_samples": 40, "max_batch": 20}
 
 
@@ -343,7 +343,7 @@ class TestPatience:
             try:
                 with pytest.raises(LinkError, match="given up after 1 s"):
                     trainer.step(1, size=400)
-                assert time.monotonic() - started < 3
+                assert time.monotonic() - started < 6
                 assert server.frames.bytes[Kind.HELLO] < 40 * 600, "with pauses"
             finally:
                 over.set()
@@ -363,7 +363,7 @@ class TestPatience:
                 if concurrent.futures.wait([answer], 0.02).done:
                     break
             assert answer.result()[0] == grpc.StatusCode.CANCELLED
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 6
 
     def test_an_answer_that_trickles_meets_the_clients_deadline(self):
         over = threading.Event()
@@ -436,13 +436,14 @@ class TestRounds:
                         sequence += 1
                         berta.send(join(session, sequence))
                     assert answer.kind == Kind.WEIGHTS and answer.step == 1
-                    assert time.monotonic() - started < 3
+                    assert time.monotonic() - started < 6
                     answer = berta.ask(Kind.HAND_IN, 0, sequence + 1, body=answer.body)
                     assert answer.kind == Kind.ANSWER
             assert rounds.history == [(0, ["anna"], []), (1, ["berta"], [])]
 
     @pytest.mark.parametrize("kind", [split.Sequential, split.SplitFed])
     def test_connections_cut_again_and_again_cost_no_member_its_round(self, kind):
+        steps = 40  # long enough that those who wait for their turn are cut off several times
         names, counted, errors, over = ("anna", "berta", "carla"), {}, [], threading.Event()
         rounds = kind(split.cut(model(), 3)[0], names, rounds=trials(3, 12), deadline=30)
         heads = {name: split.cut(model(), 3)[:1] for name in names}
@@ -452,7 +453,7 @@ class TestRounds:
             def work(name):
                 try:
                     trainer = Trainer(proxies[name].port, heads[name], name=name)
-                    train = lambda number: [trainer.step(step) for step in range(3)]  # noqa: E731
+                    train = lambda number: [trainer.step(step) for step in range(steps)]  # noqa: E731
                     counted[name] = trainer.client.run_rounds(train)
                     trainer.client.finish()
                 except Exception as error:

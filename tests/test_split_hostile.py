@@ -1,6 +1,7 @@
 """Handshakes that are meant to harm: each is refused at once, by name, in little memory, while a client trains on."""
 
 import json
+import logging
 import random
 import resource
 import threading
@@ -114,8 +115,9 @@ def hostile_bodies(rng, agreement, count):
         yield damaged(rng, whole) if rng.random() < 0.6 else hostile_message(rng)
 
 
-def test_hostile_hellos_are_refused_while_another_client_trains():
+def test_hostile_hellos_are_refused_while_another_client_trains(caplog):
     """Those that damage makes harmless are told to wait: a client of that name is connected."""
+    caplog.set_level(logging.ERROR)  # pytest keeps what is logged, and with each refusal the bytes that came
     with serving() as (server, port):
         trainer = Trainer(port)
         trainer.step(0)
