@@ -192,7 +192,7 @@ class TestAStep:
             for number in range(steps):
                 training.step(number)
             expected = training.state()
-        for _ in range(trials(2, 200)):
+        for _ in range(trials(2, 60)):
             with Training(mode) as training, Proxy(training.port) as proxy:
                 training.connect(proxy.port)
                 while training.trainer.client.step < steps:
@@ -413,7 +413,7 @@ class TestRounds:
     def test_a_turn_is_not_lost_with_the_connection_that_waits_for_it(self):
         """At the level of frames: Berta asks, is cut off, and asks again, while Anna works."""
         rng = random.Random(0)
-        for _ in range(trials(8, 100)):
+        for _ in range(trials(8, 40)):
             rounds = split.Sequential(split.cut(model(), 3)[0], ["anna", "berta"], rounds=2, deadline=20)
             with serving(rounds=rounds) as (server, port):
                 anna = self.start(port, "anna")

@@ -32,12 +32,18 @@ def buffers(*modules):
     return [copied(dict(module.named_buffers())) for module in modules]
 
 
-@torch.no_grad()
 def restore_buffers(modules, before):
     """Make the modules' buffers what they were."""
     for module, copies in zip(modules, before, strict=True):
-        for name, buffer in module.named_buffers():
-            buffer.copy_(copies[name])
+        _restore(dict(module.named_buffers()), copies)
+
+
+@torch.no_grad()
+def _restore(tensors, before):
+    for name, tensor in tensors.items():
+        # What was not there before, or grows, is a cache that a layer keeps for itself.
+        if name in before and before[name].shape == tensor.shape:
+            tensor.copy_(before[name])
 
 
 class Undo:
@@ -74,12 +80,7 @@ def _changing_parts(tail):
         trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         return {**trained, **dict(model.named_buffers())}
 
-    @torch.no_grad()
-    def restore(before):
-        for name, tensor in tensors().items():
-            tensor.copy_(before[name])
-
-    parts = {"tensors": (tensors, restore)}
+    parts = {"tensors": (tensors, lambda before: _restore(tensors(), before))}
     for name in ("optimizer", "scheduler"):
         if part := getattr(tail, name):
             parts[name] = part.state_dict, part.load_state_dict
