@@ -265,9 +265,10 @@ class ActivationCodec:
 
     def _checked_ids(self, ids, samples):
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids) if ids is not None else None
-        right = ids is not None and all(map(_is_id, ids))
-        if not right or len(ids) != samples or len(set(ids)) != samples:
-            got = f"{len(ids)}, {len(set(ids))} of them different" if right else "none" if ids is None else "others"
+        if ids is not None and not all(map(_is_id, ids)):
+            raise ConfigError(f"ids: got {ids[:3]}…, expected integers of 64 bits")
+        if ids is None or len(ids) != samples or len(set(ids)) != samples:
+            got = "none" if ids is None else f"{len(ids)}, {len(set(ids))} of them different"
             raise ConfigError(f"ids: got {got}, expected a different integer for each of the {samples} samples")
         return ids
 
