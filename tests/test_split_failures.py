@@ -352,6 +352,28 @@ class TestPatience:
             trainer.step(1, size=400)
             assert trainer.client.step == server._slots["client"].step == 2
 
+    @pytest.mark.parametrize("options", [{}, DELTA], ids=["labels", "delta"])
+    def test_a_step_that_was_given_up_and_taken_may_be_asked_again(self, options):
+        """The answer is swallowed until the client gives up; another batch is then refused."""
+        ids = list(range(16)) if options else None
+        on_step = Trap()
+        with serving(on_step=on_step, **options) as (server, port), Proxy(port) as proxy:
+            trainer = Trainer(proxy.port, deadline=0.3, patience=0.3, **options)
+            trainer.step(0, ids=ids)
+            before = trainer.client.state_dict()
+            on_step.inner = lambda *arguments: proxy.stalled.set()
+            with pytest.raises(LinkError, match="given up after 0.3 s"):
+                trainer.step(1, ids=ids)
+            assert same(before, trainer.client.state_dict()) and trainer.client.step == 1
+            proxy.stalled.clear()
+            trainer.link.patience, trainer.link.deadline = 20, 20
+            with pytest.raises(RefusedError, match="got request 2 of step 1, expected request 3 of step 2"):
+                trainer.step(2, ids=ids)
+            on_step.inner = lambda *arguments: None
+            trainer.step(1, ids=ids)
+            trainer.step(2, ids=ids)
+            assert trainer.client.step == server._slots["client"].step == on_step.calls == 3
+
     def test_a_frame_that_trickles_meets_the_servers_deadline(self):
         with serving(deadline=0.5) as (server, port), Rogue(port, server.agreement) as client:
             client.hello()
