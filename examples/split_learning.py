@@ -184,10 +184,10 @@ def serve(arguments):
     )
     options = certificates(arguments, "server")
     known = token(arguments)
-    if known and arguments.certificates:
+    if known is not None and arguments.certificates:
         options["ca"] = None  # clients are known by token
     host = f"[{arguments.server_ip}]" if ":" in arguments.server_ip else arguments.server_ip
-    tokens = {arguments.name: known} if known else None
+    tokens = None if known is None else {arguments.name: known}  # an empty one is refused, not taken for none
     with server:
         port = server.listen(f"{host}:{arguments.server_port}", tokens=tokens, clients=1, **options)
         print(f"server: {setting.title}, listening at {host}:{port}", flush=True)
@@ -209,7 +209,7 @@ class Training:
         )
         host = f"[{arguments.server_ip}]" if ":" in arguments.server_ip else arguments.server_ip
         files = certificates(arguments, arguments.name)
-        if token(arguments) and arguments.certificates:
+        if token(arguments) is not None and arguments.certificates:
             files.update(certificate=None, key=None)
         self.link = split.Link(
             f"{host}:{arguments.server_port}",

@@ -41,6 +41,7 @@ from .errors import (
     PayloadError,
     RefusedError,
     RolledBack,
+    ServerError,
 )
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 from .state import merge_states
@@ -80,6 +81,7 @@ __all__ = [
     "Threshold",
     "RefusedError",
     "RolledBack",
+    "ServerError",
     "Ternary",
     "TopK",
     "as_policy",

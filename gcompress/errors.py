@@ -29,6 +29,10 @@ class RefusedError(LinkError):
     """A peer that this side, or that refused this side; the message says for what."""
 
 
+class ServerError(RefusedError):
+    """A server that failed at a request: it names the error there; neither half has carried the request out."""
+
+
 class RolledBack(GcompressError, RuntimeError):
     """Not a failure: a half was lost, and both stand at `step` again; go on from there."""
 

@@ -22,6 +22,7 @@ HEADER = struct.Struct("<4sHBB16sQQIIQI")  # and the CRC32C of these 60 bytes
 HEADER_BYTES = HEADER.size + 4
 CHUNK_BYTES = 1 << 20  # a message of the link; gRPC's usual cap is 4 MiB
 MESSAGE_LIMIT = 64 * 1024  # bytes of a JSON body
+MESSAGE_BRACKETS = 64  # opening ones in a JSON body; ours have five
 NO_SESSION = bytes(16)
 UP, DOWN = 0, 1
 
@@ -96,11 +97,18 @@ class FrameReader:
         self.limits = limits
         self._buffer = bytearray()
         self._header = None
+        self._frames = 0
 
     @property
     def between_frames(self):
         """Whether no part of a frame is waiting for the rest."""
         return self._header is None and not self._buffer
+
+    @property
+    def progress(self):
+        """Changes when a frame begins, ends, or grew by another CHUNK_BYTES: what a slow peer gets more time for."""
+        waiting = len(self._buffer) + (HEADER_BYTES if self._header else 0)
+        return self._frames, -(-waiting // CHUNK_BYTES)
 
     def feed(self, chunk):
         """Yield the frames that `chunk` completes."""
@@ -117,6 +125,7 @@ class FrameReader:
             body = bytes(memoryview(self._buffer)[:size])
             del self._buffer[:size]
             (fields, _, checksum), self._header = self._header, None
+            self._frames += 1
             if google_crc32c.value(body) != checksum:
                 raise PayloadError(f"frame: the body of {size} bytes does not match its CRC32C")
             yield Frame(*fields, body)
@@ -180,6 +189,9 @@ def read_message(body):
     """The dict behind `write_message`."""
     if len(body) > MESSAGE_LIMIT:
         raise PayloadError(f"message: got {len(body)} bytes, expected at most {MESSAGE_LIMIT}")
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > MESSAGE_BRACKETS:  # before anything is parsed that nests deeply
+        raise PayloadError(f"message: not JSON of ours: {brackets} brackets open, expected at most {MESSAGE_BRACKETS}")
     try:
         message = json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -193,6 +193,9 @@ class TestDelta:
             for ids in (None, [1] * 16, [1, 2]):
                 with pytest.raises(ConfigError, match="a different integer for each of the 16 samples"):
                     trainer.step(0, ids=ids)
+            for odd in ("a", 0.5, 2**63):
+                with pytest.raises(ConfigError, match="ids: got .*, expected integers of 64 bits"):
+                    trainer.step(0, ids=[odd, *range(15)])
 
 
 class TestConnection:

@@ -127,6 +127,7 @@ def test_kinds_that_nobody_expects_are_refused():
         (b'{"a":NaN}', "NaN is no number"),
         (b"\xff\xfe", "not JSON"),
         (b"[" * 60000, "not JSON"),
+        (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "65 brackets open, expected at most 64"),
         (b" " * 70000, "at most 65536"),
     ],
 )

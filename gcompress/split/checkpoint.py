@@ -1,17 +1,24 @@
 """One half's checkpoints, under step numbers that both halves share."""
 
+import contextlib
+import io
+import logging
 import os
 import pathlib
-import pickle
 import re
 import secrets
+import struct
 
 import torch
 
+from .. import wire
 from ..errors import ConfigError
 
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 FILE_NAME = re.compile(r"step-(\d{9})\.pt")
+LATEST = "latest"  # names the run that was saved last: clocks may be set back
+MAGIC, TRAILER = b"GCCP", struct.Struct("<4sI")  # behind torch's file, which may be followed by anything: its CRC32C
+_log = logging.getLogger(__name__)
 
 
 def new_run():
@@ -23,7 +30,8 @@ class Checkpoints:
     """A folder with a folder for each run, and in it a file for each of the last steps saved.
 
     A file counts only when it is whole: it is written under another name, synchronised
-    and renamed. The halves save one after the other and each keeps two, so that after a
+    and renamed, and ends in a checksum. One that is damaged later is not used: the halves go
+    back to an older step. They save one after the other and each keeps two, so that after a
     crash at any moment there is a step that both have.
 
     Args:
@@ -36,48 +44,136 @@ class Checkpoints:
             raise ConfigError(f"keep: got {keep}, expected 2 or more, or a crash could leave no common step")
         self.folder, self.keep = pathlib.Path(folder), keep
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._looked_at = {}  # path: (its size and time, whether it was whole then)
 
     def latest_run(self):
-        """The run that was saved last, or None."""
-        runs = [path for path in self.folder.iterdir() if RUN_NAME.fullmatch(path.name) and self.steps(path.name)]
-        return max(runs, key=lambda path: path.stat().st_mtime_ns).name if runs else None
+        """The run that was saved last, or None; ConfigError as `newest`."""
+        runs = [path.name for path in self.folder.iterdir() if RUN_NAME.fullmatch(path.name) and self._files(path.name)]
+        run = self._named_latest()
+        if run not in runs:  # lost, or from before there was such a file
+            run = max(runs, key=lambda name: self._path(name).stat().st_mtime_ns, default=None)
+        if run:
+            self.newest(run)
+        return run
+
+    def newest(self, run):
+        """The last step that is whole, or None if there are no files; ConfigError if none of them is whole."""
+        steps = self.steps(run)
+        if not steps and self._files(run):
+            raise ConfigError(
+                f"checkpoints: no file in {self._path(run)} is whole; move that folder away to go on without it, "
+                "or begin a new run with resume=False"
+            )
+        return steps[-1] if steps else None
 
     def steps(self, run):
-        """The steps that `load` has, in order."""
-        names = (FILE_NAME.fullmatch(path.name) for path in self._path(run).glob("step-*.pt"))
-        return sorted(int(match[1]) for match in names if match)
+        """The steps whose files are whole, in order."""
+        return [step for step in self._files(run) if self._is_whole(self._path(run, step))]
 
     def save(self, run, step, state):
-        """Write a state of tensors, numbers, strings, lists and dicts."""
+        """Write a state of tensors, numbers, strings, lists and dicts; OSError, and no trace, if that fails."""
+        file = io.BytesIO()  # torch hides the errors of a file that it writes itself
+        torch.save(state, file)
+        data = file.getvalue()
         path = self._path(run, step)
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        _write(path, data, TRAILER.pack(MAGIC, wire.checksum(data)))
+        self._looked_at[path] = _stamp(path), True
+        if self._named_latest() != run:
+            _write(self.folder / LATEST, run.encode())
 
     def prune(self, run):
         """Remove all but the last `keep`: when the other half has the newest, too."""
-        for step in self.steps(run)[: -self.keep]:
-            self._path(run, step).unlink(missing_ok=True)
+        kept = self.steps(run)[-self.keep :]
+        for step in self._files(run):
+            if kept and step < kept[0]:
+                self._remove(run, step)
 
     def discard_after(self, run, step):
         """Remove what was saved beyond a step to which both halves went back."""
-        for later in self.steps(run):
+        for later in self._files(run):
             if later > step:
-                self._path(run, later).unlink(missing_ok=True)
+                self._remove(run, later)
 
     def load(self, run, step):
         """The state saved for a step; ConfigError if the file is damaged."""
         path = self._path(run, step)
         try:
-            return torch.load(path, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"checkpoint {path}: {error.strerror}") from error
+        if not _matches(data):
+            raise ConfigError(f"checkpoint {path}: damaged: it does not match its checksum")
+        try:
+            return torch.load(io.BytesIO(data), weights_only=True)
+        except Exception as error:  # whole, but not one of ours
             raise ConfigError(f"checkpoint {path}: {str(error).splitlines()[0]}") from error
+
+    def _named_latest(self):
+        try:
+            return (self.folder / LATEST).read_text(errors="replace")
+        except OSError:
+            return None
+
+    def _files(self, run):
+        names = (FILE_NAME.fullmatch(path.name) for path in self._path(run).glob("step-*.pt"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def _remove(self, run, step):
+        path = self._path(run, step)
+        path.unlink(missing_ok=True)
+        self._looked_at.pop(path, None)
+
+    def _is_whole(self, path):
+        """Whether a file matches its checksum; read again only if it was written since."""
+        try:
+            stamp = _stamp(path)
+            if self._looked_at.get(path, (None,))[0] != stamp:
+                self._looked_at[path] = stamp, _matches(path.read_bytes())
+                if not self._looked_at[path][1]:
+                    _log.warning("checkpoint %s is damaged: not used", path)
+            return self._looked_at[path][1]
+        except OSError as error:
+            _log.warning("checkpoint %s cannot be read: %s", path, error)
+            return False
 
     def _path(self, run, step=None):
         if not RUN_NAME.fullmatch(run):
             raise ConfigError(f"run: got {run[:40]!r}, expected 32 hexadecimal digits")
         return self.folder / run if step is None else self.folder / run / f"step-{step:09d}.pt"
+
+
+@contextlib.contextmanager
+def fitting(which):
+    """ConfigError in place of what a model or an optimizer says of a state that is not its own."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"checkpoint of {which}: it does not fit this model or optimizer: {error}") from error
+
+
+def _matches(data):
+    """Whether a file's bytes are followed by their checksum."""
+    body, trailer = data[: -TRAILER.size], data[-TRAILER.size :]
+    return trailer == TRAILER.pack(MAGIC, wire.checksum(body))
+
+
+def _stamp(path):
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _write(path, *parts):
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

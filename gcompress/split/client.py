@@ -1,9 +1,11 @@
 """The client: the model's first layers and the data; its training loop stays as it is."""
 
+import contextlib
 import resource
 import secrets
 import sys
 import time
+import weakref
 
 import torch
 from torch import nn
@@ -12,12 +14,14 @@ from .. import wire
 from ..errors import ConfigError, LinkError, PayloadError, RefusedError, RolledBack
 from ..wire import Frame, Kind
 from .agreement import LARGEST_SAMPLE, Agreement
-from .checkpoint import Checkpoints, new_run
+from .checkpoint import Checkpoints, fitting, new_run
 from .codec import STATISTICS_BYTES, ActivationCodec, Codec, Stats, seed_of
-from .link import Broken, RoundLost
+from .cut import checked_activation, kept_modes
+from .functions import Batch, CutLoss, CutOutputs
+from .link import Broken, Patience, RoundLost
+from .undo import buffers, restore_buffers
 
 FINISH_SECONDS = 20.0  # a server that has heard that all is done may be gone before its answer came through
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts to connect
 
 
 class SplitClient(nn.Module):
@@ -57,6 +61,7 @@ class SplitClient(nn.Module):
         if shape is not None:
             self._agree(shape)
         self.stats, self.step = None, 0
+        self._batches, self._forwarded = weakref.WeakSet(), None  # whose backward pass the server waits for
         self._instance = secrets.token_hex(16)
         self._session, self._sequence = wire.NO_SESSION, 0
         self._checkpoints, self._kept, self._run, self._untouched = None, {}, new_run(), True
@@ -93,7 +98,7 @@ class SplitClient(nn.Module):
             raise ConfigError("shape: got none, expected the activation's, so that connect() can come first")
         while not self.link.open:
             try:
-                self._reach_server()
+                self._reach_server(Patience(self.link))
             except RolledBack:
                 pass  # that is what was asked for
             if self._checkpoints and self._untouched and not self._in_rounds:
@@ -105,7 +110,10 @@ class SplitClient(nn.Module):
         return self.step
 
     def forward(self, inputs, labels=None, ids=None):
-        """A training step's forward pass, or in eval() mode an evaluation.
+        """A training step's forward pass; in eval() mode or without gradients an evaluation.
+
+        An evaluation trains nothing at the server, whose layers are then in eval() mode. Under
+        torch.utils.checkpoint with use_reentrant=False a batch is one step, too.
 
         Args:
             inputs: a batch.
@@ -120,28 +128,58 @@ class SplitClient(nn.Module):
                 loaded it, and the loop should go on from there.
             LinkError, RefusedError: the server is gone for longer than the link's patience, or
                 does not want this client.
+            ServerError: its part of the step failed. Neither half has taken the step, and buffers
+                are as before: the loop may try again, or another batch.
         """
-        activation = self.head(inputs)
-        if self.agreement is None:
-            self._agree(activation.shape[1:])
-        if not self.training:
-            result = self._evaluate(activation, labels)
+        if not (self.training and torch.is_grad_enabled()):
+            result = self._evaluate(self._run_head(inputs), labels)
             return self.end(result) if self.end is not None else torch.tensor(result.loss)
-        if self.end is not None:
-            return self.end(_CutOutputs.apply(activation, self, ids))
+        before = buffers(*self._halves())
+        activation = self._run_head(inputs)
         if not activation.requires_grad:  # a head without parameters: the server alone learns
-            activation.requires_grad_()
-        return _CutLoss.apply(activation, self, labels, ids)
+            activation = activation.detach().requires_grad_()
+        batch = self._batch_of(activation, labels, before)
+        if self.end is not None:
+            return self.end(CutOutputs.apply(activation, self, batch, ids))
+        return CutLoss.apply(activation, self, batch, ids)
 
     def evaluate(self, inputs, labels):
         """`Stats` of a batch without training on it (labels at the server)."""
-        training = self.training
-        self.eval()
-        try:
+        with kept_modes(self):
+            self.eval()
             with torch.no_grad():
-                return self._evaluate(self.head(inputs), labels)
-        finally:
-            self.train(training)
+                return self._evaluate(self._run_head(inputs), labels)
+
+    def _run_head(self, inputs):
+        if isinstance(inputs, torch.Tensor) and inputs.dim() and not len(inputs):
+            raise ConfigError("inputs: got an empty batch, expected 1 sample or more")
+        activation = checked_activation(self.head(inputs))
+        if self.agreement is None:
+            self._agree(activation.shape[1:])
+        return activation
+
+    def _halves(self):
+        """The parts of the model that are here."""
+        return [part for part in (self.head, self.end) if part is not None]
+
+    def _batch_of(self, activation, labels, before):
+        """What is asked of the server for a batch: something new, or within a backward pass what was asked already.
+
+        Only gradient checkpointing computes a forward pass within a backward pass: again, for
+        its gradients, after the server has taken the step.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            batch = Batch(activation.detach(), labels, before)
+            self._batches.add(batch)
+            return batch
+        for batch in self._batches:
+            if batch.is_of(activation, labels):
+                batch.repeated = True
+                return batch
+        raise ConfigError(
+            "inputs: got, within a backward pass, a batch that no step was taken for: gradient checkpointing needs "
+            "use_reentrant=False and a head that computes the same again"
+        )
 
     def end_epoch(self):
         """Step the server's schedule."""
@@ -220,33 +258,56 @@ class SplitClient(nn.Module):
 
     # Steps, called from the autograd functions below.
 
-    def _train_step(self, activation, labels, ids):
-        body, samples = self._activations.encode(activation, labels, ids, self.step, training=True)
-        size = STATISTICS_BYTES + self._gradients.nbytes(samples)
-        answer = self._request(Kind.FORWARD, samples, body, {Kind.GRADIENT: size})
-        sections = wire.read_sections(answer.body, [STATISTICS_BYTES, size - STATISTICS_BYTES])
-        self.stats = Stats.from_bytes(sections[0])
-        gradient = self._gradients.decode(sections[1], samples, activation.device)
+    def _train_step(self, batch, ids):
+        activation = batch.activation
+        with self._step_of(batch):
+            body, samples = self._activations.encode(activation, batch.labels, ids, self.step, training=True)
+            size = STATISTICS_BYTES + self._gradients.nbytes(samples)
+            answer = self._request(Kind.FORWARD, samples, body, {Kind.GRADIENT: size})
+            sections = wire.read_sections(answer.body, [STATISTICS_BYTES, size - STATISTICS_BYTES])
+            self.stats = Stats.from_bytes(sections[0])
+            batch.gradient = self._gradients.decode(sections[1], samples, activation.device)
+            batch.result = torch.tensor(self.stats.loss, device=activation.device)
         self.step += 1
-        return torch.tensor(self.stats.loss, device=activation.device), gradient
 
-    def _forward_outputs(self, activation, ids):
-        body, samples = self._activations.encode(activation, None, ids, self.step, training=True)
-        return self._ask_outputs(Kind.FORWARD, body, samples, activation.device)
+    def _forward_outputs(self, batch, ids):
+        with self._step_of(batch):
+            body, samples = self._activations.encode(batch.activation, None, ids, self.step, training=True)
+            batch.result = self._ask_outputs(Kind.FORWARD, body, samples, batch.activation.device)
+        self._forwarded = batch
 
     def _ask_outputs(self, kind, body, samples, device):
-        self._ensure_connected()
+        if not self.link.open:
+            self._reach_server(Patience(self.link))  # the handshake tells the outputs' shape
         codec = self._outputs[0]
         answer = self._request(kind, samples, body, {Kind.OUTPUT: codec.nbytes(samples)})
         return codec.decode(answer.body, samples, device)
 
-    def _backward_outputs(self, gradient):
+    def _backward_outputs(self, batch, gradient):
+        if self._forwarded is not batch:
+            raise ConfigError("backward: got a batch that is not the last one, or was trained on, or lost its server")
         samples = len(gradient)
-        body = self._outputs[1].encode(gradient, seed_of("back", self.step))
-        answer = self._request(Kind.BACKWARD, samples, body, {Kind.GRADIENT: self._gradients.nbytes(samples)})
-        result = self._gradients.decode(answer.body, samples, gradient.device)
+        with self._step_of(batch):
+            body = self._outputs[1].encode(gradient, seed_of("back", self.step))
+            answer = self._request(Kind.BACKWARD, samples, body, {Kind.GRADIENT: self._gradients.nbytes(samples)})
+            result = self._gradients.decode(answer.body, samples, gradient.device)
+        self._forwarded = None
         self.step += 1
         return result
+
+    @contextlib.contextmanager
+    def _step_of(self, batch):
+        """A step that fails leaves buffers and the memory of activations as they were, as it does at the server."""
+        try:
+            yield
+        except RolledBack:
+            self._activations.revert()
+            raise
+        except BaseException:
+            self._activations.revert()
+            restore_buffers(self._halves(), batch.before)
+            raise
+        self._activations.commit()
 
     def _evaluate(self, activation, labels):
         body, samples = self._activations.encode(activation, labels, None, self.step, training=False)
@@ -277,8 +338,9 @@ class SplitClient(nn.Module):
 
     def _request(self, kind, samples, body, limits):
         """Send a request until it is answered; the server carries it out once."""
-        started = time.perf_counter()
-        self._ensure_connected()
+        started, patience = time.perf_counter(), Patience(self.link)
+        if not self.link.open:
+            self._reach_server(patience)
         while True:
             # Made anew each time: before the first answer a new session changes nothing but its name.
             frame = Frame(kind, self._session, self.step, self._sequence + 1, samples, body)
@@ -287,8 +349,9 @@ class SplitClient(nn.Module):
                 break
             except RoundLost:
                 raise RolledBack(0) from None
-            except Broken:
-                self._reach_server()
+            except Broken as error:
+                patience.wait(error)
+                self._reach_server(patience)
         if answer.session != self._session or answer.sequence != frame.sequence:
             self.link.close()
             raise PayloadError("frame: the answer is not to this request")
@@ -297,23 +360,15 @@ class SplitClient(nn.Module):
         self.wait_seconds += time.perf_counter() - started
         return answer
 
-    def _ensure_connected(self):
-        if not self.link.open:
-            self._reach_server()
-
-    def _reach_server(self):
-        """Connect and shake hands, for as long as the link has patience; RolledBack if the session is a new one."""
-        give_up, pause = time.monotonic() + self.link.patience, FIRST_PAUSE
+    def _reach_server(self, patience):
+        """Connect and shake hands, as long as there is patience; RolledBack if the session is a new one."""
         while True:
             try:
                 self.link.connect()
                 welcome = self._shake_hands()
                 break
             except Broken as error:
-                if time.monotonic() + pause > give_up:
-                    raise self.link.give_up(error) from None
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                patience.wait(error)
         if not welcome:
             raise RolledBack(self.step)
 
@@ -338,7 +393,7 @@ class SplitClient(nn.Module):
         live, self._in_rounds = wire.take(message, "live", bool), wire.take(message, "rounds", bool)
         if live and not first and answer.session == self._session:
             return True
-        self._session, self._sequence = answer.session, 0
+        self._session, self._sequence, self._forwarded = answer.session, 0, None
         if self._in_rounds:
             self.step = 0
             return first
@@ -363,7 +418,9 @@ class SplitClient(nn.Module):
             return True
         if not self._checkpoints or step not in self._checkpoints.steps(self._run):
             raise PayloadError(f"message: the server goes on from step {step}, which this client did not offer")
-        self._load_state(self._checkpoints.load(self._run, step))
+        state = self._checkpoints.load(self._run, step)
+        with fitting(f"step {step}"):
+            self._load_state(state)
         self._checkpoints.discard_after(self._run, step)
         self.step = step
         return False
@@ -385,31 +442,3 @@ class SplitClient(nn.Module):
             self._activations.memory.load_state_dict(state["memory"])
         for name, kept in self._kept.items():
             kept.load_state_dict(state["objects"][name])
-
-
-class _CutLoss(torch.autograd.Function):
-    """The rest of the model and the loss, which the server computes, as one function of the activation."""
-
-    @staticmethod
-    def forward(ctx, activation, client, labels, ids):
-        loss, gradient = client._train_step(activation, labels, ids)
-        ctx.save_for_backward(gradient.to(activation.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (activation_gradient,) = ctx.saved_tensors
-        return activation_gradient * gradient, None, None, None
-
-
-class _CutOutputs(torch.autograd.Function):
-    """The server's layers of a U-shaped model as a function of the activation."""
-
-    @staticmethod
-    def forward(ctx, activation, client, ids):
-        ctx.client = client
-        return client._forward_outputs(activation, ids)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.client._backward_outputs(gradient), None, None

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import numbers
 import time
 import zlib
 from typing import NamedTuple
@@ -111,17 +112,33 @@ class DeltaMemory:
         self.samples, self.numel = samples, numel
         self._rows = collections.OrderedDict()  # sample id: row, the least recently used first
         self._values = torch.empty(samples, numel)
+        self._latest = None  # what `remember` got last, until it is certain
 
     def known(self, ids):
         """Which of the ids (a list) are remembered, as a bool tensor."""
+        self.commit()
         return torch.tensor([sample in self._rows for sample in ids], dtype=torch.bool)
 
     def recall(self, ids):
         """Float32 of shape (ids, numel); all must be known."""
+        self.commit()
         return self._values[[self._rows[sample] for sample in ids]]
 
     def remember(self, ids, values):
-        """Keep float32 values of shape (ids, numel); ids must be different and at most `samples`."""
+        """Keep float32 values of shape (ids, numel); ids must be different and at most `samples`.
+
+        Until `commit`, or the next use, `revert` takes it back.
+        """
+        self.commit()
+        self._latest = ids, values.detach()
+
+    def revert(self):
+        """Take the last `remember` back."""
+        self._latest = None
+
+    def commit(self):
+        """The last `remember` stays."""
+        (ids, values), self._latest = self._latest or ([], []), None
         for sample, value in zip(ids, values, strict=True):
             if sample in self._rows:
                 self._rows.move_to_end(sample)
@@ -133,16 +150,23 @@ class DeltaMemory:
             self._values[self._rows[sample]] = value
 
     def state_dict(self):
+        self.commit()
         ids = torch.tensor(list(self._rows), dtype=torch.int64)
         return {"ids": ids, "values": self._values[list(self._rows.values())].clone()}
 
     def load_state_dict(self, state):
+        self.revert()
         self._rows.clear()
         self.remember(state["ids"].tolist(), state["values"])
+        self.commit()
 
 
 class ActivationCodec:
-    """The body of FORWARD and EVALUATE: labels, sample ids (delta mode), activation. Both sides have one."""
+    """The body of FORWARD and EVALUATE: labels, sample ids (delta mode), activation. Both sides have one.
+
+    What a training body changes in the memory can be taken back by `revert` until `commit`: the
+    memories of both sides stay alike when a step fails.
+    """
 
     def __init__(self, agreement):
         self.agreement = agreement
@@ -163,6 +187,16 @@ class ActivationCodec:
         if self.memory:
             self.memory = DeltaMemory(self.memory.samples, self.memory.numel)
 
+    def commit(self):
+        """The step of the last training body is taken: remember what it changed."""
+        if self.memory:
+            self.memory.commit()
+
+    def revert(self):
+        """The step is not taken: do not remember it."""
+        if self.memory:
+            self.memory.revert()
+
     def _label_bytes(self, samples):
         if self._label_type is None:
             return 0
@@ -179,6 +213,8 @@ class ActivationCodec:
     def encode(self, activation, labels, ids, step, training):
         """(body, samples); in delta mode and training, remembers what the server will have decoded."""
         samples = len(activation)
+        if samples == 0:
+            raise ConfigError("batch: got no samples, expected 1 or more")
         parts = [] if self._label_type is None else [self._encode_labels(labels, samples)]
         if self.memory is None or not training:
             codec = self.first or self.codec
@@ -229,6 +265,8 @@ class ActivationCodec:
 
     def _checked_ids(self, ids, samples):
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids) if ids is not None else None
+        if ids is not None and not all(map(_is_id, ids)):
+            raise ConfigError(f"ids: got {ids[:3]}…, expected integers of 64 bits")
         if ids is None or len(ids) != samples or len(set(ids)) != samples:
             got = "none" if ids is None else f"{len(ids)}, {len(set(ids))} of them different"
             raise ConfigError(f"ids: got {got}, expected a different integer for each of the {samples} samples")
@@ -252,3 +290,7 @@ class ActivationCodec:
                 raise PayloadError("labels: an entry is not finite")
             return labels
         return labels.long()
+
+
+def _is_id(value):
+    return isinstance(value, numbers.Integral) and -(2**63) <= value < 2**63

@@ -1,6 +1,8 @@
 """Cut a model in two or more parts that run one after the other."""
 
+import contextlib
 import difflib
+import operator
 import threading
 
 import torch
@@ -8,6 +10,7 @@ from torch import fx, nn
 
 from ..errors import ConfigError
 
+SEVERAL = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)  # modules of torch whose output is a tuple
 _TRACING = threading.Lock()  # torch.fx patches nn.Module for all threads while it traces
 
 
@@ -54,7 +57,7 @@ def cut(model, *at):
 
     Raises:
         ConfigError: no such submodule, or more than one tensor would cross there (within a
-            residual block, for instance).
+            residual block, for instance). Of a tuple or dict, as an nn.LSTM returns, one tensor may.
 
     >>> from torch import nn
     >>> head, tail = cut(nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)), 2)
@@ -64,17 +67,11 @@ def cut(model, *at):
     if not at:
         raise ConfigError("at: got nothing, expected the name of at least one submodule to cut after")
     names = [_name(model, place) for place in at]
-    before = {module: module.training for module in model.modules()}
     pieces = {}
-    _TRACING.acquire()
-    try:
+    with _TRACING, kept_modes(model):
         for mode in (True, False):
             model.train(mode)
-            pieces[mode] = _pieces(fx.Tracer().trace(model), names)
-    finally:
-        _TRACING.release()
-        for module, training in before.items():
-            module.training = training
+            pieces[mode] = _pieces(fx.Tracer().trace(model), names, dict(model.named_modules()))
     graphs = zip(pieces[True], pieces[False], strict=True)
     return [Part(model, {True: trained, False: evaluated}) for trained, evaluated in graphs]
 
@@ -91,17 +88,20 @@ def _name(model, place):
     return place
 
 
-def _pieces(graph, names):
+def _pieces(graph, names, modules):
     """The graph's stretches between the named submodules, as graphs of one input and one output."""
     nodes = list(graph.nodes)
     ends = [_last_node(nodes, name) for name in names]
     if ends != sorted(set(ends)):
         raise ConfigError(f"at: got {', '.join(names)}, expected the order in which the model runs them")
-    edges = [0, *[end + 1 for end in ends], len(nodes)]
+    edges, crossing = [0], [None]
     for name, end in zip(names, ends, strict=True):
-        _check_single_crossing(nodes, end, name)
-    entries = [None, *[nodes[end] for end in ends]]
-    return [_copy(nodes[low:high], entry) for low, high, entry in zip(edges, edges[1:], entries, strict=False)]
+        end, value = _crossing_value(nodes, end, name, modules)
+        edges.append(end + 1)
+        crossing.append(value)
+    edges.append(len(nodes))
+    stretches = zip(edges, edges[1:], crossing, [*crossing[1:], None], strict=False)
+    return [_copy(nodes[low:high], entry, result) for low, high, entry, result in stretches]
 
 
 def _last_node(nodes, name):
@@ -111,39 +111,107 @@ def _last_node(nodes, name):
     return inside[-1]
 
 
-def _check_single_crossing(nodes, end, name):
-    earlier = set(nodes[:end])
-    crossing = {source for node in nodes[end + 1 :] for source in node.all_input_nodes if source in earlier}
-    if crossing or nodes[end + 1].op == "output":
-        what = ", ".join(sorted(str(node.target) for node in crossing)) or "nothing"
+def _crossing_value(nodes, end, name, modules):
+    """(where the first part ends, the one node that crosses): the submodule's output, or the one item used of it."""
+    output = nodes[end]
+    last, items = end, []
+    while _is_item(nodes[last + 1], [output, *items]):
+        last += 1
+        items.append(nodes[last])
+    several = output.op == "call_module" and isinstance(modules.get(output.target), SEVERAL)
+    used = [node for node in items if node in _crossing(nodes, last)]
+    if output in _crossing(nodes, last) or not used:
+        last, used = end, [output]
+    others = _crossing(nodes, last) - set(used)
+    if others or nodes[last + 1].op == "output":
+        what = ", ".join(sorted(str(node.target) for node in others)) or "nothing"
         raise ConfigError(
             f"at: cannot cut after {name!r}: besides its output {what} crosses there; expected a place that "
             "everything goes through, such as the end of a block, and not the end of the model"
         )
+    if len(used) > 1 or (several and used == [output]):
+        kind = type(modules[output.target]).__name__ if several else output.target
+        raise ConfigError(
+            f"at: cannot cut after {name!r}: the output of {kind} is a tuple or dict, of which "
+            f"{', '.join(map(str, used))} would cross; expected one tensor: cut where the model has made one of it"
+        )
+    return last, used[0]
 
 
-def _copy(nodes, entry):
+def _crossing(nodes, end):
+    """The nodes up to `end` that later ones use."""
+    earlier = set(nodes[: end + 1])
+    return {source for node in nodes[end + 1 :] for source in node.all_input_nodes if source in earlier}
+
+
+def _is_item(node, values):
+    """Whether a node takes an item, by its number or name, out of one of these."""
+    return node.target is operator.getitem and node.args[0] in values and isinstance(node.args[1], (int, str))
+
+
+def _copy(nodes, entry, result):
     graph, copies = fx.Graph(), {}
     if entry is not None:
         copies[entry] = graph.placeholder("value")
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    if nodes[-1].op != "output":
-        graph.output(copies[nodes[-1]])
+    if result is not None:
+        graph.output(copies[result])
     return graph
 
 
-def activation_shape(head, input_shape):
+@contextlib.contextmanager
+def kept_modes(module):
+    """A context that leaves train() or eval() of every submodule as it was."""
+    before = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+def checked_activation(activation):
+    """A head's output; ConfigError unless it is one batch of floating-point numbers."""
+    if not isinstance(activation, torch.Tensor):
+        what = type(activation).__name__
+        if isinstance(activation, (tuple, list, dict)):
+            what += f" of {len(activation)}"
+        raise ConfigError(f"head: its output is a {what}, expected one tensor; cut elsewhere, or return only one")
+    if not activation.is_floating_point() or not activation.dim():
+        got = f"{activation.dtype} of shape {tuple(activation.shape)}"
+        raise ConfigError(f"head: its output is {got}, expected a batch of floating-point numbers")
+    return activation
+
+
+def activation_shape(head, input_shape, dtype=None):
     """The shape of one sample's activation behind `head`, for inputs of `input_shape` (without the batch).
+
+    Args:
+        head: the client's part.
+        input_shape: of one sample.
+        dtype: of the inputs; None for the parameters' own or, where the head takes integers, int64.
 
     >>> activation_shape(nn.Conv2d(3, 8, 3), (3, 10, 10))
     (8, 8, 8)
+    >>> activation_shape(nn.Embedding(100, 8), (12,))
+    (12, 8)
     """
-    training = head.training
     parameter = next(head.parameters(), torch.empty(0))
+    if dtype is not None:
+        return _shape_behind(head, input_shape, parameter.device, dtype)
     try:
-        with torch.no_grad():
-            sample = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-            return tuple(head.eval()(sample).shape[1:])
-    finally:
-        head.train(training)
+        return _shape_behind(head, input_shape, parameter.device, parameter.dtype)
+    except ConfigError:
+        raise
+    except Exception as error:
+        try:
+            return _shape_behind(head, input_shape, parameter.device, torch.int64)
+        except Exception:
+            raise error from None
+
+
+def _shape_behind(head, input_shape, device, dtype):
+    with kept_modes(head), torch.no_grad():
+        sample = torch.zeros(1, *input_shape, device=device, dtype=dtype)
+        return tuple(checked_activation(head.eval()(sample)).shape[1:])

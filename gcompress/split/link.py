@@ -3,15 +3,18 @@
 import contextlib
 import queue
 import threading
+import time
 
 import grpc
 
 from .. import wire
-from ..errors import ConfigError, LinkError, PayloadError, RefusedError
+from ..errors import ConfigError, LinkError, RefusedError, ServerError
 from . import security
 from .traffic import FrameCounter, SocketCounter
 
 METHOD = "/gcompress.Split/Stream"
+FAILED = "gcompress-failed"  # in the metadata of a status that tells of an error at the server
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts
 QUEUED_CHUNKS = 8  # at most so many MiB wait on either side of a slow peer
 REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED,
@@ -41,6 +44,26 @@ class Broken(Exception):
     """The stream is gone, and another may do better."""
 
 
+class Patience:
+    """How long a request is tried again: counted from when it first failed, whatever worked in between.
+
+    Args:
+        link: its `patience` is that many seconds.
+    """
+
+    def __init__(self, link):
+        self._link, self._over, self._pause = link, None, FIRST_PAUSE
+
+    def wait(self, why):
+        """Pause before another attempt, each time longer; the link's LinkError if the time is over."""
+        now = time.monotonic()
+        self._over = self._over or now + self._link.patience
+        if now + self._pause > self._over:
+            raise self._link.give_up(why) from None
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
 class RoundLost(Exception):
     """The server's round goes on without this client."""
 
@@ -56,8 +79,8 @@ class Link:
         insecure: allow plaintext to another machine.
         name: of this client, where no certificate or token says it.
         server_name: in the server's certificate, if it is not the address's host.
-        deadline: seconds that the server may be silent while it owes an answer.
-        patience: seconds in which a lost connection may come back.
+        deadline: seconds that the server may be silent while it owes an answer, or take over a MiB of it.
+        patience: seconds in which a request is tried again after the connection was lost, however often.
     """
 
     def __init__(
@@ -71,8 +94,8 @@ class Link:
         for argument, value in (("deadline", deadline), ("patience", patience)):
             if not value > 0:
                 raise ConfigError(f"{argument}: got {value}, expected seconds above 0")
-        if token is not None and (not isinstance(token, str) or not token.isascii() or not token.strip()):
-            raise ConfigError("token: got none of printable ASCII characters")
+        if token is not None:
+            security.check_token(token)
         self._credentials = security.client_credentials(address, ca, certificate, key, insecure)
         self._files = {"ca": ca, "certificate": certificate, "key": key, "server_name": server_name}
         self._metadata = [("authorization", f"Bearer {token}")] if token is not None else []
@@ -110,6 +133,7 @@ class Link:
         Raises:
             Broken: the connection was lost, or the deadline passed.
             RefusedError: the server refuses for a reason that trying again does not change.
+            ServerError: it failed in carrying out the request.
             PayloadError: the answer is not one.
         """
         self._reader.limits = limits
@@ -117,17 +141,20 @@ class Link:
         try:
             for chunk in wire.chunks(wire.encode(frame)):
                 self._outgoing.put(chunk, timeout=self.deadline)
+            due, progress = time.monotonic() + self.deadline, self._reader.progress
             while True:
-                received = self._incoming.get(timeout=self.deadline)
+                received = self._incoming.get(timeout=max(0.0, due - time.monotonic()))
                 if isinstance(received, Exception):
                     self._raise(received)
                 for answer in self._reader.feed(received):
                     self.frames.add(answer)
                     return answer
+                if self._reader.progress != progress:
+                    due, progress = time.monotonic() + self.deadline, self._reader.progress
         except (queue.Empty, queue.Full):
             self.close()
             raise Broken(f"no word from {self.address} for {self.deadline:g} s") from None
-        except PayloadError:
+        except BaseException:  # an interrupt, too: the answer that is still to come is nobody's
             self.close()
             raise
 
@@ -136,6 +163,8 @@ class Link:
         if not isinstance(error, grpc.RpcError):
             raise Broken("the server ended the stream")
         code, details = error.code(), error.details() or ""
+        if any(name == FAILED for name, _ in error.trailing_metadata() or ()):
+            raise ServerError(f"{self.address} failed, neither half has carried it out, its log says where: {details}")
         if code == grpc.StatusCode.ABORTED:
             raise RoundLost(details)
         if code in REFUSALS:

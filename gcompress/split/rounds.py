@@ -15,6 +15,7 @@ from .. import wire
 from ..compressors.base import check_integer
 from ..errors import ConfigError, RefusedError
 from . import security
+from .checkpoint import fitting
 
 RUN = "0" * 32  # the name under which rounds are checkpointed
 POLL_SECONDS = 1.0  # a client that waits for its round asks again so often, which shows that it lives
@@ -56,11 +57,12 @@ class Rounds:
     def begin(self, tail, checkpoints):
         """Called once by the server: with its tail, which holds the weights between rounds."""
         self.tail, self._checkpoints = tail, checkpoints
-        saved = checkpoints.steps(RUN) if checkpoints else []
-        if saved:
-            state = checkpoints.load(RUN, saved[-1])
-            self.tail.load_state_dict(state["tail"])
-            self.head, self.number = state["head"], saved[-1]
+        saved = checkpoints.newest(RUN) if checkpoints else None
+        if saved is not None:
+            state = checkpoints.load(RUN, saved)
+            with fitting(f"round {saved}"):
+                self.tail.load_state_dict(state["tail"])
+                self.head, self.number = state["head"], saved
 
     def check_member(self, name):
         if name not in self.members:
@@ -69,10 +71,11 @@ class Rounds:
     def largest_head(self):
         return wire.weights_limit(self.head)
 
-    def wait_turn(self, slot):
-        """Wait a moment for the slot's next round. Another thread may change everything meanwhile."""
+    def wait_turn(self, name, since):
+        """Wait for a client's next round, until POLL_SECONDS after it first asked, or not if that was long ago."""
         with self._changed:
-            self._changed.wait_for(lambda: self.finished or self._may_join(slot.name), POLL_SECONDS)
+            left = max(0.0, since + POLL_SECONDS - time.monotonic())
+            self._changed.wait_for(lambda: self.finished or self._may_join(name), left)
 
     def join(self, slot):
         """(finished, head's bytes) for the slot's round, or None: not yet."""
@@ -91,14 +94,17 @@ class Rounds:
         self._left.add(slot.name)
         return self.finished and self._left | self._missing >= set(self.members)
 
-    def _close_round(self, counted, missing):
-        self.history.append((self.number, sorted(counted), sorted(missing)))
-        self.number += 1
-        self._due = None
+    def _close_round(self, counted, missing, head, tail):
+        """End a round with this head and this tail's state: first saved, so that a full disk ends none."""
         if self._checkpoints:
-            state = {"tail": self.tail.state_dict(), "head": self.head}
-            self._checkpoints.save(RUN, self.number, state)
+            self._checkpoints.save(RUN, self.number + 1, {"tail": tail, "head": head})
             self._checkpoints.prune(RUN)
+        self.history.append((self.number, sorted(counted), sorted(missing)))
+        self.head, self._due = head, None
+        self.number += 1
+
+    def _wake(self):
+        """Let those who wait for their turn look again."""
         with self._changed:
             self._changed.notify_all()
 
@@ -130,11 +136,12 @@ class Sequential(Rounds):
         return self.members[self._turn % len(self.members)]
 
     def _may_join(self, name):
-        return self._holder is None and self._next == name
+        return self._holder in (None, name) and self._next == name
 
     def _enter(self, slot):
-        self._holder, self._due = slot.name, time.monotonic() + self.deadline
+        self._drop()  # who holds the turn already begins it again
         self._snapshot = copy.deepcopy(self.tail.state_dict())
+        self._holder, self._due = slot.name, time.monotonic() + self.deadline
 
     def _expire(self):
         """Who holds the turn too long, or does not take it, loses it."""
@@ -156,6 +163,7 @@ class Sequential(Rounds):
         while self._next in self._missing and len(self._missing) < len(self.members):
             self._turn += 1
         self._due = time.monotonic() + self.deadline
+        self._wake()
 
     def restarted(self, slot):
         """The slot's client has lost its state: its turn begins again."""
@@ -170,9 +178,9 @@ class Sequential(Rounds):
     def hand_in(self, slot, frame):
         """End the turn with the head that the next client begins with."""
         self.check_turn(slot, training=True)
-        self.head = wire.read_weights(frame.body, self.head)
+        head = wire.read_weights(frame.body, self.head)
+        self._close_round([slot.name], self._missing, head, self.tail.state_dict())
         self._holder = self._snapshot = None
-        self._close_round([slot.name], self._missing)
         self._pass_on()
 
 
@@ -224,19 +232,27 @@ class SplitFed(Rounds):
         self.check_turn(slot, training=True)
         head = wire.read_weights(frame.body, self.head)
         tail = {name: tensor.detach().cpu().clone() for name, tensor in slot.tail.model.state_dict().items()}
-        self._handed_in[slot.name] = (self._working.pop(slot.name), head, tail)
-        if set(self._handed_in) >= set(self.members) - self._missing:
-            self._average()
+        self._handed_in[slot.name] = (self._working[slot.name], head, tail)
+        try:
+            if set(self._handed_in) >= set(self.members) - self._missing:
+                self._average()
+        except BaseException:
+            del self._handed_in[slot.name]
+            raise
+        self._working.pop(slot.name, None)
 
     def _average(self):
         counted = {name: part for name, part in sorted(self._handed_in.items()) if part[0] > 0}
-        self._missing = set(self.members) - set(self._handed_in)
+        missing = set(self.members) - set(self._handed_in)
+        head, tail = self.head, self.tail.state_dict()
         if counted:
             weights = [part[0] for part in counted.values()]
-            self.head = weighted_mean([part[1] for part in counted.values()], weights)
-            self.tail.model.load_state_dict(weighted_mean([part[2] for part in counted.values()], weights))
-        self._working, self._handed_in = {}, {}
-        self._close_round(counted, self._missing)
+            head = weighted_mean([part[1] for part in counted.values()], weights)
+            tail["model"] = weighted_mean([part[2] for part in counted.values()], weights)
+        self._close_round(counted, missing, head, tail)
+        self.tail.model.load_state_dict(tail["model"])
+        self._missing, self._working, self._handed_in = missing, {}, {}
+        self._wake()
 
 
 def weighted_mean(states, weights):

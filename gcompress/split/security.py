@@ -83,6 +83,23 @@ def server_credentials(address, ca, certificate, key, tokens, insecure):
     return grpc.ssl_server_credentials(pair, authority, require_client_auth=bool(ca))
 
 
+def check_token(token, whose="token"):
+    """ConfigError unless a token is text that can be sent, and not empty."""
+    right = isinstance(token, str) and token.isascii() and token.isprintable() and token.strip() == token != ""
+    if not right:
+        got = "an empty one" if isinstance(token, str) and not token.strip() else "another"
+        raise ConfigError(f"{whose}: got {got}, expected printable ASCII characters, no blanks around them")
+    return token
+
+
+def check_tokens(tokens):
+    """A server's tokens by client; ConfigError for names and tokens that let anyone in, or one client as another."""
+    tokens = {check_name(name): check_token(token, f"tokens: of {name}") for name, token in tokens.items()}
+    if not tokens or len(set(tokens.values())) != len(tokens):
+        raise ConfigError("tokens: got none, or one for two clients, expected a different one for each client")
+    return tokens
+
+
 def token_owner(tokens, token):
     """The client whose token it is, or None; takes the same time whichever it is."""
     owner = None

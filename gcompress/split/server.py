@@ -1,10 +1,10 @@
 """The server: the model's later layers, for one client or for many in rounds."""
 
-import contextlib
 import copy
 import logging
 import secrets
 import threading
+import time
 
 import torch
 
@@ -13,10 +13,11 @@ from ..errors import ConfigError, PayloadError, RefusedError
 from ..wire import Frame, Kind
 from . import security
 from .agreement import Agreement
-from .checkpoint import RUN_NAME, Checkpoints
+from .checkpoint import RUN_NAME, Checkpoints, fitting
 from .codec import ActivationCodec, Codec, seed_of
 from .service import Retry, Service
-from .tail import Tail
+from .tail import Tail, checked_outputs
+from .undo import Undo
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ class Slot:
         self.activations = ActivationCodec(agreement)
         self.session = self.connection = self.instance = None
         self.step, self.sequence, self.request, self.answer = 0, 0, None, None
+        self.asked = None  # (sequence, when it first came) of the last request to join
 
     def begin_session(self, step):
         self.session, self.step = secrets.token_bytes(16), step
-        self.sequence, self.request, self.answer = 0, None, None
+        self.sequence, self.request, self.answer, self.asked = 0, None, None, None
 
 
 class SplitServer:
@@ -50,7 +52,8 @@ class SplitServer:
         optimizer, scheduler, loss, seed: see `gcompress.split.tail.Tail`.
         checkpoints: a folder, for clients that save; or None.
         rounds: `Sequential(…)` or `SplitFed(…)` for several clients; None for one.
-        on_step: function of (client's name, step, Stats or None), called after every step.
+        on_step: function of (client's name, step, Stats or None), called after every step. What it
+            raises undoes the step, as any error in the step does.
         on_epoch: function of (client's name, step), called when the client ends an epoch.
         deadline, idle, handshake_deadline: see `gcompress.split.service.Service`.
         labels, label_shape, max_batch, delta_samples, delta_first: see `Agreement`; the same at the client.
@@ -71,7 +74,7 @@ class SplitServer:
         self._on_epoch = on_epoch or (lambda name, step: None)
         self._gradients = Codec(self.agreement.down, self.agreement.shape, self.agreement.max_batch)
         self._outputs = self._output_codecs() if self.agreement.u_shaped else None
-        self._slots, self._run = {}, None
+        self._slots, self._run, self._undo = {}, None, Undo()
         self._lock = threading.RLock()  # one request at a time changes anything
         self._finished = threading.Event()
         waits = {"deadline": deadline, "idle": idle, "handshake_deadline": handshake_deadline}
@@ -83,7 +86,7 @@ class SplitServer:
         """(of the outputs that go down, of their gradients that come up)."""
         with torch.no_grad():
             self.tail.model.eval()
-            output = self.tail.model(torch.zeros(2, *self.agreement.shape, device=self.tail.device))
+            output = checked_outputs(self.tail.model(torch.zeros(2, *self.agreement.shape, device=self.tail.device)))
         shape, most = tuple(output.shape[1:]), self.agreement.max_batch
         return Codec(self.agreement.down, shape, most), Codec(self.agreement.up, shape, most)
 
@@ -152,9 +155,11 @@ class SplitServer:
                 slot.connection = None
 
     def _answer(self, connection, frame):
+        if frame.kind == Kind.HELLO:
+            return self._hello(connection, frame)
+        if self.rounds and frame.kind == Kind.CONTROL:
+            self._wait_turn(connection, frame)
         with self._lock:
-            if frame.kind == Kind.HELLO:
-                return self._hello(connection, frame)
             slot = self._slots[connection.name]
             if slot.session != connection.session or slot.connection is not connection:
                 raise Retry("another connection of this client has taken over")
@@ -181,18 +186,27 @@ class SplitServer:
             return Kind.ANSWER, frame.step, 0, wire.write_message({})
         if self.rounds:
             self.rounds.check_turn(slot, training=frame.kind != Kind.EVALUATE)
-        handler = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.EVALUATE: self._evaluate}
-        return handler[frame.kind](slot, frame)
+        if frame.kind == Kind.EVALUATE:
+            return self._evaluate(slot, frame)
+        with self._undo.on_error(slot):
+            return (self._forward if frame.kind == Kind.FORWARD else self._backward)(slot, frame)
 
     # The handshake.
 
     def _hello(self, connection, frame):
+        """Read it before the lock is taken: what a stranger sends keeps nobody waiting."""
         message = wire.read_message(frame.body)
-        name = self._checked_name(connection, message)
         theirs = Agreement.from_message(wire.take(message, "agreement", dict))
-        self.agreement.compare(theirs, "server", "client")
+        with self._lock:
+            name = self._checked_name(connection, message)
+            self.agreement.compare(theirs, "server", "client")
+            return self._welcome(connection, frame, message, name)
+
+    def _welcome(self, connection, frame, message, name):
         instance = wire.take(message, "instance", str)
-        slot = self._slots.get(name) or Slot(name, self.rounds.tail_for(name) if self.rounds else self.tail, theirs)
+        slot = self._slots.get(name)
+        if slot is None:
+            slot = Slot(name, self.rounds.tail_for(name) if self.rounds else self.tail, self.agreement)
         if slot.connection and slot.connection.alive and slot.instance != instance:
             raise Retry(f"a client named {name} is still connected")
         live = self._same_session(slot, message)
@@ -245,10 +259,12 @@ class SplitServer:
             )
         step = max(common)
         state = self._checkpoints.load(run, step) if step in saved else {"tail": self._initial}
-        self.tail.load_state_dict(copy.deepcopy(state["tail"]))
-        slot.activations.reset()
-        if "memory" in state:
-            slot.activations.memory.load_state_dict(state["memory"])
+        slot.session = None  # should this fail, the old session is over
+        with fitting(f"step {step}"):
+            self.tail.load_state_dict(copy.deepcopy(state["tail"]))
+            slot.activations.reset()
+            if "memory" in state:
+                slot.activations.memory.load_state_dict(state["memory"])
         if self._checkpoints:
             self._checkpoints.discard_after(run, step)
         self._run = run
@@ -275,13 +291,14 @@ class SplitServer:
         gradient = self._outputs[1].decode(frame.body, frame.samples, slot.tail.device)
         body = slot.tail.backward(gradient, lambda g: self._gradients.encode(g, seed))
         self._count_step(slot, frame.samples, None)
+        slot.tail.drop_forward()
         return Kind.GRADIENT, slot.step, frame.samples, body
 
     def _count_step(self, slot, samples, stats):
+        self._on_step(slot.name, slot.step + 1, stats)  # first: what it raises undoes the step
         slot.step += 1
         if self.rounds:
             self.rounds.count(slot, samples)
-        self._on_step(slot.name, slot.step, stats)
 
     def _evaluate(self, slot, frame):
         activation, labels = slot.activations.decode(frame.body, frame.samples, training=False)
@@ -312,8 +329,9 @@ class SplitServer:
         self._checkpoints.prune(self._run)
 
     def _end_epoch(self, slot):
-        slot.tail.end_epoch()
-        self._on_epoch(slot.name, slot.step)
+        with self._undo.on_error(slot):
+            slot.tail.end_epoch()
+            self._on_epoch(slot.name, slot.step)
 
     def _finish(self, slot):
         if self.rounds is None or self.rounds.leave(slot):
@@ -321,8 +339,6 @@ class SplitServer:
 
     def _join(self, slot):
         """The head for the client's next round, or that it should ask again."""
-        with self._unlocked():
-            self.rounds.wait_turn(slot)
         outcome = self.rounds.join(slot)
         if outcome is None:
             return Kind.ANSWER, slot.step, 0, wire.write_message({"wait": True})
@@ -330,10 +346,13 @@ class SplitServer:
         slot.step, finished, head = 0, *outcome
         return Kind.WEIGHTS, self.rounds.number, int(finished), head
 
-    @contextlib.contextmanager
-    def _unlocked(self):
-        self._lock.release()
-        try:
-            yield
-        finally:
-            self._lock.acquire()
+    def _wait_turn(self, connection, frame):
+        """Let a client that asks to join wait, before the lock is taken and its request is looked at.
+
+        Meanwhile it may ask again over another connection: one of the two requests is then carried out.
+        """
+        if wire.read_message(frame.body).get("do") == "join":
+            slot = self._slots[connection.name]
+            if slot.asked is None or slot.asked[0] != frame.sequence:
+                slot.asked = frame.sequence, time.monotonic()
+            self.rounds.wait_turn(slot.name, since=slot.asked[1])

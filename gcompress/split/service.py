@@ -5,17 +5,18 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 
 import grpc
 
 from .. import wire
 from ..errors import ConfigError, ExchangeError, LinkError, PayloadError, RefusedError
 from . import security
-from .link import METHOD, channel_options
+from .link import FAILED, METHOD, channel_options
 from .rounds import RoundOver
 from .traffic import FrameCounter, SocketCounter
 
-LONGEST_DETAILS = 2000  # characters; gRPC's cap on what a status may say is 8 KiB
+LONGEST_DETAILS = 2000  # bytes; gRPC's cap on what a status may say is 8 KiB, and it writes some as three
 WATCH_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Service:
         answer: function of (connection, frame), returns the answering frame.
         limits: function of a connection, returns {Kind: largest body} of what may come.
         gone: function of a connection that ended.
-        deadline: seconds a client may take over the rest of a frame or over reading one.
+        deadline: seconds a client may take over each MiB of a frame, sent or read, or over a smaller frame.
         idle: seconds a client may be silent between frames.
         handshake_deadline: seconds in which a stranger must have made himself known.
     """
@@ -70,8 +71,8 @@ class Service:
 
     def listen(self, address, *, ca, certificate, key, tokens, insecure, clients):
         """Begin to serve; returns the port. Arguments as `SplitServer.listen`."""
+        self._mutual, self._tokens = bool(ca), None if tokens is None else security.check_tokens(tokens)
         credentials = security.server_credentials(address, ca, certificate, key, tokens, insecure)
-        self._mutual, self._tokens = bool(ca), dict(tokens or {})
         # A thread serves one stream; some more, so that strangers do not keep clients out while they are refused.
         pool = concurrent.futures.ThreadPoolExecutor(clients + 8, thread_name_prefix="split")
         options = [*channel_options(), ("grpc.so_reuseport", 0)]
@@ -146,8 +147,12 @@ class Service:
             self._abort(context, connection, grpc.StatusCode.ABORTED, error)
         except Retry as error:
             self._abort(context, connection, grpc.StatusCode.UNAVAILABLE, error)
+        except _Failed as error:
+            self._fail(context, connection, *error.args, error.__cause__)
         except grpc.RpcError:
             pass  # the client is gone
+        except Exception as error:
+            self._fail(context, connection, "STREAM", "the stream", error)
         finally:
             if connection:
                 with self._lock:
@@ -157,24 +162,51 @@ class Service:
     def _abort(self, context, connection, code, error):
         name = connection.name if connection else None
         _log.warning("client %s at %s: %s", name, context.peer(), error)
-        context.abort(code, str(error)[:LONGEST_DETAILS])
+        context.abort(code, _details(error))
+
+    def _fail(self, context, connection, kind, what, error):
+        """Tell the client of an error that nobody meant, and this side's log where it was."""
+        _log.error("client %s at %s: %s failed", connection and connection.name, context.peer(), what, exc_info=error)
+        # INTERNAL alone may be gRPC's own word for a lost connection, which is worth another try.
+        context.set_trailing_metadata(((FAILED, kind),))
+        words = "".join(traceback.format_exception_only(type(error), error)).strip()
+        context.abort(grpc.StatusCode.INTERNAL, _details(f"{what}: {words}"))
 
     def _frames(self, requests, connection):
         reader = wire.FrameReader(self._limits(connection))
         for chunk in requests:
+            before = reader.progress
             for frame in reader.feed(chunk):
                 connection.expect(None, "")
                 self.frames.add(frame)
-                answer = self._answer(connection, frame)
+                answer = self._answered(connection, frame)
                 reader.limits = self._limits(connection)
                 self.frames.add(answer)
-                connection.expect(self._deadline, f"an answer was not read within {self._deadline:g} s")
-                yield from wire.chunks(wire.encode(answer))
+                for piece in wire.chunks(wire.encode(answer)):
+                    connection.expect(self._deadline, f"an answer was not read within {self._deadline:g} s")
+                    yield piece
                 connection.expect(self._idle, f"silent for {self._idle:g} s")
-            if not reader.between_frames and connection.session:
+            if not reader.between_frames and connection.session and reader.progress != before:
                 connection.expect(self._deadline, f"a frame was not completed within {self._deadline:g} s")
         reader.close()
+
+    def _answered(self, connection, frame):
+        try:
+            return self._answer(connection, frame)
+        except (PayloadError, RefusedError, ConfigError, ExchangeError, RoundOver, Retry):
+            raise
+        except BaseException as error:  # SystemExit, too: the user's loss and callbacks run here
+            raise _Failed(frame.kind.name, f"{frame.kind.name} at step {frame.step}") from error
 
 
 class _Unauthenticated(Exception):
     pass
+
+
+class _Failed(Exception):
+    """A request (its kind, and in words) failed for its cause, an error of a type that is not expected there."""
+
+
+def _details(error):
+    """What a status says, in as many bytes as it may."""
+    return str(error).encode("utf-8", "backslashreplace")[:LONGEST_DETAILS].decode("utf-8", "ignore")

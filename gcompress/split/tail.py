@@ -4,10 +4,16 @@ import contextlib
 import copy
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from ..errors import ExchangeError, PayloadError
+from ..errors import ConfigError, ExchangeError, PayloadError
 from .codec import Stats, seed_of
+from .undo import buffers, restore_buffers
+
+NO_CLASS = -100  # what torch's losses ignore unless they are told otherwise
+CLASS_LOSSES = (functional.cross_entropy, functional.nll_loss)
+CLASS_LOSS_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 class Tail:
@@ -29,7 +35,7 @@ class Tail:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = self._makers[0](trained) if trained else None
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
-        self._pending = None
+        self._pending = self._failure = None
 
     def copy(self):
         """Another tail with weights of its own that begin as these."""
@@ -41,7 +47,7 @@ class Tail:
         return next(self.model.parameters(), torch.empty(0)).device
 
     def train_step(self, activation, labels, step, encode):
-        """Forward, backward and an optimizer step, or an error and none of it.
+        """Forward, backward and an optimizer step; after an error `Undo` makes it none of them.
 
         Args:
             activation: float32 batch.
@@ -57,21 +63,31 @@ class Tail:
         loss = self._loss(outputs, labels)
         if not bool(torch.isfinite(loss)):
             raise ExchangeError(f"step {step}: the loss is {loss.item()}: training has diverged (lower the rate?)")
-        data = self._backward_and_step(loss, None, activation, encode)
-        return _stats(loss.detach(), outputs.detach(), labels), data
+        stats = _stats(loss, outputs, labels)
+        return stats, self._backward_and_step(loss, None, activation, encode)
 
     def forward(self, activation, step):
         """The outputs for a batch, whose backward pass `backward` will do (U-shaped)."""
+        before = buffers(self.model)
         outputs, activation = self._forward(activation, step)
-        self._pending = outputs, activation
+        self._pending = checked_outputs(outputs), activation, before
         return outputs.detach()
 
     def backward(self, gradient, encode):
-        """The step that belongs to the last `forward`, given its outputs' gradient; returns the activation's."""
+        """The step that belongs to the last `forward`, given its outputs' gradient; returns the activation's bytes."""
+        if self._failure:
+            raise self._failure  # asked again, since the first word of it was lost on the way
         if self._pending is None or self._pending[0].shape != gradient.shape:
             raise PayloadError("gradient: there is no forward pass of this batch that it belongs to")
-        (outputs, activation), self._pending = self._pending, None
+        outputs, activation, _ = self._pending
         return self._backward_and_step(outputs, gradient.to(outputs.dtype), activation, encode)
+
+    def drop_forward(self, failure=None):
+        """Forget the last `forward`: its step is done, or failed by an error, and then buffers are as before it."""
+        if self._pending and failure:
+            restore_buffers([self.model], self._pending[2])
+            self._failure = failure
+        self._pending = None
 
     @torch.no_grad()
     def evaluate(self, activation, labels=None):
@@ -97,21 +113,35 @@ class Tail:
         for name in ("optimizer", "scheduler"):
             if getattr(self, name):
                 getattr(self, name).load_state_dict(state[name])
-        self._pending = None
+        self._pending = self._failure = None
 
     def _forward(self, activation, step):
         self.model.train()
-        self._pending = None
+        self._pending = self._failure = None
         activation = activation.to(self.device).requires_grad_()
         with _seeded(self.seed, step, self.device):
             return self.model(activation), activation
 
     def _loss(self, outputs, labels):
-        if not labels.is_floating_point() and outputs.dim() > 1 and len(labels):
+        self._check_classes(outputs, labels)
+        loss = self.loss(outputs, labels)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ConfigError(f"loss: got {got}, expected one number, the mean over the batch")
+        return loss
+
+    def _check_classes(self, outputs, labels):
+        """PayloadError for a class that is none, where the loss is known to take classes.
+
+        On a GPU torch ends the process's use of it for such a class. Other losses judge their labels themselves.
+        """
+        classes = self.loss in CLASS_LOSSES or isinstance(self.loss, CLASS_LOSS_MODULES)
+        if not classes or labels.is_floating_point() or outputs.dim() < 2:
+            return
+        labels = labels[labels != getattr(self.loss, "ignore_index", NO_CLASS)]
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
             low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= outputs.shape[1]:
-                raise PayloadError(f"labels: got {low} to {high}, expected classes 0 to {outputs.shape[1] - 1}")
-        return self.loss(outputs, labels)
+            raise PayloadError(f"labels: got {low} to {high}, expected classes 0 to {outputs.shape[1] - 1}")
 
     def _backward_and_step(self, outputs, gradient, activation, encode):
         if self.optimizer:
@@ -121,6 +151,14 @@ class Tail:
         if self.optimizer:
             self.optimizer.step()
         return data
+
+
+def checked_outputs(outputs):
+    """The server's outputs, where they are to be sent; ConfigError if they are not one tensor."""
+    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+        got = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ConfigError(f"model_tail: its output is {got}, expected one tensor of floating-point numbers")
+    return outputs
 
 
 def _default_optimizer(parameters):
@@ -136,8 +174,10 @@ def _seeded(seed, step, device):
 
 
 def _stats(loss, outputs, labels):
+    """Stats, with counts where outputs are scores of classes."""
     top1 = top5 = 0
-    if outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
-        best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    scores = isinstance(outputs, torch.Tensor) and outputs.dim() == 2 and outputs.shape[1] > 0
+    if scores and labels.shape == outputs.shape[:1] and not labels.is_floating_point():
+        best = outputs.detach().topk(min(5, outputs.shape[1]), dim=1).indices == labels.unsqueeze(1)
         top1, top5 = int(best[:, 0].sum()), int(best.sum())
-    return Stats(float(loss), top1, top5, len(labels))
+    return Stats(float(loss.detach()), top1, top5, len(labels))
