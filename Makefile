@@ -19,7 +19,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train split test test-gpu bench lint clean
+.PHONY: help setup venv engines data train split test attack test-gpu bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -64,8 +64,13 @@ $(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edi
 	$(BIN)/python tools/build_byteps.py --optional
 	@touch $@
 
-test: data $(ENGINES) ## run all tests (ARGS= for pytest's options)
-	$(BIN)/python -m pytest $(ARGS)
+test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by side, then those that start ranks
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m ranks $(ARGS) || [ $$? = 5 ]
+
+attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (20 minutes)
+	GCOMPRESS_LONG=1 $(BIN)/python -m pytest -n auto tests/test_hostile.py tests/test_split_hostile.py \
+		tests/test_split_failures.py tests/test_split_checkpoints.py tests/test_split_cut.py $(ARGS)
 
 test-gpu: $(READY) ## run the laws on this machine's GPU (adds CuPy the first time)
 	@$(BIN)/python -c 'import cupy' 2>/dev/null || $(PIP) install -q \

@@ -20,7 +20,7 @@ import byteps_edits  # noqa: E402
 PLUGIN = HERE.parent / "plugins" / "byteps"
 SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "byteps_workers.py").read_text(), re.MULTILINE)
 BUILT = importlib.util.find_spec("byteps") is not None and (PLUGIN / "_server.so").exists()
-pytestmark = pytest.mark.byteps
+pytestmark = [pytest.mark.byteps, pytest.mark.ranks]
 needs_byteps = pytest.mark.skipif(not BUILT, reason="BytePS is not built: python tools/build_byteps.py says why not")
 
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.ranks
+
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from ddp_ranks import SCENARIOS  # noqa: E402

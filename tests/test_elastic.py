@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
-pytestmark = pytest.mark.horovod
+pytestmark = [pytest.mark.horovod, pytest.mark.ranks]
 
 HERE = pathlib.Path(__file__).parent
 # Two names of this machine: Horovod never again uses a host on which a rank died.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
-pytestmark = pytest.mark.horovod
+pytestmark = [pytest.mark.horovod, pytest.mark.ranks]
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+pytestmark = pytest.mark.ranks
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("slow_link", ROOT / "tools" / "slow_link.py")
 slow_link = importlib.util.module_from_spec(_spec)

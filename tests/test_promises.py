@@ -8,6 +8,8 @@ import pytest
 
 from promises import PROMISES
 
+pytestmark = pytest.mark.ranks
+
 HERE = pathlib.Path(__file__).parent
 RANKS = HERE / "promise_ranks.py"
 

@@ -19,6 +19,8 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 
 from gcompress import ConfigError, split  # noqa: E402
 
+pytestmark = pytest.mark.ranks
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "split_learning.py"
 TIMEOUT_SECONDS = 240

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
+pytestmark = pytest.mark.ranks
+
 HERE = pathlib.Path(__file__).parent
 TIMEOUT_SECONDS = 280
 

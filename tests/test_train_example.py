@@ -106,7 +106,7 @@ def whole_run(tmp_path_factory):
 
 
 class TestRanks:
-    pytestmark = needs_horovod
+    pytestmark = [*needs_horovod, pytest.mark.ranks]
 
     def test_compressed_training_reports_what_it_sent(self, whole_run):
         folder, result = whole_run
@@ -145,6 +145,7 @@ class TestRanks:
 
 
 @pytest.mark.skipif(fashion_mnist() is None, reason="Fashion-MNIST is not on this machine: make data")
+@pytest.mark.ranks
 def test_distributed_data_parallel_trains_as_well(tmp_path):
     # fmt: off
     command = [
@@ -169,6 +170,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "script",
     [
