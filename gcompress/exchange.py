@@ -71,6 +71,7 @@ class GradientExchange:
         self._absent = set()  # names without a gradient on this rank in this step
         self._carried = {}  # name: how many results in a row its gradient contains
         self._watch = None
+        self._scale = None  # of this step's gradients, once it was asked for: a device is waited for to tell
         self.scaler = scaler
 
     @property
@@ -239,7 +240,9 @@ class GradientExchange:
         if self._watch is not None:
             self._watch.opened(name)
         (self._absent.add if absent else self._absent.discard)(name)
-        return self.loss_scale()
+        if self._scale is None:
+            self._scale = self.loss_scale()
+        return self._scale
 
     def _result(self, name, mean, ctx, scale):
         """The result of an exchange in the gradient's type, shape and scale."""
@@ -425,7 +428,7 @@ class GradientExchange:
         """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self._tasks.clear()
         self.report.end_step()
-        self._counted = False
+        self._scale, self._counted = None, False
         if self._watch is None:
             self.applied()
         else:
@@ -436,6 +439,7 @@ class GradientExchange:
         self._schedule.clear()
         self._waiting.clear()
         self._tasks.clear()
+        self._scale = None
         self.discard()
 
     def state_dict(self):

@@ -19,7 +19,7 @@ import torch
 from .errors import ConfigError
 from .packing import to_type
 
-_in_force = None  # a weak reference to the scaler whose loss is being differentiated, and its scale
+_in_force = None  # a weak reference to the scaler whose loss is being differentiated
 _told = set()  # classes of scalers that tell
 
 
@@ -43,7 +43,7 @@ class LossScale:
 
     def look(self):
         """To be called while a gradient is computed: it carries the scale of its loss, if a scaler made that."""
-        self._found = _in_force[0] if _in_force is not None else None
+        self._found = _in_force
 
     def now(self):
         """The scale of the gradients of the backward pass under way, or of the last one."""
@@ -58,9 +58,8 @@ class LossScale:
         return float(scale)
 
     def _found_scale(self):
-        if _in_force is not None:
-            return _in_force[1]
-        scaler = self._found() if self._found is not None else None
+        reference = _in_force or self._found
+        scaler = reference() if reference is not None else None
         return scaler.get_scale() if scaler is not None else 1.0
 
 
@@ -96,10 +95,8 @@ def _telling(scale):
 
 def _begin(reference, gradient):
     global _in_force
-    scaler = reference()
-    if scaler is not None:
-        _in_force = reference, scaler.get_scale()
-        torch.autograd.Variable._execution_engine.queue_callback(_end)
+    _in_force = reference
+    torch.autograd.Variable._execution_engine.queue_callback(_end)
 
 
 def _end():

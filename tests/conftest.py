@@ -1,7 +1,16 @@
+import pytest
 import torch
 
 # Tests start processes of their own; one thread each keeps two cores fair.
 torch.set_num_threads(1)
 
 # Not modules of tests: they are the ranks that tests start.
-collect_ignore = ["byteps_workers.py", "elastic_ranks.py", "mpi_ranks.py"]
+collect_ignore = ["byteps_workers.py", "elastic_ranks.py", "mpi_ranks.py", "promise_ranks.py"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a test logged may have characters that no encoding has, which pytest-xdist could not pass on."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
