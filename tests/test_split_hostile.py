@@ -17,7 +17,8 @@ from split_tools import Rogue, Trainer, serving  # noqa: E402
 from wire_fuzz import hostile_message  # noqa: E402
 
 from gcompress import REGISTRY, ConfigError, PayloadError, split, wire  # noqa: E402
-from gcompress.split.agreement import DEEPEST_SPEC, LONGEST_SPEC, Agreement  # noqa: E402
+from gcompress.compressors.base import LARGEST_DEPTH, LONGEST_SPEC  # noqa: E402
+from gcompress.split.agreement import Agreement  # noqa: E402
 from gcompress.wire import Frame, Kind  # noqa: E402
 
 REFUSED_SECONDS = 2.0  # of one handshake, and of one step meanwhile; two orders more than they take
@@ -66,11 +67,12 @@ class TestSpecs:
 
     def test_those_within_the_bounds_are_read_at_once(self):
         started = time.monotonic()
-        assert split.Agreement(up=nested(DEEPEST_SPEC), down="none", shape=(4,)).up.count("chain") == DEEPEST_SPEC
+        deepest = LARGEST_DEPTH - 1  # the innermost stands in none itself
+        assert split.Agreement(up=nested(deepest), down="none", shape=(4,)).up.count("chain") == deepest
         assert time.monotonic() - started < 0.5
-        with pytest.raises(ConfigError, match=f"compressors at most {DEEPEST_SPEC} deep"):
-            split.Agreement(up=nested(DEEPEST_SPEC + 1), down="none", shape=(4,))
-        assert max(map(len, map(nested, range(DEEPEST_SPEC + 1)))) < LONGEST_SPEC
+        with pytest.raises(ConfigError, match=f"deep, expected at most {deepest}"):
+            split.Agreement(up=nested(deepest + 1), down="none", shape=(4,))
+        assert len(nested(deepest)) < LONGEST_SPEC
 
     def test_mutated_ones_are_specs_or_refused_at_once(self):
         rng = random.Random(0)

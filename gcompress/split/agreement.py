@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 
@@ -13,7 +12,6 @@ from ..errors import ConfigError, PayloadError, RefusedError
 
 LABEL_TYPES = ("uint8", "int16", "int32", "int64", "float32")
 LARGEST_SAMPLE = 1 << 28  # entries of one sample's activation
-LONGEST_SPEC, DEEPEST_SPEC = 512, 8  # characters, compressors in parentheses within one another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +111,7 @@ def canonical_spec(name, spec):
     """The one spelling of a compressor's spec, "none" included."""
     if spec is None or spec == "none":
         return "none"
-    if isinstance(spec, str):
-        _check_extent(name, spec)
     try:
         return str(from_spec(spec))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _check_extent(name, spec):
-    """Before it is parsed: it may be a stranger's."""
-    if len(spec) > LONGEST_SPEC:
-        raise ConfigError(f"{name}: got {len(spec)} characters, expected a spec of at most {LONGEST_SPEC}")
-    depths = itertools.accumulate((character == "(") - (character == ")") for character in spec)
-    if max(depths, default=0) > DEEPEST_SPEC:
-        raise ConfigError(f"{name}: got {spec!r}, expected compressors at most {DEEPEST_SPEC} deep in one another")
