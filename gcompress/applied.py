@@ -29,8 +29,8 @@ class Watch:
     """Tells an exchange when its results were applied, thrown away, or added to.
 
     Args:
-        exchange: has `policy`, `open_names` (those whose last result is not settled), and the methods
-            `applied(names)`, `discard(names)`, `carry_on(name)` and `computing()`.
+        exchange: has `policy`, `open_names` (those whose last result is not settled), `empty_results` (those
+            of which it was zero), and the methods `applied(names)`, `discard(names)` and `carry_on(name)`.
         parameters: {name: parameter}.
     """
 
@@ -44,7 +44,7 @@ class Watch:
         self._news, self._thrown_away, self._warned = False, 0, False
         reference = weakref.ref(self)
         hooks = [
-            parameter.register_hook(functools.partial(_computing, reference, name, weakref.ref(parameter)))
+            parameter.register_hook(functools.partial(_computing, reference, name))
             for name, parameter in parameters.items()
             if parameter.requires_grad
         ]
@@ -60,13 +60,14 @@ class Watch:
         """All gradients of a step were exchanged."""
         self._news = True
 
-    def settle(self, name, parameter):
-        """A new gradient of a parameter is about to be computed: find out what became of the last one."""
-        exchange = self._exchange()
+    def settle(self, name):
+        """A new gradient of a parameter is about to be computed or exchanged: what became of the last result?"""
+        exchange, parameter = self._exchange(), self._parameters[name]
         by_others = name not in self._stepped or len(_stepping) > 0
+        gone = parameter.grad is None or (name not in exchange.empty_results and holds_nothing(parameter.grad))
         if by_others and parameter._version != self._versions.get(name, parameter._version):
             exchange.applied([name])
-        elif holds_nothing(parameter.grad):
+        elif gone:
             exchange.discard([name])
             self._count_thrown_away()
         else:
@@ -74,10 +75,10 @@ class Watch:
 
     def before_step(self, optimizer):
         if optimizer not in self._optimizers:
-            self._optimizers.add(optimizer)
             policy = self._exchange().policy
             if policy:
                 check_momentum(policy, optimizer.param_groups, self._names)
+            self._optimizers.add(optimizer)
 
     def after_step(self, optimizer):
         exchange = self._exchange()
@@ -116,13 +117,11 @@ def holds_nothing(gradient):
     return not bool((gradient._values() if gradient.is_sparse else gradient).any())
 
 
-def _computing(reference, name, parameter, gradient):
+def _computing(reference, name, gradient):
     watch = reference()
     exchange = watch._exchange() if watch is not None else None
-    if exchange is not None:
-        exchange.computing()
-        if name in exchange.open_names:
-            watch.settle(name, parameter())
+    if exchange is not None and name in exchange.open_names:
+        watch.settle(name)
 
 
 def _remove(hooks):

@@ -69,9 +69,9 @@ class GradientExchange:
         self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
         self._absent = set()  # names without a gradient on this rank in this step
+        self.empty_results = set()  # names whose last result was zero everywhere, for compressors that may send nothing
         self._carried = {}  # name: how many results in a row its gradient contains
         self._watch = None
-        self._scale = None  # of this step's gradients, once it was asked for: a device is waited for to tell
         self.scaler = scaler
 
     @property
@@ -114,12 +114,8 @@ class GradientExchange:
                 for key in keys:
                     memory.carry_on(key)
 
-    def computing(self):
-        """To be called while a gradient is computed; see `LossScale.look`."""
-        self._loss_scale.look()
-
     def loss_scale(self):
-        """The loss scale of the gradients that the last backward pass computed."""
+        """The loss scale of this step's gradients."""
         return self._loss_scale.now()
 
     def _settle(self, names, how):
@@ -234,15 +230,14 @@ class GradientExchange:
 
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
-        if name not in self._carried:
-            self.discard([name])
+        if name in self.open_names and name not in self._carried:
+            # No gradient of it was computed here since its last result, or that would be settled.
+            self._watch.settle(name) if self._watch is not None else self.discard([name])
         self.open_names.add(name)
         if self._watch is not None:
             self._watch.opened(name)
         (self._absent.add if absent else self._absent.discard)(name)
-        if self._scale is None:
-            self._scale = self.loss_scale()
-        return self._scale
+        return self.loss_scale()
 
     def _result(self, name, mean, ctx, scale):
         """The result of an exchange in the gradient's type, shape and scale."""
@@ -250,9 +245,11 @@ class GradientExchange:
             mean = mean * scale
         if ctx.dtype.is_complex:
             return mean.to(ctx.dtype).view(ctx.shape)
+        compressor = self.compressor_for(name, mean.numel())
+        if compressor and not compressor.fixed_size:
+            (self.empty_results.discard if bool(mean.any()) else self.empty_results.add)(name)
         result, beyond = packing.saturated(mean, ctx.dtype)
-        compressor = self.compressor_for(name, mean.numel()) if beyond is not None else None
-        if compressor and self._remembers(compressor, name):
+        if beyond is not None and compressor and self._remembers(compressor, name):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
         return result.view(ctx.shape)
 
@@ -355,7 +352,8 @@ class GradientExchange:
             result = yield "allreduce", tensor, op
         if feedback:
             feedback.keep(name, corrected, own, sparse=compressor.sparse)
-        if bool(torch.isfinite(total).all()):
+        # What is learned from gradients waits where no rank had one.
+        if bool(torch.isfinite(total).all()) and not (name in self._absent and not bool(total.any())):
             self.memories.put(name, memory)
         return {name: total.mul_(1.0 / world_size) if self.average else total}
 
@@ -428,7 +426,8 @@ class GradientExchange:
         """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self._tasks.clear()
         self.report.end_step()
-        self._scale, self._counted = None, False
+        self._loss_scale.step_over()
+        self._counted = False
         if self._watch is None:
             self.applied()
         else:
@@ -439,7 +438,7 @@ class GradientExchange:
         self._schedule.clear()
         self._waiting.clear()
         self._tasks.clear()
-        self._scale = None
+        self._loss_scale.step_over()
         self.discard()
 
     def state_dict(self):

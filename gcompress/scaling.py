@@ -6,12 +6,15 @@ An exchange divides by S what it encodes and multiplies its result by S. So what
 is remembered and what a policy's `clip` limits is the true gradient, and with S a power of two
 (as torch's scaler has it) all bits are those of training without a scaler.
 
-torch's GradScaler is found by itself: the gradient of a loss that `scale` returned carries its
-scale, from the loss on until the end of that backward pass.
+torch's GradScaler is found by itself: a backward pass that comes through a loss which `scale`
+returned computes gradients of that scaler. A rank that computes none in a step (an empty batch)
+takes the scaler that it used last.
 """
 
 import functools
+import itertools
 import math
+import threading
 import weakref
 
 import torch
@@ -19,8 +22,17 @@ import torch
 from .errors import ConfigError
 from .packing import to_type
 
-_in_force = None  # a weak reference to the scaler whose loss is being differentiated
+_passes = {}  # number of a backward pass: a weak reference to its Scaled
 _told = set()  # classes of scalers that tell
+_counter = itertools.count(1)
+_last = (0, None)  # the last use of any scaler: its number, and a weak reference to the scaler
+
+
+class Scaled:
+    """A backward pass through a scaled loss. It lives until the pass ends, also if that is by an error."""
+
+    def __init__(self, scaler):
+        self.scaler, self.thread = scaler, threading.get_ident()
 
 
 class LossScale:
@@ -38,17 +50,23 @@ class LossScale:
                 f"scaler: got {scaler!r}, expected a torch.amp.GradScaler, a positive number, a function that "
                 "returns one, or None"
             )
-        self._scaler, self._found = scaler, None
+        self._scaler, self._found, self._seen = scaler, None, 0
+        self._now = None
         watch_scalers()
 
-    def look(self):
-        """To be called while a gradient is computed: it carries the scale of its loss, if a scaler made that."""
-        self._found = _in_force
-
     def now(self):
-        """The scale of the gradients of the backward pass under way, or of the last one."""
+        """The scale of this step's gradients: read once, since a device may have to be waited for."""
+        if self._now is None:
+            self._now = self._read()
+        return self._now
+
+    def step_over(self):
+        """The gradients of the next step may carry another scale."""
+        self._now, self._seen = None, _last[0]
+
+    def _read(self):
         if self._scaler is None:
-            return self._found_scale()
+            return self._read_found()
         if hasattr(self._scaler, "get_scale"):
             scale = self._scaler.get_scale()
         else:
@@ -57,9 +75,14 @@ class LossScale:
             raise ConfigError(f"scaler: got the loss scale {scale!r}, expected a positive number")
         return float(scale)
 
-    def _found_scale(self):
-        reference = _in_force or self._found
-        scaler = reference() if reference is not None else None
+    def _read_found(self):
+        number = torch._C._current_graph_task_id()
+        if number >= 0:
+            scaled = _scaled(number)
+            self._found = scaled.scaler if scaled is not None else None
+        elif _last[0] > self._seen:  # asked for outside of a backward pass, in a step that used a scaler
+            self._found = _last[1]
+        scaler = self._found() if self._found is not None else None
         return scaler.get_scale() if scaler is not None else 1.0
 
 
@@ -72,10 +95,23 @@ def _is_scale(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def _scaled(number):
+    """The Scaled of a backward pass, or of the one in which it runs (reentrant checkpointing); or None."""
+    exact = _passes.get(number)
+    if exact is not None:
+        return exact()
+    thread = threading.get_ident()
+    outer = [scaled for reference in _passes.values() if (scaled := reference()) and scaled.thread == thread]
+    return outer[-1] if outer else None
+
+
 def watch_scalers():
-    """Let torch's GradScaler tell whose loss is being differentiated; a second call changes nothing."""
-    for kind in (getattr(torch.amp, "GradScaler", None), torch.cuda.amp.GradScaler):
-        if kind is not None and "scale" in vars(kind) and kind not in _told:
+    """Let torch's GradScaler, and classes derived from it, tell whose loss is differentiated; once for each."""
+    waiting = [kind for kind in (getattr(torch.amp, "GradScaler", None), torch.cuda.amp.GradScaler) if kind]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if "scale" in vars(kind) and kind not in _told:
             _told.add(kind)
             kind.scale = _telling(kind.scale)
 
@@ -83,22 +119,34 @@ def watch_scalers():
 def _telling(scale):
     @functools.wraps(scale)
     def telling(self, outputs):
-        scaled = scale(self, outputs)
-        if self.is_enabled():
-            for tensor in [scaled] if isinstance(scaled, torch.Tensor) else scaled:
-                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                    tensor.register_hook(functools.partial(_begin, weakref.ref(self)))
-        return scaled
+        global _last
+        if not self.is_enabled():
+            return scale(self, outputs)
+        _last = next(_counter), weakref.ref(self)
+        return _hooked(scale(self, outputs), _last[1])
 
     return telling
 
 
-def _begin(reference, gradient):
-    global _in_force
-    _in_force = reference
-    torch.autograd.Variable._execution_engine.queue_callback(_end)
+def _hooked(scaled, scaler):
+    """What `scale` returned, whose tensors tell when they are differentiated."""
+    if isinstance(scaled, torch.Tensor):
+        if scaled.requires_grad:
+            scaled.register_hook(functools.partial(_begin, scaler))
+        return scaled
+    if isinstance(scaled, (list, tuple)):
+        for each in scaled:
+            _hooked(each, scaler)
+        return scaled
+    return map(functools.partial(_hooked, scaler=scaler), scaled)  # of any other iterable torch makes a map, too
 
 
-def _end():
-    global _in_force
-    _in_force = None
+def _begin(scaler, gradient):
+    number, scaled = torch._C._current_graph_task_id(), Scaled(scaler)
+    _passes[number] = weakref.ref(scaled, lambda _: _passes.pop(number, None))
+    # The engine drops its callbacks when the pass ends, and what they hold, even if it does not call them.
+    torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end, scaled))
+
+
+def _end(scaled):
+    """Nothing is left to do: what the pass held is freed."""

@@ -195,10 +195,9 @@ def load(exchange, saved):
     policy = exchange.policy.to_dict() if exchange.policy else None
     if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
         raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
+    check_counts(saved)
     _check_shapes(exchange, saved["shapes"])
-    if type(saved["steps"]) is not int or saved["steps"] < 0:
-        raise ConfigError(f"state: got steps={saved['steps']!r}, expected a number of steps")
-    memories = _checked_memories(saved["memories"])
+    memories = _checked_memories(saved["memories"], saved["shapes"])
     if merged:
         expected = owed_by(exchange, None)
         owed = checked_copies("state", saved["owed"], {name: vector.numel() for name, vector in expected.items()})
@@ -234,7 +233,22 @@ def _check_keys(saved, keys):
         raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
 
 
+def check_counts(saved):
+    """ConfigError unless a state's numbers are numbers."""
+    for key, least in (("steps", 0), ("world_size", 1)):
+        if type(saved[key]) is not int or saved[key] < least:
+            raise ConfigError(f"state: got {key}={saved[key]!r}, expected an integer of at least {least}")
+    report = saved["report"]
+    if not isinstance(report, dict) or not all(isinstance(value, (int, float)) for value in report.values()):
+        raise ConfigError(f"state: got the report {report!r}, expected numbers by name")
+
+
 def _check_shapes(exchange, shapes):
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, (list, tuple)) and all(type(size) is int and size >= 0 for size in shape)
+        for shape in shapes.values()
+    ):
+        raise ConfigError("state: its shapes are no lists of sizes by parameter")
     if exchange.plan is None and exchange.policy and shapes:
         exchange.prepare({name: torch.Size(shape) for name, shape in shapes.items()})
     own = {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {}
@@ -260,13 +274,16 @@ def _checked_own(exchange, saved):
     return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
 
 
-def _checked_memories(memories):
+def _checked_memories(memories, shapes):
     if not isinstance(memories, dict) or not all(isinstance(memory, dict) for memory in memories.values()):
         raise ConfigError("state: memories are no dict of dicts by parameter")
     for name, memory in memories.items():
+        if name not in shapes:
+            raise ConfigError(f"state: got memories of {name!r}, which is none of its parameters")
         for key, value in memory.items():
-            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
-                raise ConfigError(f"state: {key!r} of {name!r} has entries that are not finite")
+            plain = isinstance(value, (bool, int, float))
+            if not plain and not (isinstance(value, torch.Tensor) and bool(torch.isfinite(value).all())):
+                raise ConfigError(f"state: {key!r} of {name!r} is {type(value).__name__}, expected finite numbers")
     return memories
 
 

@@ -62,13 +62,13 @@ class Horovod(Trainer):
 class Mpi(Trainer):
     engine = "mpi"
 
-    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+    def __init__(self, model, compression, make_optimizer=sgd, *, unused=False, **options):
         world.bcast(True, root=0)  # the server makes its Job for this trainer
         self.job = servers.Job(1)
         self.rank, self.size, self.model = self.job.rank, self.job.size, model
         optimizer = make_optimizer(list(model.parameters()))
         self.optimizer = servers.DistributedOptimizer(
-            optimizer, model.named_parameters(), self.job, compression, scaler=scaler
+            optimizer, model.named_parameters(), self.job, compression, **options
         )
         self.exchange = servers.exchange(self.optimizer)
 

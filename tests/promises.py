@@ -233,6 +233,107 @@ def owed_to_the_mean(trainer):
     return owed
 
 
+class Two(torch.nn.Module):
+    """Two layers side by side, of which a pass may leave the second out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (torch.nn.Linear(40, 120, bias=False) for _ in range(2))
+        self.both = True
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], 1) if self.both else self.a(x)
+
+
+@promise()
+def what_is_added_to_where_a_rank_has_nothing_to_add_arrives_once(new):
+    """Two passes without a zero_grad between; in the second one rank leaves a layer out."""
+    for exchange in ("allgather", "twophase"):
+        with new(Two(), Policy("topk:sparsity=0.9", exchange=exchange), unused=True) as trainer:
+            model, alone = trainer.model, Two()
+            before = weights(trainer)
+            model.zero_grad()
+            for number in range(2):
+                model.both = alone.both = number == 0 or trainer.rank != 1
+                alone(batch(number, trainer.rank)).square().mean().backward()
+                trainer.loss(batch(number, trainer.rank)).backward()
+                trainer.synchronize()
+            trainer.step()
+            assert all(trainer.same(p) for p in model.parameters())
+            if trainer.engine in ("mpi", "byteps"):
+                continue  # their servers take the first result as applied
+            owed = owed_to_the_mean(trainer)
+            for name, p in model.named_parameters():
+                applied = (before[name] - p.detach()) / 0.5
+                given = trainer.mean(alone.get_parameter(name).grad)
+                torch.testing.assert_close(applied.view(-1) + owed[name], given.view(-1), atol=1e-5, rtol=1e-4)
+
+
+@promise("horovod", "ddp", "mpi")
+def a_result_of_nothing_is_not_taken_for_one_thrown_away(new):
+    """Nothing reaches the threshold: all of two passes is owed, and a look at other gradients changes nothing."""
+    with new(make_model(), Policy("threshold:threshold=1e9")) as trainer:
+        alone = make_model()
+        trainer.optimizer.zero_grad()
+        for number in range(2):
+            alone(batch(number, trainer.rank)).square().mean().backward()
+            trainer.loss(batch(number, trainer.rank)).backward()
+            trainer.synchronize()
+        output = trainer.model(batch(7, trainer.rank)).square().mean()
+        torch.autograd.grad(output, list(trainer.model.parameters()))
+        trainer.step()
+        owed = owed_to_the_mean(trainer)
+        for name, p in trainer.model.named_parameters():
+            if p.numel() >= 1024:
+                given = trainer.mean(alone.get_parameter(name).grad).view(-1)
+                torch.testing.assert_close(owed[name], given, atol=1e-6, rtol=1e-4)
+
+
+@promise("horovod", "mpi", "byteps")
+def a_rank_without_a_batch_keeps_up_under_a_scaler(new):
+    """Its loss has no graph, so it computes no gradient that would carry the scale."""
+    with new(make_model(), Policy("topk:sparsity=0.9")) as trainer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, growth_interval=2)
+        for step in range(6):
+            trainer.optimizer.zero_grad()
+            if step in (0, 3) and trainer.rank == 1:
+                scaler.scale(torch.zeros(()))
+                probe = trainer.model(batch(step, 1)).sum()
+                torch.autograd.grad(probe, list(trainer.model.parameters()))  # of something else, without the scaler
+            else:
+                scaler.scale(trainer.loss(batch(step, trainer.rank))).backward()
+            trainer.synchronize()
+            scaler.unscale_(trainer.optimizer)
+            trainer.step(scaler)
+            scaler.update()
+            assert all(trainer.same(p) for p in trainer.model.parameters()), step
+
+
+@promise("ddp")
+def a_rank_that_has_joined_keeps_what_it_owes(new):
+    """Uneven batches in `model.join()`: what a rank that is done still owes is not sent again in every step."""
+    with new(make_model(), Policy("topk:sparsity=0.9")) as trainer:
+        before, given = weights(trainer), {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
+        alone = make_model()
+        with trainer.parallel.join():
+            for step in range(2 + 2 * trainer.rank):
+                alone.load_state_dict(trainer.model.state_dict())
+                alone.zero_grad()
+                alone(batch(step, trainer.rank)).square().mean().backward()
+                for name, p in alone.named_parameters():
+                    given[name] += p.grad
+                trainer.optimizer.zero_grad()
+                trainer.loss(batch(step, trainer.rank)).backward()
+                trainer.step()
+        last = trainer.size - 1  # whose weights all have got
+        owed = owed_to_the_mean(trainer)
+        for name, p in trainer.model.named_parameters():
+            applied = (before[name] - trainer.gather(p.detach())[last]) / 0.5
+            total = trainer.mean(given[name]).view(-1)
+            torch.testing.assert_close(applied.view(-1) + owed[name], total, atol=1e-4, rtol=1e-3)
+
+
 class Turns(torch.nn.Module):
     """Two layers of which each step uses one, on all ranks."""
 
@@ -391,7 +492,20 @@ def a_state_that_is_not_this_ranks_is_refused(new):
             "another model's": {**state, "feedback": {f"x{n}": t for n, t in state["feedback"].items()}},
             "of other sizes": {**state, "feedback": {n: t[:-1] for n, t in state["feedback"].items()}},
             "incomplete": {key: value for key, value in state.items() if key != "steps"},
+            "of no report": {**state, "report": None},
+            "of no steps": {**state, "steps": "x"},
+            "of fewer than no steps": {**state, "steps": -1},
+            "no state": 7,
         }
+        if trainer.engine == "mpi":
+            wrong["of no servers"] = {**state, "servers": None}
+            wrong["of other servers"] = {**state, "servers": {0: torch.zeros(7, dtype=torch.uint8)}}
+        else:
+            wrong["of no shapes"] = {**state, "shapes": 7}
+            wrong["of foreign memories"] = {**state, "memories": {"x": {"basis": torch.zeros(3)}}}
+            wrong["of no memories"] = {**state, "memories": {"0.weight": {"basis": "hello"}}}
+            merged = {"owed": {}, **{key: state[key] for key in gcompress.state.MERGED_KEYS if key != "owed"}}
+            wrong["of no ranks"] = {**merged, "world_size": 0}
         for what, each in wrong.items():
             with refused(gcompress.ConfigError, "", what):
                 exchange.load_state_dict(each)
@@ -497,6 +611,29 @@ def a_batch_skipped_before_its_means_are_there(new):
     with new(make_model(), policy) as trainer:
         got, remembered = train(trainer, between=skipped)
     assert equal(got, expected) and equal(remembered, memory)
+
+
+@promise("mpi")
+def an_accumulation_that_is_interrupted_begins_again(new):
+    policy = Policy("topk:sparsity=0.9")
+
+    def accumulate(trainer, interrupted):
+        for step in range(4):
+            if interrupted:
+                trainer.optimizer.zero_grad()
+                trainer.loss(batch(300 + step, trainer.rank)).backward()
+            trainer.optimizer.zero_grad()
+            for part in range(2):
+                trainer.loss(batch(10 * step + part, trainer.rank)).backward()
+            trainer.synchronize()
+            trainer.step()
+        return weights(trainer), trainer.memory()
+
+    found = []
+    for interrupted in (False, True):
+        with new(make_model(), policy, backward_passes_per_step=2) as trainer:
+            found.append(accumulate(trainer, interrupted))
+    assert all(equal(*pair) for pair in zip(*found, strict=True))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from gcompress import ConfigError, Policy, merge_states
 from gcompress.memory import Memory
@@ -148,22 +149,65 @@ def test_the_scale_is_that_of_the_loss_that_is_differentiated():
     parameter, scale, seen = torch.nn.Parameter(torch.ones(3)), LossScale(), []
 
     def look(gradient):
-        scale.look()
         seen.append(scale.now())
+        scale.step_over()
 
     parameter.register_hook(look)
     one, other = (torch.amp.GradScaler("cpu", init_scale=2.0**power) for power in (8, 4))
     off = torch.amp.GradScaler("cpu", enabled=False)
     one.scale(parameter.sum()).backward()
-    assert scale.now() == 2.0**8  # after the backward pass, too
     parameter.sum().backward()
-    assert scale.now() == 1.0
-    for loss in other.scale([parameter.sum(), parameter.square().sum()]):
+    for loss in other.scale([parameter.sum(), (parameter.square().sum(),)]):
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+    for loss in one.scale({"a": parameter.sum()}.values()):
         loss.backward()
     off.scale(parameter.sum()).backward()
     one.scale(other.scale(parameter.sum()) * 0.5)  # never differentiated
     parameter.sum().backward()
-    assert seen == [2.0**8, 1.0, 2.0**4, 2.0**4, 1.0, 1.0]
+    assert seen == [2.0**8, 1.0, 2.0**4, 2.0**4, 2.0**8, 1.0, 1.0]
+
+
+def test_a_backward_pass_that_fails_leaves_no_scale_behind():
+    parameter, scale, seen = torch.nn.Parameter(torch.ones(3)), LossScale(), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError("caught by the script")
+
+    with pytest.raises(MemoryError):
+        scaler.scale(Fails.apply(parameter).sum()).backward()
+    scale.step_over()
+    parameter.register_hook(lambda gradient: seen.append(scale.now()))
+    parameter.sum().backward()
+    assert seen == [1.0]
+
+
+def test_a_pass_within_a_pass_carries_the_scale_of_the_outer_one():
+    parameter, scale, seen = torch.nn.Parameter(torch.ones(3)), LossScale(), []
+    parameter.register_hook(lambda gradient: seen.append(scale.now()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    x = torch.ones(3, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda x: x * parameter, x, use_reentrant=True)
+    scaler.scale(y.sum()).backward()
+    assert seen == [256.0]
+
+
+def test_a_rank_without_a_backward_pass_takes_the_scaler_that_it_used_last():
+    parameter, scale = torch.nn.Parameter(torch.ones(3)), LossScale()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(torch.tensor(0.0))  # an empty batch's loss
+    assert scale.now() == 256.0
+    scale.step_over()
+    assert scale.now() == 256.0  # not used in this step at all
+    scale.step_over()
+    torch.autograd.grad(parameter.sum(), parameter)  # something else is differentiated
+    assert scale.now() == 256.0
 
 
 def test_other_loss_scaling_is_said():
@@ -172,5 +216,16 @@ def test_other_loss_scaling_is_said():
     for wrong in ("auto", -1.0, 0, True, float("inf")):
         with pytest.raises(ConfigError, match="scaler"):
             LossScale(wrong)
+
+    class Sharded(torch.amp.GradScaler):
+        def scale(self, outputs):
+            return outputs * self.get_scale() if self.get_scale() else outputs
+
+    parameter, scale, seen = torch.nn.Parameter(torch.ones(3)), LossScale(), []
+    parameter.register_hook(lambda gradient: seen.append(scale.now()))
+    scaler = Sharded("cpu", init_scale=64.0)
+    scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    scaler.scale(parameter.sum()).backward()
+    assert seen == [64.0]
     with pytest.raises(ConfigError, match="scaler: got the loss scale 0"):
         LossScale(lambda: 0).now()

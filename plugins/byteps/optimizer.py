@@ -33,6 +33,7 @@ CONFIGURATION_BYTES = 4096  # of one worker, when configurations are compared
 POLL_SECONDS = 2e-4
 _loaded = []  # the library with our compressors, once it is there
 _stock_synchronize = bps_ops.synchronize
+_stock_push_pull = bps._DistributedOptimizer._push_pull_grad_async
 _numbers = itertools.count()  # of tensors with our C++ compressors
 
 
@@ -100,8 +101,15 @@ def DistributedOptimizer(optimizer, named_parameters, compression=None, backward
     made = bps.DistributedOptimizer(optimizer, named.items(), exchange, backward_passes_per_step)
     made._gcompress = exchange
     type(made).synchronize = synchronize_gradients
+    type(made)._push_pull_grad_async = push_pull_gradient
     made.register_step_pre_hook(_check_step)
     return made
+
+
+def push_pull_gradient(self, p):
+    """BytePS's own, which tells nobody whose gradient it hands over."""
+    self._gcompress.next_is(p)
+    return _stock_push_pull(self, p)
 
 
 def synchronize_gradients(self):
@@ -168,16 +176,16 @@ class Exchange:
         self.policy, self.declared, self._numbers = None, {}, {}
         self._loss_scale = LossScale(scaler)
         self.absent = False  # whether the next tensor is one of zeros because nobody computed it here
-        self.open_names, self._watch = set(), None  # as of a GradientExchange
+        self.open_names, self.empty_results, self._watch = set(), set(), None  # as of a GradientExchange
+        self._name = None  # of the gradient that BytePS hands over next
         self._not_applied = set()  # names whose last result was not
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
             self._declare(named)
         elif isinstance(compression, Compression):
             self.policy = compression.policy
-            compression.attach(named)
         self._sizes = {name: self._payload_bytes(name, p) for name, p in named.items()}
-        self._named = named
+        self._names = {p: name for name, p in named.items()}
         agree({"compression": self.policy.to_dict() if self.policy else _name_of(self._inner)}, named)
         self._watch = Watch(self, named) if self.policy else None
 
@@ -202,8 +210,12 @@ class Exchange:
             return sum(payload_bytes(compressor, numel, feedback) for numel in partition_lengths(p.numel()))
         return None
 
+    def next_is(self, parameter):
+        """Say whose gradient `compress` is given next."""
+        self._name = self._names[parameter]
+
     def compress(self, tensor):
-        name = next((name for name, p in self._named.items() if p.grad is tensor), None)
+        name = self._name
         scale = self.loss_scale() if self.policy else 1.0
         applied = self._begin(name)
         if name in self.declared:
@@ -222,8 +234,8 @@ class Exchange:
 
     def _begin(self, name):
         """Begin a round of a name; returns whether the result of the last one was applied."""
-        if name in self.open_names:
-            self.discard([name])
+        if name in self.open_names and self._watch is not None:
+            self._watch.settle(name)
         applied = name not in self._not_applied
         self._not_applied.discard(name)
         self.open_names.add(name)
@@ -251,17 +263,14 @@ class Exchange:
         if isinstance(self._inner, Compression):
             self._inner.settle(names, applied)
 
-    def computing(self):
-        """To be called while a gradient is computed; see `LossScale.look`."""
-        self._loss_scale.look()
-
     def loss_scale(self):
-        """The loss scale of the gradients that the last backward pass computed."""
+        """The loss scale of this step's gradients."""
         return self._loss_scale.now()
 
     def end_step(self):
         """To be called once after all gradients of a step."""
         self.report.end_step()
+        self._loss_scale.step_over()
         if isinstance(self._inner, Compression):
             self._inner.end_step()
         if self._watch is not None:
@@ -286,9 +295,6 @@ class Compression:
             raise ConfigError("warmup_steps: BytePS keeps a tensor's payload at one size, expected 0")
         self._feedback, self._memories = new_memory(self.policy, at_once=False), Memory()
         self._steps, self._counted = 0, True  # steps that were applied, and whether the last exchange is counted
-
-    def attach(self, named):
-        self._named = named
 
     def begin(self, name, absent):
         """Say what `compress` is given next, and whether nobody computed it here."""

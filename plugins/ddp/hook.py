@@ -93,7 +93,7 @@ class GradientState:
     def _start_dense(self, bucket, buffer):
         with self._side_stream(buffer):
             gradients = self._gradients(bucket, buffer)
-            absent = [name for name, g in gradients.items() if holds_nothing(g)] if self._maybe_unused else ()
+            absent = self._absent(gradients)
             future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
             finish = self.exchange.start_bucket(gradients, absent=absent)
             self._pending.append((future, buffer, gradients, finish))
@@ -126,6 +126,12 @@ class GradientState:
                 gradients[name].copy_(mean)
             self._pending.pop(0)
             future.set_result(buffer)
+
+    def _absent(self, gradients):
+        """The names of those of which this rank has no gradient."""
+        if torch._C._current_graph_task_id() < 0:  # outside of a backward pass: this rank has joined (model.join())
+            return list(gradients)
+        return [name for name, g in gradients.items() if holds_nothing(g)] if self._maybe_unused else ()
 
     def _gradients(self, bucket, buffer):
         """{name: view of the buffer in the order of the parameter's shape}."""

@@ -86,7 +86,9 @@ class _Gradients:
         """See every gradient that is computed; of those that were frozen as soon as they are not."""
         new = [name for name, p in self._parameters.items() if p.requires_grad and name not in self._hooked]
         for name in new:
-            self._parameters[name].register_post_accumulate_grad_hook(functools.partial(self._ready, name))
+            parameter = self._parameters[name]
+            parameter.register_hook(functools.partial(self._begins, name, parameter))
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, name))
         if new:
             self._hooked.update(new)
             self.worker.watch(self._parameters)
@@ -94,6 +96,7 @@ class _Gradients:
     def add_param_group(self, stock, group):
         added = group["params"]
         added = [added] if isinstance(added, torch.Tensor) else list(added)
+        added = [each[1] if isinstance(each, tuple) else each for each in added]  # torch takes named ones, too
         unknown = [p for p in added if all(p is not known for known in self._parameters.values())]
         if unknown:
             raise ConfigError(
@@ -103,6 +106,11 @@ class _Gradients:
         stock({**group, "params": added})
         self._trained.update(added)
         self._hook()
+
+    def _begins(self, name, parameter, gradient):
+        """What was accumulated and is gone was thrown away."""
+        if self._seen[name] and name not in self._finish and holds_nothing(parameter.grad):
+            self._seen[name] = 0
 
     def _ready(self, name, parameter):
         if parameter not in self._trained:

@@ -12,6 +12,7 @@ from gcompress.policy import as_policy
 from gcompress.report import Report
 from gcompress.scaling import LossScale, unscaled
 from gcompress.server import Codec, partition
+from gcompress.state import check_counts
 
 from .messages import leave_tag, memory_tag, pull_tag, push_tag, sum_tag
 
@@ -75,6 +76,7 @@ class Worker:
         self._counted, self._watch = True, None
         self._not_applied = set()  # names whose last result was not
         self._carried = set()
+        self.empty_results = set()
         self._loss_scale = LossScale(scaler)
 
     def watch(self, parameters):
@@ -106,12 +108,8 @@ class Worker:
             for key in self._keys[name]:
                 self._codec.carry_on(key)
 
-    def computing(self):
-        """To be called while a gradient is computed; see `LossScale.look`."""
-        self._loss_scale.look()
-
     def loss_scale(self):
-        """The loss scale of the gradients that the last backward pass computed."""
+        """The loss scale of this step's gradients."""
         return self._loss_scale.now()
 
     def push(self, name, tensor, *, absent=False):
@@ -144,7 +142,7 @@ class Worker:
     def _begin(self, name):
         """Begin a round of a name; returns whether the result of the last one was applied."""
         if name in self.open_names and name not in self._carried:
-            self.applied([name]) if self._watch is None else self.discard([name])
+            self.applied([name]) if self._watch is None else self._watch.settle(name)
         applied = name not in self._not_applied
         self._not_applied.discard(name)
         self.open_names.add(name)
@@ -164,6 +162,7 @@ class Worker:
         def finish():
             self.job.wait(lambda: self._take(pending, total), f"gradient {name!r}")
             self._waiting.discard(name)
+            (self.empty_results.discard if bool(total.any()) else self.empty_results.add)(name)
             mean, beyond = saturated(total if scale == 1.0 else total * scale, dtype)
             for key in self._keys[name] if beyond is not None else ():
                 part = self.partitions[key]
@@ -214,6 +213,7 @@ class Worker:
     def end_step(self):
         """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self.report.end_step()
+        self._loss_scale.step_over()
         self._counted = False
         if self._watch is None:
             self.applied()
@@ -270,8 +270,9 @@ class Worker:
         self._check_settings(state)
         tensors = self._codec.checked(state["feedback"])
         for key, memory in state["servers"].items():
-            if key not in range(len(self.partitions)) or not isinstance(memory, torch.Tensor):
-                raise ConfigError(f"state: got servers' memory of {key!r}, expected a partition's")
+            known = isinstance(key, int) and key in range(len(self.partitions)) and isinstance(memory, torch.Tensor)
+            if not known or memory.dtype != torch.uint8 or memory.numel() not in self._memory_sizes(key):
+                raise ConfigError(f"state: got servers' memory of {key!r} that is none of this job's partitions'")
         self.discard()
         self._not_applied.clear()
         self.report.load(state["report"])
@@ -281,10 +282,19 @@ class Worker:
             rank = self.job.server_rank(self.partitions[key].server)
             self.job.send(memory.numpy(), rank, memory_tag(key))
 
+    def _memory_sizes(self, key):
+        """What a server's memory of a partition may take; see `_memory_of_servers`."""
+        return [24 + 4 * self.partitions[key].numel * vectors for vectors in range(3)]
+
     def _check_settings(self, state):
+        if not isinstance(state, dict):
+            raise ConfigError(f"state: got {type(state).__name__}, expected what state_dict() returned")
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
             raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
+        check_counts(state)
+        if not isinstance(state["servers"], dict):
+            raise ConfigError(f"state: got servers={state['servers']!r}, expected their memory by key")
         policy = self.policy.to_dict() if self.policy else None
         if state["policy"] != policy:
             raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
