@@ -71,6 +71,7 @@ class GradientExchange:
         self._absent = set()  # names without a gradient on this rank in this step
         self.empty_results = set()  # names whose last result was zero everywhere, for compressors that may send nothing
         self._carried = {}  # name: how many results in a row its gradient contains
+        self._continued = set()  # names of which that is known of the gradient that is exchanged next
         self._watch = None
         self.scaler = scaler
 
@@ -108,7 +109,8 @@ class GradientExchange:
 
     def carry_on(self, name):
         """The next gradient of this parameter contains its last result, so memory goes on from there."""
-        if name in self.open_names:
+        if name in self.open_names and name not in self._continued:
+            self._continued.add(name)
             self._carried[name] = self._carried.get(name, 0) + 1
             for memory, keys in self._memories_of({name}):
                 for key in keys:
@@ -122,6 +124,7 @@ class GradientExchange:
         for memory, keys in self._memories_of(names):
             getattr(memory, how)(keys)
         self.open_names -= names
+        self._continued -= names
         for name in names:
             self._carried.pop(name, None)
 
@@ -230,9 +233,10 @@ class GradientExchange:
 
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
-        if name in self.open_names and name not in self._carried:
+        if name in self.open_names and name not in self._continued:
             # No gradient of it was computed here since its last result, or that would be settled.
             self._watch.settle(name) if self._watch is not None else self.discard([name])
+        self._continued.discard(name)
         self.open_names.add(name)
         if self._watch is not None:
             self._watch.opened(name)
@@ -353,7 +357,7 @@ class GradientExchange:
         if feedback:
             feedback.keep(name, corrected, own, sparse=compressor.sparse)
         # What is learned from gradients waits where no rank had one.
-        if bool(torch.isfinite(total).all()) and not (name in self._absent and not bool(total.any())):
+        if bool(torch.isfinite(total).all()) and bool(total.any()):
             self.memories.put(name, memory)
         return {name: total.mul_(1.0 / world_size) if self.average else total}
 

@@ -144,6 +144,7 @@ class Worker:
         if name in self.open_names and name not in self._carried:
             self.applied([name]) if self._watch is None else self._watch.settle(name)
         applied = name not in self._not_applied
+        self._carried.discard(name)
         self._not_applied.discard(name)
         self.open_names.add(name)
         if self._watch is not None:
