@@ -68,7 +68,7 @@ test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by sid
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' $(ARGS) || [ $$? = 5 ]
 	$(BIN)/python -m pytest -m ranks $(ARGS) || [ $$? = 5 ]
 
-attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (20 minutes)
+attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (13 minutes)
 	GCOMPRESS_LONG=1 $(BIN)/python -m pytest -n auto tests/test_hostile.py tests/test_split_hostile.py \
 		tests/test_split_failures.py tests/test_split_checkpoints.py tests/test_split_cut.py $(ARGS)
 
