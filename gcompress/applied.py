@@ -29,8 +29,7 @@ class Watch:
     """Tells an exchange when its results were applied, thrown away, or added to.
 
     Args:
-        exchange: has `policy`, `open_names` (those whose last result is not settled), `empty_results` (those
-            of which it was zero), and the methods `applied(names)`, `discard(names)` and `carry_on(name)`.
+        exchange: the `gcompress.results.Results` to tell.
         parameters: {name: parameter}.
     """
 

@@ -21,7 +21,6 @@ import zlib
 import torch
 
 from . import packing, state
-from .applied import Watch
 from .compressors import Context
 from .compressors.base import u32_bytes
 from .errors import ExchangeError, PayloadError
@@ -29,14 +28,14 @@ from .feedback import ErrorFeedback, new_memory
 from .memory import Memory
 from .plan import Plan
 from .policy import as_policy
-from .report import Report
-from .scaling import LossScale, unscaled
+from .results import Results
+from .scaling import unscaled
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 
-class GradientExchange:
+class GradientExchange(Results):
     """One rank's side of exchanging a model's gradients: policy, memory, report.
 
     Args:
@@ -46,22 +45,17 @@ class GradientExchange:
         average: whether the results are the ranks' mean, or their sum.
         scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
 
-    Attributes:
-        steps: optimizer steps that were applied; seeds and a warm-up follow it.
-        open_names: parameters that were exchanged and whose result is not known to be applied.
+    See `Results` for what became of a result, and for `report`, `steps` and `scaler`.
     """
 
     def __init__(self, policy, engine=None, *, average=True, scaler=None):
-        self.policy = None if policy is None else as_policy(policy)
+        super().__init__(None if policy is None else as_policy(policy), scaler)
         self.engine = engine
         self.average = average
-        self.report = Report()
         self.plan = None
         # False: results are not looked at before they are waited for, since the ranks have yet to compare
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
-        self.steps, self.open_names = 0, set()
-        self._counted = True  # whether `steps` has counted the last exchange, or there was none
         self._schedule = Schedule()
         self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
         self._tasks = {}  # bucket number: its task of this step
@@ -69,64 +63,23 @@ class GradientExchange:
         self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
         self._absent = set()  # names without a gradient on this rank in this step
-        self.empty_results = set()  # names whose last result was zero everywhere, for compressors that may send nothing
         self._carried = {}  # name: how many results in a row its gradient contains
-        self._continued = set()  # names of which that is known of the gradient that is exchanged next
-        self._watch = None
-        self.scaler = scaler
-
-    @property
-    def scaler(self):
-        """What tells the loss scale; see `gcompress.scaling.LossScale`."""
-        return self._scaler
-
-    @scaler.setter
-    def scaler(self, scaler):
-        self._scaler, self._loss_scale = scaler, LossScale(scaler)
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
         return self.policy.compressor_for(name, numel, step=self.steps) if self.policy else None
 
-    def watch(self, parameters):
-        """Find out from {name: parameter} which results are applied; otherwise `end_step` says that all are."""
-        if self.policy:
-            self._watch = Watch(self, parameters)
-
-    def applied(self, names=None):
-        """The results of these parameters (default: all) have changed the weights: memory follows.
-
-        Called by itself when a torch optimizer steps parameters that the exchange watches.
-        """
-        names = set(self.open_names) if names is None else self.open_names.intersection(names)
-        if names and not self._counted:
-            self.steps, self._counted = self.steps + 1, True
-        self._settle(names, "apply")
-
-    def discard(self, names=None):
-        """The results of these parameters (default: all) were not used: memory is what it was before them."""
-        self._settle(set(self.open_names) if names is None else self.open_names.intersection(names), "discard")
-
-    def carry_on(self, name):
-        """The next gradient of this parameter contains its last result, so memory goes on from there."""
-        if name in self.open_names and name not in self._continued:
-            self._continued.add(name)
-            self._carried[name] = self._carried.get(name, 0) + 1
-            for memory, keys in self._memories_of({name}):
-                for key in keys:
-                    memory.carry_on(key)
-
-    def loss_scale(self):
-        """The loss scale of this step's gradients."""
-        return self._loss_scale.now()
-
-    def _settle(self, names, how):
+    def _settle(self, names, applied):
         for memory, keys in self._memories_of(names):
-            getattr(memory, how)(keys)
-        self.open_names -= names
-        self._continued -= names
+            memory.apply(keys) if applied else memory.discard(keys)
         for name in names:
             self._carried.pop(name, None)
+
+    def _continue(self, name):
+        self._carried[name] = self._carried.get(name, 0) + 1
+        for memory, keys in self._memories_of({name}):
+            for key in keys:
+                memory.carry_on(key)
 
     def _memories_of(self, names):
         """[(memory, its keys)] of parameters."""
@@ -233,13 +186,7 @@ class GradientExchange:
 
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
-        if name in self.open_names and name not in self._continued:
-            # No gradient of it was computed here since its last result, or that would be settled.
-            self._watch.settle(name) if self._watch is not None else self.discard([name])
-        self._continued.discard(name)
-        self.open_names.add(name)
-        if self._watch is not None:
-            self._watch.opened(name)
+        self._open(name)
         (self._absent.add if absent else self._absent.discard)(name)
         return self.loss_scale()
 
@@ -251,7 +198,7 @@ class GradientExchange:
             return mean.to(ctx.dtype).view(ctx.shape)
         compressor = self.compressor_for(name, mean.numel())
         if compressor and not compressor.fixed_size:
-            (self.empty_results.discard if bool(mean.any()) else self.empty_results.add)(name)
+            self._note_empty(name, mean)
         result, beyond = packing.saturated(mean, ctx.dtype)
         if beyond is not None and compressor and self._remembers(compressor, name):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
@@ -427,15 +374,8 @@ class GradientExchange:
         return self._schedule.advance(self.engine)
 
     def end_step(self):
-        """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self._tasks.clear()
-        self.report.end_step()
-        self._loss_scale.step_over()
-        self._counted = False
-        if self._watch is None:
-            self.applied()
-        else:
-            self._watch.exchanged()
+        super().end_step()
 
     def abandon_step(self):
         """Forget what is under way, after the engine has failed or was reset."""

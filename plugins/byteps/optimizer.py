@@ -12,15 +12,15 @@ import byteps.torch.ops as bps_ops
 import torch
 
 from gcompress import agreement
-from gcompress.applied import Watch, holds_nothing
+from gcompress.applied import holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.feedback import new_memory
 from gcompress.memory import Memory
 from gcompress.packing import to_type
 from gcompress.policy import Policy, as_policy, check_momentum
-from gcompress.report import Report
-from gcompress.scaling import LossScale, unscaled
+from gcompress.results import Results
+from gcompress.scaling import unscaled
 
 from . import native
 from .kernels import parameters, payload_bytes
@@ -167,18 +167,15 @@ def exchange(optimizer):
         ) from None
 
 
-class Exchange:
+class Exchange(Results):
     """What BytePS takes as `compression`: counts, and passes tensors on to what really compresses them."""
 
     def __init__(self, compression, named, scaler=None):
-        self.report = Report()
+        super().__init__(None, scaler)
         self._inner = compression if compression is not None else bps.Compression.none
-        self.policy, self.declared, self._numbers = None, {}, {}
-        self._loss_scale = LossScale(scaler)
+        self.declared, self._numbers = {}, {}
         self.absent = False  # whether the next tensor is one of zeros because nobody computed it here
-        self.open_names, self.empty_results, self._watch = set(), set(), None  # as of a GradientExchange
         self._name = None  # of the gradient that BytePS hands over next
-        self._not_applied = set()  # names whose last result was not
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
             self._declare(named)
@@ -187,7 +184,8 @@ class Exchange:
         self._sizes = {name: self._payload_bytes(name, p) for name, p in named.items()}
         self._names = {p: name for name, p in named.items()}
         agree({"compression": self.policy.to_dict() if self.policy else _name_of(self._inner)}, named)
-        self._watch = Watch(self, named) if self.policy else None
+        if self.policy:
+            self.watch(named)
 
     def _declare(self, named):
         if self.policy.momentum or self.policy.clip or self.policy.warmup_steps:
@@ -217,11 +215,11 @@ class Exchange:
     def compress(self, tensor):
         name = self._name
         scale = self.loss_scale() if self.policy else 1.0
-        applied = self._begin(name)
+        applied = self._open(name)
         if name in self.declared:
             _loaded[0].gcompress_byteps_tell(self._numbers[name], int(applied), int(self.absent))
         elif isinstance(self._inner, Compression):
-            self._inner.begin(name, self.absent)
+            self._inner.begin(name, self.absent, self.steps)
         payload, ctx = self._inner.compress(unscaled(tensor, scale))
         size = self._sizes.get(name) or payload.numel() * payload.element_size()
         self.report.add_push_pull(tensor.numel(), size, size, bps.size())
@@ -232,49 +230,9 @@ class Exchange:
         result = self._inner.decompress(tensor, ctx)
         return result if scale == 1.0 else result.mul_(scale)
 
-    def _begin(self, name):
-        """Begin a round of a name; returns whether the result of the last one was applied."""
-        if name in self.open_names and self._watch is not None:
-            self._watch.settle(name)
-        applied = name not in self._not_applied
-        self._not_applied.discard(name)
-        self.open_names.add(name)
-        if self._watch is not None:
-            self._watch.opened(name)
-        return applied
-
-    def applied(self, names=None):
-        """The results of these names (default: all) have changed the weights; see `GradientExchange.applied`."""
-        self._settle(names, True)
-
-    def discard(self, names=None):
-        """The results of these names (default: all) were not used; see `GradientExchange.discard`."""
-        self._settle(names, False)
-
-    def carry_on(self, name):
-        """The next gradient of this name contains its last result, which is taken as applied."""
-        self._settle([name], True)
-
     def _settle(self, names, applied):
-        names = set(self.open_names) if names is None else self.open_names.intersection(names)
-        self.open_names -= names
-        if not applied:
-            self._not_applied |= names
         if isinstance(self._inner, Compression):
             self._inner.settle(names, applied)
-
-    def loss_scale(self):
-        """The loss scale of this step's gradients."""
-        return self._loss_scale.now()
-
-    def end_step(self):
-        """To be called once after all gradients of a step."""
-        self.report.end_step()
-        self._loss_scale.step_over()
-        if isinstance(self._inner, Compression):
-            self._inner.end_step()
-        if self._watch is not None:
-            self._watch.exchanged()
 
 
 class Compression:
@@ -294,22 +252,16 @@ class Compression:
         if self.policy.warmup_steps:
             raise ConfigError("warmup_steps: BytePS keeps a tensor's payload at one size, expected 0")
         self._feedback, self._memories = new_memory(self.policy, at_once=False), Memory()
-        self._steps, self._counted = 0, True  # steps that were applied, and whether the last exchange is counted
 
-    def begin(self, name, absent):
-        """Say what `compress` is given next, and whether nobody computed it here."""
-        self._name, self._absent = name, absent
+    def begin(self, name, absent, step):
+        """Say what `compress` is given next, whether nobody computed it here, and how many steps were applied."""
+        self._name, self._absent, self._step = name, absent, step
 
     def settle(self, names, applied):
         """The last results of these names were applied, or not."""
-        if applied and names and not self._counted:
-            self._steps, self._counted = self._steps + 1, True
         for memory in (self._feedback, self._memories):
             if memory is not None:
                 memory.apply(names) if applied else memory.discard(names)
-
-    def end_step(self):
-        self._counted = False
 
     def compress(self, tensor):
         name = self._name
@@ -324,7 +276,7 @@ class Compression:
         rounds = compressor.sum_rounds(
             corrected,
             shape=tensor.shape,
-            seed=zlib.crc32(f"{name}/{self._steps}".encode()),
+            seed=zlib.crc32(f"{name}/{self._step}".encode()),
             world_size=bps.size(),
             memory=memory,
         )

@@ -4,13 +4,12 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from gcompress.applied import Watch
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
-from gcompress.report import Report
-from gcompress.scaling import LossScale, unscaled
+from gcompress.results import Results
+from gcompress.scaling import unscaled
 from gcompress.server import Codec, partition
 from gcompress.state import check_counts
 
@@ -20,7 +19,7 @@ SMALLEST_PARTITION, LARGEST_PARTITION = 1 << 16, 1 << 20  # entries
 STATE_KEYS = ("rank", "world_size", "policy", "partition_numel", "sizes", "report", "steps", "feedback", "servers")
 
 
-class Worker:
+class Worker(Results):
     """One worker's connection to the servers, for tensors of fixed names and sizes.
 
     Args:
@@ -50,7 +49,8 @@ class Worker:
             partition_bytes = 4 * min(max(share, SMALLEST_PARTITION), LARGEST_PARTITION)
         check_integer("partition_bytes", partition_bytes, 4)
         check_integer("staleness", staleness, 0)
-        self.job, self.policy = job, None if compression is None else as_policy(compression)
+        super().__init__(None if compression is None else as_policy(compression), scaler)
+        self.job = job
         configuration = {
             "compression": self.policy.to_dict() if self.policy else None,
             "partition_numel": partition_bytes // 4,
@@ -64,7 +64,6 @@ class Worker:
             raise ConfigError(f"partition_bytes: {len(self.partitions)} partitions are more than MPI has tags for")
         job.connection = self
         self._sizes = dict(sizes)
-        self.report = Report()
         self._codec = Codec(self.partitions, self.policy, f"worker {job.rank}")
         self._keys = {name: [] for name in sizes}  # an empty tensor has none
         for key, part in enumerate(self.partitions):
@@ -72,45 +71,14 @@ class Worker:
         self._pushed = {}  # name: (shape, type) of what was pushed and not pulled
         self._waiting = set()  # names pulled whose mean has not been taken
         self._partition_numel, self._staleness = partition_bytes // 4, staleness
-        self.steps, self.open_names = 0, set()  # as of a GradientExchange
-        self._counted, self._watch = True, None
-        self._not_applied = set()  # names whose last result was not
-        self._carried = set()
-        self.empty_results = set()
-        self._loss_scale = LossScale(scaler)
-
-    def watch(self, parameters):
-        """Find out from {name: parameter} which results are applied; otherwise `end_step` says that all are."""
-        self._watch = Watch(self, parameters)
-
-    def applied(self, names=None):
-        """The results of these names (default: all) have changed the weights; see `GradientExchange.applied`."""
-        names = set(self.open_names) if names is None else self.open_names.intersection(names)
-        if names and not self._counted:
-            self.steps, self._counted = self.steps + 1, True
-        self._settle(names, True)
-
-    def discard(self, names=None):
-        """The results of these names (default: all) were not used; see `GradientExchange.discard`."""
-        names = set(self.open_names) if names is None else self.open_names.intersection(names)
-        self._settle(names, False)
-        self._not_applied |= names
 
     def _settle(self, names, applied):
         self._codec.settle([key for name in names for key in self._keys[name]], applied)
-        self.open_names -= names
-        self._carried -= names
 
-    def carry_on(self, name):
-        """The next gradient of this name contains its last result, which the servers take as applied."""
-        if name in self.open_names:
-            self._carried.add(name)
-            for key in self._keys[name]:
-                self._codec.carry_on(key)
-
-    def loss_scale(self):
-        """The loss scale of this step's gradients."""
-        return self._loss_scale.now()
+    def _continue(self, name):
+        """The servers take the result as applied."""
+        for key in self._keys[name]:
+            self._codec.carry_on(key)
 
     def push(self, name, tensor, *, absent=False):
         """Encode a tensor part by part and start sending each; pull it before the next push of this name.
@@ -125,7 +93,7 @@ class Worker:
         expected = sum(self.partitions[key].numel for key in self._keys[name])
         if tensor.numel() != expected:
             raise ConfigError(f"gradient {name!r}: got {tensor.numel()} entries, expected {expected}")
-        applied = self._begin(name)
+        applied = self._open(name)
         self._pushed[name] = (tensor.shape, tensor.dtype, tensor.device, scale)
         if not absent:
             values = to_type(unscaled(tensor.detach().reshape(-1), scale), torch.float32).cpu()
@@ -139,18 +107,6 @@ class Worker:
         if self._staleness:  # what is pushed is delivered, whatever becomes of this worker's step
             self._codec.settle(self._keys[name], True)
 
-    def _begin(self, name):
-        """Begin a round of a name; returns whether the result of the last one was applied."""
-        if name in self.open_names and name not in self._carried:
-            self.applied([name]) if self._watch is None else self._watch.settle(name)
-        applied = name not in self._not_applied
-        self._carried.discard(name)
-        self._not_applied.discard(name)
-        self.open_names.add(name)
-        if self._watch is not None:
-            self._watch.opened(name)
-        return applied
-
     def pull(self, name):
         """Ask for the workers' mean of what was pushed; returns a function that waits for it and returns it."""
         if name not in self._pushed:
@@ -163,7 +119,7 @@ class Worker:
         def finish():
             self.job.wait(lambda: self._take(pending, total), f"gradient {name!r}")
             self._waiting.discard(name)
-            (self.empty_results.discard if bool(total.any()) else self.empty_results.add)(name)
+            self._note_empty(name, total)
             mean, beyond = saturated(total if scale == 1.0 else total * scale, dtype)
             for key in self._keys[name] if beyond is not None else ():
                 part = self.partitions[key]
@@ -210,16 +166,6 @@ class Worker:
             self.report.pulled_bytes += payload.numel()
             self._codec.decode(key, payload, total[part.start : part.start + part.numel])
         return not pending
-
-    def end_step(self):
-        """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
-        self.report.end_step()
-        self._loss_scale.step_over()
-        self._counted = False
-        if self._watch is None:
-            self.applied()
-        else:
-            self._watch.exchanged()
 
     def sum(self, values):
         """The sum of a list of numbers over the workers that are left; see `Job.sum`."""

@@ -1,0 +1,113 @@
+"""What every engine's exchange has in common: results that are delivered first and settled later."""
+
+from .applied import Watch
+from .report import Report
+from .scaling import LossScale
+
+
+class Results:
+    """The results of one rank's exchange, each open until it is known whether it was applied.
+
+    A subclass exchanges gradients: it calls `_open` when the exchange of one begins, and
+    implements `_settle`, and `_continue` if it can go on from an open result.
+
+    Args:
+        policy: a Policy, or None.
+        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+
+    Attributes:
+        report: bytes.
+        steps: optimizer steps that were applied; seeds and a warm-up follow it.
+        open_names: parameters that were exchanged and whose result is not known to be applied.
+        empty_results: names whose last result was zero everywhere, of compressors that may send nothing.
+    """
+
+    def __init__(self, policy, scaler=None):
+        self.policy, self.report = policy, Report()
+        self.steps, self.open_names, self.empty_results = 0, set(), set()
+        self._counted = True  # whether `steps` has counted the last exchange, or there was none
+        self._continued = set()  # names whose next gradient is known to contain the open result
+        self._not_applied = set()  # names whose last result was not
+        self._watch = None
+        self.scaler = scaler
+
+    @property
+    def scaler(self):
+        """What tells the loss scale; see `gcompress.scaling.LossScale`."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler):
+        self._scaler, self._loss_scale = scaler, LossScale(scaler)
+
+    def loss_scale(self):
+        """The loss scale of this step's gradients."""
+        return self._loss_scale.now()
+
+    def watch(self, parameters):
+        """Find out from {name: parameter} which results are applied; otherwise all are taken to be."""
+        self._watch = Watch(self, parameters)
+
+    def applied(self, names=None):
+        """The results of these parameters (default: all) have changed the weights: memory follows.
+
+        Called by itself when a torch optimizer steps parameters that are watched.
+        """
+        names = self._open_among(names)
+        if names and not self._counted:
+            self.steps, self._counted = self.steps + 1, True
+        self._close(names, True)
+
+    def discard(self, names=None):
+        """The results of these parameters (default: all) were not used: memory is what it was before them."""
+        names = self._open_among(names)
+        self._not_applied |= names
+        self._close(names, False)
+
+    def carry_on(self, name):
+        """The next gradient of this parameter contains its open result."""
+        if name in self.open_names and name not in self._continued:
+            self._continued.add(name)
+            self._continue(name)
+
+    def end_step(self):
+        """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
+        self.report.end_step()
+        self._loss_scale.step_over()
+        self._counted = False
+        if self._watch is None:
+            self.applied()
+        else:
+            self._watch.exchanged()
+
+    def _open(self, name):
+        """Begin the exchange of a parameter; returns whether its last result was applied."""
+        if name in self.open_names and name not in self._continued:
+            # No gradient of it was computed here since then, or that would be settled.
+            self.applied([name]) if self._watch is None else self._watch.settle(name)
+        applied = name not in self._not_applied
+        self._not_applied.discard(name)
+        self._continued.discard(name)
+        self.open_names.add(name)
+        if self._watch is not None:
+            self._watch.opened(name)
+        return applied
+
+    def _note_empty(self, name, result):
+        (self.empty_results.discard if bool(result.any()) else self.empty_results.add)(name)
+
+    def _open_among(self, names):
+        return set(self.open_names) if names is None else self.open_names.intersection(names)
+
+    def _close(self, names, applied):
+        self._settle(names, applied)
+        self.open_names -= names
+        self._continued -= names
+
+    def _settle(self, names, applied):
+        """Let what is remembered of these names follow their open results, or stay."""
+        raise NotImplementedError(f"{type(self).__name__}._settle")
+
+    def _continue(self, name):
+        """Go on from the open result; here it is taken as applied."""
+        self.applied([name])
