@@ -77,7 +77,7 @@ class ErrorFeedback:
             raise ConfigError(
                 f"gradient {name!r}: got {gradient.numel()} entries, expected {residual.numel()} as before"
             )
-        return residual
+        return residual if residual is None else residual.to(gradient.device)  # one that was loaded may lie elsewhere
 
     def keep(self, name, corrected, sent, *, sparse=False):
         """Store corrected - sent as the residual. If it is not finite, keep the old one and return False.

@@ -13,6 +13,7 @@ import re
 import torch
 
 from .errors import ConfigError
+from .feedback import new_memory
 from .memory import checked_copies
 from .policy import as_policy
 
@@ -112,17 +113,16 @@ def owed_by(exchange, saved):
 
 
 def _owed(policy, sizes, saved):
-    from .feedback import new_memory
-
     feedback = new_memory(policy)
-    vectors = {}
+    tensors = feedback.checked(saved["feedback"], sizes) if feedback and saved is not None else {}
+    device = next((tensor.device for values in tensors.values() for tensor in values.values()), None)
+    vectors, kinds = {}, (*(feedback.kinds if feedback else ()), "owner")
     for name, numel in sizes.items():
         compressor = policy.compressor_for(name, numel)
         if compressor and policy.feedback_for(compressor):
-            vectors.update({f"{kind}/{name}": torch.zeros(numel) for kind in (*feedback.kinds, "owner")})
+            vectors.update({f"{kind}/{name}": torch.zeros(numel, device=device) for kind in kinds})
     if saved is None:
         return vectors
-    tensors = feedback.checked(saved["feedback"], sizes) if feedback else {}
     for kind, values in tensors.items():
         vectors.update({f"{kind}/{name}": tensor for name, tensor in values.items()})
     for key, residual in checked_copies("owner's residual", saved["owner_feedback"]).items():

@@ -25,6 +25,7 @@ import gcompress
 from gcompress import Policy
 from gcompress.plan import Plan
 from gcompress.plugins import ddp
+from processes import expect_error
 from simulation import Simulation
 
 SCENARIOS = {}
@@ -397,15 +398,6 @@ def checkpoints_of_torch_distributed():
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
-
-
-def expect_error(kind, text, function):
-    try:
-        function()
-    except kind as error:
-        assert text in str(error), f"{text!r} is not in {error}"
-    else:
-        raise AssertionError(f"expected {kind.__name__}")
 
 
 def one_rank_never_registers():

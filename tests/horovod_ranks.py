@@ -17,6 +17,7 @@ import gcompress
 import gcompress.plugins.horovod as gcompress_hvd
 from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
 from gcompress.plan import Plan
+from processes import expect_error
 from simulation import Simulation
 
 SCENARIOS = {}
@@ -502,15 +503,6 @@ def killed_rank():
         if hvd.rank() == 1 and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)  # gradients are under way
         optimizer.step()
-
-
-def expect_error(kind, text, function):
-    try:
-        function()
-    except kind as error:
-        assert text in str(error), f"{text!r} is not in {error}"
-    else:
-        raise AssertionError(f"expected {kind.__name__}")
 
 
 def main():

@@ -19,6 +19,7 @@ import gcompress
 import gcompress.plugins.mpi as servers
 from gcompress import MaskSparse, Policy, Quantize, TopK
 from gcompress.feedback import ErrorFeedback
+from processes import expect_error
 
 SCENARIOS = {}
 SERVERS = 2
@@ -435,15 +436,6 @@ def uneven_steps():
     """A worker that has fewer steps leaves; the others' means are over those that are left."""
     job = servers.Job(SERVERS)
     train(job, steps=3 + 2 * job.rank)
-
-
-def expect_error(kind, text, function):
-    try:
-        function()
-    except kind as error:
-        assert text in str(error), f"{text!r} is not in {error}"
-    else:
-        raise AssertionError(f"expected {kind.__name__}")
 
 
 def run_scenario(function):

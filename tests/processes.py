@@ -1,4 +1,4 @@
-"""What a test left running."""
+"""What a test left running, and what ranks do in place of pytest."""
 
 import os
 import pathlib
@@ -23,3 +23,13 @@ def wait_until_gone(text, seconds=10):
     while (left := processes_with(text)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
+
+
+def expect_error(kind, text, function):
+    """On a rank, where pytest is not: the function must raise such an error with such a text."""
+    try:
+        function()
+    except kind as error:
+        assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"expected {kind.__name__}")

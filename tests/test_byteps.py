@@ -13,9 +13,8 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tools"))
-from processes import processes_with  # noqa: E402
-
 import byteps_edits  # noqa: E402
+from processes import processes_with  # noqa: E402
 
 PLUGIN = HERE.parent / "plugins" / "byteps"
 SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "byteps_workers.py").read_text(), re.MULTILINE)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from processes import wait_until_gone
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
