@@ -10,6 +10,7 @@ import traceback
 
 import torch
 
+import gcompress
 from promises import PROMISES, Trainer, sgd
 
 
@@ -81,6 +82,18 @@ class Mpi(Trainer):
     def gather(self, tensor):
         return self.job.workers.allgather(tensor)
 
+    def state_of_all(self):
+        return servers.merge_states(self.job.workers.allgather(self.exchange.state_dict()))
+
+    def owed_by_servers(self, name, numel):
+        owed = torch.zeros(numel)
+        for key, memory in self.exchange.state_dict()["servers"].items():
+            part, head = self.exchange.partitions[key], memory[:24].clone().view(torch.int64)
+            if part.name == name and head[1]:
+                residual = memory[24 : 24 + 4 * part.numel].clone().view(torch.float32)
+                owed[part.start : part.start + part.numel] = residual
+        return owed
+
 
 class Byteps(Trainer):
     engine, remembers, random = "byteps", False, False
@@ -89,6 +102,8 @@ class Byteps(Trainer):
     def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
         self.rank, self.size, self.model = bps.rank(), bps.size(), model
         number = next(self.numbers)  # BytePS keeps what it knows of a name for good
+        if gcompress.as_policy(compression).exchange == "summed":  # nothing, and seeds are made of names
+            number, compression = "summed", byteps_plugin.Compression(compression)
         named = [(f"{number}.{name}", p) for name, p in model.named_parameters()]
         optimizer = make_optimizer(list(model.parameters()))
         self.optimizer = byteps_plugin.DistributedOptimizer(optimizer, named, compression, scaler=scaler)
