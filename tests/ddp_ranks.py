@@ -208,6 +208,29 @@ def accumulated_gradients():
 
 
 @scenario
+def every_form_of_ddp_gives_the_same_weights():
+    """Also when it exchanges after the backward pass (static_graph), and with a loss scaler."""
+
+    def trained(scaled, **options):
+        model, state = wrapped(make_model(), Policy("topk:sparsity=0.9", exchange="twophase"), **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=512.0, enabled=scaled)
+        for step in range(4):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            scaler.scale(model(torch.randn(8, 40, generator=generator)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert state.exchange.steps == 4 and state.state_dict()["feedback"]["0.weight"].any()
+        return torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+    expected = trained(False)
+    for option in ("static_graph", "find_unused_parameters", "gradient_as_bucket_view"):
+        for scaled in (False, True):
+            torch.testing.assert_close(trained(scaled, **{option: True}), expected, atol=1e-6, rtol=1e-5)
+
+
+@scenario
 def parameters_of_another_model_are_refused():
     model = torch.nn.parallel.DistributedDataParallel(make_model())
     state = ddp.GradientState(make_model(), "topk")
