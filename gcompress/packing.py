@@ -37,11 +37,14 @@ def saturated(mean, dtype):
         (result, beyond): `beyond`, like `mean`, is what of it lies outside float16's range and is to
         come with later gradients; None if nothing does.
     """
-    result = to_type(mean, dtype)
+    if dtype != torch.float16 or mean.numel() == 0:
+        return to_type(mean, dtype), None
     limit = torch.finfo(dtype).max
-    if dtype != torch.float16 or not bool((over := mean.isfinite() & (mean.abs() > limit)).any()):
-        return result, None
-    return result, torch.where(over, mean - mean.clamp(-limit, limit), 0.0)
+    low, high = torch.aminmax(mean)
+    if -limit <= low and high <= limit:
+        return mean.to(dtype), None
+    over = mean.isfinite() & (mean.abs() > limit)
+    return to_type(mean, dtype), torch.where(over, mean - mean.clamp(-limit, limit), 0.0)
 
 
 def share_of_largest(world_size):
