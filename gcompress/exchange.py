@@ -196,7 +196,7 @@ class GradientExchange(Results):
             mean = mean * scale
         if ctx.dtype.is_complex:
             return mean.to(ctx.dtype).view(ctx.shape)
-        compressor = self.compressor_for(name, mean.numel())
+        compressor = self.plan.entries[name].compressor
         if compressor and not compressor.fixed_size:
             self._note_empty(name, mean)
         result, beyond = packing.saturated(mean, ctx.dtype)
