@@ -143,10 +143,13 @@ class Codec:
 
     def load_residual(self, key, values):
         """Go on from `residual(key)`."""
-        if self._feedback:
-            residuals = self._feedback.memories["residual"]
-            residuals.put(_memory_name(self.partitions[key]), values)
-            residuals.apply([_memory_name(self.partitions[key])])
+        if self._feedback is None:
+            return
+        residuals, name = self._feedback.memories["residual"], _memory_name(self.partitions[key])
+        residuals.drop(lambda other: other == name)
+        if values is not None:
+            residuals.put(name, values)
+            residuals.apply([name])
 
     def forget(self, peer):
         """Drop the memories of a receiver that is gone."""
@@ -330,8 +333,7 @@ class Rounds:
         self._codec.settle([self._key], False)
         self._rounds, self._unsettled, self._said = rounds, False, None
         self._velocity.load({} if velocity is None else {"u": velocity})
-        if residual is not None:
-            self._codec.load_residual(self._key, residual)
+        self._codec.load_residual(self._key, residual)
 
     def pull(self, worker):
         self._waiting.add(worker)

@@ -299,6 +299,15 @@ def test_a_step_that_nobody_applied_leaves_no_trace(spec, momentum):
         assert torch.equal(*memories)
 
 
+def test_loading_the_memory_of_a_beginning_forgets_what_came_after():
+    fleet, fresh = (Fleet(Policy("topk:sparsity=0.9"), momentum=0.9) for _ in range(2))
+    fleet.run(2)
+    for key, part in enumerate(fleet.parts):
+        beginning = fresh.servers[part.server].memory(key)
+        fleet.servers[part.server].load_memory(key, beginning)
+        assert torch.equal(fleet.servers[part.server].memory(key), beginning)
+
+
 def test_workers_that_do_not_step_alike_are_named():
     fleet = Fleet(Policy("topk:sparsity=0.9"), seed=3)
     fleet.skipped = {(2, 0)}
