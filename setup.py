@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -61,8 +61,16 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
+# In a checkout, plugins, examples and the sources that the GPU's kernels are compiled from lie beside the package.
+folders = {"gcompress": "gcompress", "gcompress.plugins": "plugins", "gcompress.examples": "examples"}
+folders |= {f"gcompress.csrc.{part}": f"csrc/{part}" for part in ("arith", "cuda")}
+packages = [*find_packages(include=["gcompress", "gcompress.*"]), *list(folders)[1:]]
+packages += [f"gcompress.plugins.{name}" for name in find_packages("plugins")]
+
 headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/arith/*.h"))
 setup(
+    packages=packages,
+    package_dir=folders,
     ext_modules=[
         Extension("gcompress._native", ["csrc/dispatch.cc", "csrc/kernels.cc"], depends=headers, optional=True)
     ],

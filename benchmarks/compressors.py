@@ -24,7 +24,8 @@ import time
 
 import torch
 
-from gcompress import TopK, cuda, from_spec, native
+from gcompress import TopK, backends, from_spec
+from gcompress.backends import gpu
 
 SPECS = [
     "sign",
@@ -108,7 +109,7 @@ def main():
         help="a matrix: eight outer products of falling strength, and noise",
     )
     parser.add_argument("--repeat", type=int, default=5, help="runs of which the best counts (default 5)")
-    parser.add_argument("--backends", nargs="+", choices=native.available_backends(), help="default: all native ones")
+    parser.add_argument("--backends", nargs="+", choices=backends.available_backends(), help="default: all native ones")
     parser.add_argument("--no-reference", action="store_true", help="leave the slow torch reference out")
     arguments = parser.parse_args()
     arguments.numel = arguments.numel or (2**26 if arguments.device == "cuda" else 2**23)
@@ -124,11 +125,11 @@ def main():
     (select,) = best_seconds(2, lambda: torch.topk(tensor.abs().view(-1), k, sorted=False))
     print(f"plain copy {size / copy:.2f} GB/s, torch.topk at 1 % {size / select:.3f} GB/s, {arguments.numel} entries")
     print(f"{'compressor':40s} {'backend':10s} {'bits':>6s} {'encode':>7s} {'decode':>7s} {'both/copy':>9s}  vs torch")
-    backends = arguments.backends or native.available_backends()[1:]
+    chosen = arguments.backends or backends.available_backends()[1:]
     for compressor in map(from_spec, arguments.specs):
         bits = 8 * compressor.compress(tensor)[0].numel() / arguments.numel  # nbytes may be a bound
         reference = None if arguments.no_reference else measure("reference", compressor, tensor, out, 1)
-        for backend in backends:
+        for backend in chosen:
             copy, encode, decode = measure(backend, compressor, tensor, out, arguments.repeat)
             both = encode + decode
             notes = [f"{sum(reference[1:]) / both:.0f}x the reference"] if reference else []
@@ -143,7 +144,7 @@ def main():
 
 def measure(backend, compressor, tensor, out, repeat):
     """Seconds of a copy, of encoding and of decoding."""
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, _ = compressor.compress(tensor)
         return best_seconds(
             repeat,
@@ -155,7 +156,7 @@ def measure(backend, compressor, tensor, out, repeat):
 
 def on_device(arguments):
     """The table of a GPU; returns the exit code."""
-    active, reason = cuda.status()
+    active, reason = gpu.status()
     if not active:
         print(f"no kernels for a GPU: {reason}", file=sys.stderr)
         return 2
@@ -168,7 +169,7 @@ def on_device(arguments):
     heads = ("encode", "decode", "add", "enc/copy", "dec/copy", "add/copy")
     print(f"{'compressor':40s} {'bits':>6s} " + " ".join(f"{head:>8s}" for head in heads))
     for compressor in map(from_spec, arguments.specs):
-        if native.kernels(tensor, compressor.name) is None:
+        if backends.kernels(tensor, compressor.name) is None:
             print(f"{compressor!s:40s} has no kernels: the torch reference runs")
             continue
         payload, _ = compressor.compress(tensor)

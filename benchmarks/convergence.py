@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 import gcompress
-from gcompress.exchange import GradientExchange
+from gcompress.exchange.exchange import GradientExchange
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
 import image_data  # noqa: E402
@@ -76,7 +76,7 @@ class Meeting:
 
 
 class Engine:
-    """One worker's side of a Meeting; see gcompress/schedule.py for what an engine has."""
+    """One worker's side of a Meeting; see gcompress/exchange/schedule.py for what an engine has."""
 
     in_order = False
 

@@ -104,10 +104,9 @@ def make_policy(method):
 
 
 def make_horovod(method, model):
+    import gcompress.plugins.horovod as gcompress_hvd
     import horovod.torch as hvd
     import torch
-
-    import gcompress.plugins.horovod as gcompress_hvd
 
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
     compression = stock[method] if method in stock else make_policy(method)
@@ -120,11 +119,10 @@ def make_horovod(method, model):
 
 def make_ddp(method, model):
     """DistributedDataParallel with a hook of torch's, whose bytes are those of the tensors it all-reduces, or ours."""
+    import gcompress.plugins.ddp
     import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-
-    import gcompress.plugins.ddp
 
     name, _, rank = method.partition(":rank=")
     # PowerSGD's hook waits within callbacks on Gloo's two threads: two buckets under way would wait for ever.

@@ -37,9 +37,9 @@ typedef struct {
     void (*topk_encode)(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                         int64_t capacity, uint8_t* payload);
     int (*topk_decode)(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out);
-    // The steps of Polar; the plan between them is Python's (gcompress/polar/). `layout`, `tiles`
+    // The steps of Polar; the plan between them is Python's (gcompress/compressors/polar/). `layout`, `tiles`
     // and `designs` are the structures PolarLayout, PolarTile and PolarDesign of polar.h,
-    // workspaces are as gcompress/polar/kernels.py has them.
+    // workspaces are as gcompress/compressors/polar/native.py has them.
     void (*polar_sums)(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums);
     void (*polar_energies)(const float* x, const void* layout, float* row_buffer, int64_t* totals);
     void (*polar_gather)(const float* x, const void* layout, int64_t* cursors, float* row_buffer, int8_t* samples);

@@ -794,7 +794,7 @@ inline void level_inputs(const int8_t* samples, int rows, int from, int to, int 
     }
 }
 
-// One tile's part of the plan that Python makes (gcompress/polar/plan.py).
+// One tile's part of the plan that Python makes (gcompress/compressors/polar/planning.py).
 struct PolarTile {
     int64_t rows, lanes;       // block length N, blocks side by side: 8, 16, 32 or 64
     int64_t levels;            // label bits m

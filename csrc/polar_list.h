@@ -3,7 +3,7 @@
 // that takes another's place is a shuffle of bytes within a group of L.
 //
 // A path's metric is the sum of |l| over the decisions it took against the sign of l, relative to
-// the best path of its block and at most WORST. gcompress/polar/reference.py says the same in torch.
+// the best path of its block and at most WORST. gcompress/compressors/polar/reference.py says the same in torch.
 #ifndef GCOMPRESS_POLAR_LIST_H
 #define GCOMPRESS_POLAR_LIST_H
 

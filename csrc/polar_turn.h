@@ -1,4 +1,4 @@
-// Polar, unbiased: blocks of entries turned at random as Eden turns them, and turned back (gcompress/polar/turning.py).
+// Polar, unbiased: blocks of entries turned at random as Eden turns them, and turned back (gcompress/compressors/polar/turning.py).
 #ifndef GCOMPRESS_POLAR_TURN_H
 #define GCOMPRESS_POLAR_TURN_H
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from gcompress import Polar, Quantize
-from gcompress.polar.code import PolarCode
+from gcompress.compressors.polar.bits import PolarCode
 from ideal_codes import (
     Trellis,
     bound_given_scales,

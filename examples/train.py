@@ -56,10 +56,10 @@ import torch
 from torch.nn import functional
 
 try:
+    import gcompress.plugins.horovod as gcompress_hvd
     import horovod.torch as hvd
 
     import gcompress
-    import gcompress.plugins.horovod as gcompress_hvd
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; `make setup` installs what is needed into .venv")
 

@@ -22,7 +22,6 @@ from image_training import Engine
 
 try:
     import byteps.torch as bps
-
     import gcompress.plugins.byteps as gcompress_bps
 except ImportError as error:
     sys.exit(f"train_byteps.py: error: {error}; `python tools/build_byteps.py` installs what is needed")

@@ -11,14 +11,14 @@ compare. To take gcompress into a training script of your own, look for "gcompre
 
 import dataclasses
 
+import gcompress.plugins.ddp
 import torch
 import torch.distributed as dist
 
 import gcompress
-import gcompress.plugins.ddp
 import image_data
 import image_training
-from gcompress.report import Report
+from gcompress.exchange.report import Report
 
 
 def sum_over_ranks(values):

@@ -43,8 +43,8 @@ from .errors import (
     RolledBack,
     ServerError,
 )
+from .exchange.hand_on import merge_states
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
-from .state import merge_states
 
 __version__ = "0.1.0"
 __all__ = [

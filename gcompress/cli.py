@@ -40,14 +40,15 @@ def doctor(arguments):
     argparse.ArgumentParser(prog="gcompress doctor", description=doctor.__doc__).parse_args(arguments)
     import torch
 
-    from . import REGISTRY, cuda, native
-    from .cuda.kernels import DeviceKernels
+    from . import REGISTRY, backends
+    from .backends import gpu
+    from .backends.gpu.plans import DeviceKernels
 
-    built = ", ".join(native.available_backends())
-    print(f"CPU    {native.backend()} (there are: {built}; GCOMPRESS_BACKEND chooses)")
+    built = ", ".join(backends.available_backends())
+    print(f"CPU    {backends.backend()} (there are: {built}; GCOMPRESS_BACKEND chooses)")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(max(1, count)):
-        active, reason = cuda.status(index)
+        active, reason = gpu.status(index)
         name = f"GPU {index}" if count else "GPU"
         print(f"{name:6} {'kernels' if active else 'torch reference' if count else 'none'}: {reason}")
     kernels = sorted(DeviceKernels.methods)

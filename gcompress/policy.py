@@ -63,7 +63,7 @@ class Policy:
         compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on for compressors that are not unbiased.
-        exchange: how ranks come to the mean (see gcompress/exchange.py): "allgather", "twophase",
+        exchange: how ranks come to the mean (see gcompress/exchange/exchange.py): "allgather", "twophase",
             "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
         bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
             the engine does not form buckets itself.

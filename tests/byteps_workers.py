@@ -13,10 +13,10 @@ import sys
 import traceback
 
 import byteps.torch as bps
+import gcompress.plugins.byteps as gcompress_bps
 import torch
 
 import gcompress
-import gcompress.plugins.byteps as gcompress_bps
 from gcompress import Eden, MaskSparse, Policy, Quantize, RandomK, Rule, TopK
 from gcompress.feedback import ErrorFeedback
 

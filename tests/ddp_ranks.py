@@ -20,13 +20,13 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from gcompress.plugins import ddp
 
 import gcompress
 from gcompress import Policy
-from gcompress.plan import Plan
-from gcompress.plugins import ddp
-from processes import expect_error
-from simulation import Simulation
+from gcompress.exchange.plan import Plan
+from tests.processes import expect_error
+from tests.simulation import Simulation
 
 SCENARIOS = {}
 
@@ -389,7 +389,7 @@ def results_that_nobody_ever_applies_are_warned_of():
     warnings = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())
-    logging.getLogger("gcompress.applied").addHandler(handler)
+    logging.getLogger("gcompress.exchange.applied").addHandler(handler)
     model, _ = wrapped(make_model(), "topk:sparsity=0.9")
     for step in range(25):
         backward(model, step, dist.get_rank())

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_elastic.py run under `horovodrun --host-discovery-script`: `… elastic_ranks.py FOLDER`.
+"""What the ranks of tests/test_elastic.py run under `horovodrun`: `python -m tests.elastic_ranks FOLDER`.
 
 Three ranks train with two-phase top-k. One kills itself, so that two go on from the last
 commit; then those ask for a third, and with it train to the end. Whoever enters a world, or
@@ -10,10 +10,10 @@ import pathlib
 import signal
 import sys
 
+import gcompress.plugins.horovod as gcompress_hvd
 import horovod.torch as hvd
 import torch
 
-import gcompress.plugins.horovod as gcompress_hvd
 from gcompress import Policy
 
 FOLDER = pathlib.Path(sys.argv[1])

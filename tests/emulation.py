@@ -10,8 +10,8 @@ import tempfile
 
 import torch
 
-from gcompress.cuda import sources
-from gcompress.cuda.kernels import THREADS
+from gcompress.backends.gpu import sources
+from gcompress.backends.gpu.plans import THREADS
 
 EMULATOR = pathlib.Path(__file__).parent / "emulator"
 # What a GPU does otherwise than a PC ends a launch: words at odd addresses, shifts too far, floats out of an integer's

@@ -10,15 +10,15 @@ import sys
 import traceback
 import zlib
 
+import gcompress.plugins.horovod as gcompress_hvd
 import horovod.torch as hvd
 import torch
 
 import gcompress
-import gcompress.plugins.horovod as gcompress_hvd
 from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
-from gcompress.plan import Plan
-from processes import expect_error
-from simulation import Simulation
+from gcompress.exchange.plan import Plan
+from tests.processes import expect_error
+from tests.simulation import Simulation
 
 SCENARIOS = {}
 

@@ -5,8 +5,8 @@ import struct
 import torch
 
 from gcompress import packing
-from gcompress.polar import lowrank, outliers, plan
-from gcompress.polar.tables import design_count
+from gcompress.compressors.polar import outliers, planning, products
+from gcompress.compressors.polar.tables import design_count
 
 # Floats that no encoder writes as a scale, and such as few do.
 SCALES = (-1.0, float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, -1e-45, 1e-38, 3.4028235e38, -3.4028235e38)
@@ -56,35 +56,37 @@ def hostile_polar(numel, nbytes):
     for columns in (1, 2, 16, numel // 16, numel // 2, numel):
         for count in (1, 2, 16, 32):
             for widths in ((0, 0), (0, 20), (20, 0), (20, 20), (255, 255)):
-                head = lowrank.HEADER.pack(columns, count, 0) + lowrank.COMPONENT.pack(10, *widths) * count
+                head = products.HEADER.pack(columns, count, 0) + products.COMPONENT.pack(10, *widths) * count
                 low = count * (numel // columns * widths[0] + columns * widths[1])
                 marks = [255] * (count * (numel // columns + columns) // 8)  # as many as there are entries, or fewer
                 body = bytes(-(-low // 8)) + bytes(marks) if low < 8 * nbytes else b""
                 end = struct.pack("<I", nbytes - 28)
                 for fill in (0, 255, 85):
-                    yield _filled(bytes([plan.PRODUCT]) + bytes(27) + head + (b"" if fill else body), fill, nbytes, end)
+                    yield _filled(
+                        bytes([planning.PRODUCT]) + bytes(27) + head + (b"" if fill else body), fill, nbytes, end
+                    )
     for members in (numel, numel // 2, 4 * nbytes, 2**27 - 1):
         for width in (0, 1, 9, 20, 31):
             for layers in (1, 2, 24):
-                head = plan.HEADER.pack(plan.APART, 0, 0, 0, 0, 0, 0, 0) + outliers.HEADER.pack(1, 1, 0, layers)
+                head = planning.HEADER.pack(planning.APART, 0, 0, 0, 0, 0, 0, 0) + outliers.HEADER.pack(1, 1, 0, layers)
                 layer = outliers.LAYER.pack(min(members, 2**27 - 1) | width << outliers.COUNT_BITS)
                 for fill in (0, 255, 85):
                     yield _filled(head + layers * layer, fill, nbytes)
     for columns in (1, 16, numel // 200, numel // 16, numel):
-        for flags in (plan.ROWS, plan.COLUMNS, plan.ROWS | plan.COLUMNS):
+        for flags in (planning.ROWS, planning.COLUMNS, planning.ROWS | planning.COLUMNS):
             for design in (0, 3, design_count() - 1):
                 yield _with_every_class(numel, nbytes, columns, flags, design)
 
 
 def _with_every_class(numel, nbytes, columns, flags, design):
     """Every scale code there is, and every class that follows from them coded by one design, in no words."""
-    sides = [-(-numel // columns) if flags & plan.ROWS else 0, columns if flags & plan.COLUMNS else 0]
+    sides = [-(-numel // columns) if flags & planning.ROWS else 0, columns if flags & planning.COLUMNS else 0]
     codes = [(torch.arange(side) * 37 % 63).to(torch.uint8) for side in sides]  # 0 stands for 0, v for v
-    layout = plan.Layout(numel, columns, *(code.numpy() if len(code) else None for code in codes))
-    classes = [k for k in range(plan.CLASSES - 1, 0, -1) if layout.histogram()[k]]
-    head = plan.HEADER.pack(flags, len(classes), 100, columns, 6, 1, 6, 1)
+    layout = planning.Layout(numel, columns, *(code.numpy() if len(code) else None for code in codes))
+    classes = [k for k in range(planning.CLASSES - 1, 0, -1) if layout.histogram()[k]]
+    head = planning.HEADER.pack(flags, len(classes), 100, columns, 6, 1, 6, 1)
     head += b"".join(packing.pack_bits(code, 6).numpy().tobytes() for code in codes if len(code))
-    return _filled(head + b"".join(plan.CLASS.pack(k, design, 1.0) for k in classes), 0, nbytes)
+    return _filled(head + b"".join(planning.CLASS.pack(k, design, 1.0) for k in classes), 0, nbytes)
 
 
 def _filled(start, byte, nbytes, end=b""):

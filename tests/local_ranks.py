@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from gcompress.exchange import GradientExchange
+from gcompress.exchange.exchange import GradientExchange
 
 TIMEOUT_SECONDS = 60
 

@@ -13,13 +13,13 @@ import sys
 import time
 import traceback
 
+import gcompress.plugins.mpi as servers
 import torch
 
 import gcompress
-import gcompress.plugins.mpi as servers
 from gcompress import MaskSparse, Policy, Quantize, TopK
 from gcompress.feedback import ErrorFeedback
-from processes import expect_error
+from tests.processes import expect_error
 
 SCENARIOS = {}
 SERVERS = 2

@@ -4,7 +4,7 @@ import ctypes
 import importlib.util
 import pathlib
 
-from gcompress.cuda import sources
+from gcompress.backends.gpu import sources
 
 PATTERNS = ("cu1*/lib/libnvrtc.so.1*", "cuda_nvrtc/lib/libnvrtc.so.1*")  # of NVIDIA's wheels
 TOOLKITS = ("/usr/local/cuda*/lib64/libnvrtc.so.1?", "/usr/local/cuda*/targets/*/lib/libnvrtc.so.1?")

@@ -11,7 +11,7 @@ import traceback
 import torch
 
 import gcompress
-from promises import PROMISES, Trainer, sgd
+from tests.promises import PROMISES, Trainer, sgd
 
 
 class Ddp(Trainer):
@@ -142,7 +142,6 @@ def start(engine):
         return hvd.rank()
     if engine == "byteps":
         import byteps.torch as bps
-
         import gcompress.plugins.byteps as byteps_plugin
 
         byteps_plugin.init()

@@ -512,7 +512,10 @@ def a_state_that_is_not_this_ranks_is_refused(new):
             wrong["of no shapes"] = {**state, "shapes": 7}
             wrong["of foreign memories"] = {**state, "memories": {"x": {"basis": torch.zeros(3)}}}
             wrong["of no memories"] = {**state, "memories": {"0.weight": {"basis": "hello"}}}
-            merged = {"owed": {}, **{key: state[key] for key in gcompress.state.MERGED_KEYS if key != "owed"}}
+            merged = {
+                "owed": {},
+                **{key: state[key] for key in gcompress.exchange.hand_on.MERGED_KEYS if key != "owed"},
+            }
             wrong["of no ranks"] = {**merged, "world_size": 0}
         for what, each in wrong.items():
             with refused(gcompress.ConfigError, "", what):

@@ -1,6 +1,6 @@
 """Trains a small split model while one half or the other is killed at random moments; prints what came of it as JSON.
 
-    python tests/split_kills.py FOLDER --steps 600 --kills 50 --mode labels
+    python -m tests.split_kills FOLDER --steps 600 --kills 50 --mode labels
 
 The halves are forked from this process, which has loaded the libraries and started nothing:
 a new life begins in milliseconds. Without --kills the run that the others are compared with.

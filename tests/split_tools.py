@@ -10,9 +10,10 @@ import grpc
 import torch
 from torch import nn
 
-from gcompress import split, wire
+from gcompress import split
+from gcompress.split import wire
 from gcompress.split.link import METHOD, channel_options
-from gcompress.wire import Frame, Kind
+from gcompress.split.wire import Frame, Kind
 
 INPUTS, WIDTH, CLASSES = 12, 24, 5
 

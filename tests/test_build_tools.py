@@ -13,7 +13,6 @@ import tarfile
 import pytest
 
 TOOLS = pathlib.Path(__file__).resolve().parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
 
 import build_byteps  # noqa: E402
 import build_horovod  # noqa: E402

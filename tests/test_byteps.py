@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -11,38 +10,15 @@ import sys
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tools"))
-import byteps_edits  # noqa: E402
-from processes import processes_with  # noqa: E402
+import byteps_edits
+from tests.launching import REPOSITORY, launch_byteps
+from tests.processes import processes_with
 
-PLUGIN = HERE.parent / "plugins" / "byteps"
-SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "byteps_workers.py").read_text(), re.MULTILINE)
+PLUGIN = REPOSITORY / "plugins" / "byteps"
+SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (REPOSITORY / "tests" / "byteps_workers.py").read_text(), re.MULTILINE)
 BUILT = importlib.util.find_spec("byteps") is not None and (PLUGIN / "_server.so").exists()
 pytestmark = [pytest.mark.byteps, pytest.mark.ranks]
 needs_byteps = pytest.mark.skipif(not BUILT, reason="BytePS is not built: python tools/build_byteps.py says why not")
-
-
-def launch(*arguments, workers=2, servers=2, timeout=120, **environment):
-    """Run a Python command line on BytePS workers; returns (exit code, output). No process outlives it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gcompress.plugins.byteps.launch", "-np", str(workers), "--servers", str(servers)]
-        + [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        # Small partitions, so that tensors of a test have several.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "BYTEPS_PARTITION_BYTES": "65536", **environment},
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the workers hang after {timeout} s:\n{output[-4000:]}")
-    return process.returncode, output
 
 
 def outcomes_of(path, workers):
@@ -55,7 +31,7 @@ def outcomes_of(path, workers):
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one job of two workers and two servers."""
     out = tmp_path_factory.mktemp("byteps") / "outcomes"
-    code, output = launch(HERE / "byteps_workers.py", out)
+    code, output = launch_byteps(2, "-m", "tests.byteps_workers", out)
     found = outcomes_of(out, 2)
     if code or not all(found):
         print(output[-6000:])
@@ -72,7 +48,7 @@ def test_scenario(outcomes, name):
 @needs_byteps
 def test_a_different_configuration_is_refused_on_every_worker(tmp_path):
     out = tmp_path / "error"
-    code, output = launch(HERE / "byteps_workers.py", out, "different_compressor", servers=1)
+    code, output = launch_byteps(2, "-m", "tests.byteps_workers", out, "different_compressor", servers=1)
     assert code != 0
     errors = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("error.*"))]
     assert errors, output[-3000:]
@@ -82,7 +58,7 @@ def test_a_different_configuration_is_refused_on_every_worker(tmp_path):
 
 @needs_byteps
 def test_a_failing_worker_ends_all(tmp_path):
-    code, output = launch(HERE / "byteps_workers.py", tmp_path / "error", "failing_worker", servers=1)
+    code, output = launch_byteps(2, "-m", "tests.byteps_workers", tmp_path / "error", "failing_worker", servers=1)
     assert code == 1 and "worker 1 ended with exit code 1" in output, output[-3000:]
     assert json.loads((tmp_path / "error.1").read_text()) == ["ValueError", "this worker has had enough"]
 
@@ -90,7 +66,7 @@ def test_a_failing_worker_ends_all(tmp_path):
 @needs_byteps
 def test_a_worker_that_hangs_is_told_by_the_others(tmp_path):
     out = tmp_path / "error"
-    code, _ = launch(HERE / "byteps_workers.py", out, "hanging_worker", servers=1, GCOMPRESS_TIMEOUT="5")
+    code, _ = launch_byteps(2, "-m", "tests.byteps_workers", out, "hanging_worker", servers=1, GCOMPRESS_TIMEOUT="5")
     kind, message = json.loads((tmp_path / "error.0").read_text())
     assert code == 1 and kind == "ExchangeError" and "no answer within 5 s" in message
 
@@ -98,7 +74,7 @@ def test_a_worker_that_hangs_is_told_by_the_others(tmp_path):
 @needs_byteps
 def test_a_killed_worker_ends_all_and_nothing_is_left(tmp_path):
     before = set(os.listdir("/dev/shm"))
-    code, output = launch(HERE / "byteps_workers.py", tmp_path / "error", "killed_worker", servers=1)
+    code, output = launch_byteps(2, "-m", "tests.byteps_workers", tmp_path / "error", "killed_worker", servers=1)
     assert code == 128 + signal.SIGKILL and "worker 1 ended with exit code -9" in output, output[-3000:]
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("BytePS")}
     assert not processes_with(str(tmp_path))
@@ -119,7 +95,7 @@ def test_what_is_counted_is_what_the_servers_receive(tmp_path):
         "report = pathlib.Path(__file__).with_name('sent.' + os.environ['DMLC_WORKER_ID'])\n"
         "report.write_text(str(g.exchange(o).report.sent_bytes))\n"
     )
-    code, output = launch(script, servers=1, PS_KEY_LOG="1")
+    code, output = launch_byteps(2, script, servers=1, PS_KEY_LOG="1")
     assert code == 0, output[-3000:]
     sent = sum(int((tmp_path / f"sent.{worker}").read_text()) for worker in range(2))
     pushes = [int(size) for size in re.findall(r"push key=\d+\s+sender=\d+\s+size=(\d+)", output)]
@@ -135,7 +111,7 @@ def test_what_is_counted_is_what_the_servers_receive(tmp_path):
 
 @needs_byteps
 def test_the_launcher_refuses_nothing_to_do():
-    code, output = launch("-c", "raise SystemExit(7)", servers=1)
+    code, output = launch_byteps(2, "-c", "raise SystemExit(7)", servers=1)
     assert code == 7 and "ended with exit code 7" in output
     command = [sys.executable, "-m", "gcompress.plugins.byteps.launch", "-np", "0", "true"]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 2

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned
-from gcompress import Chain, ConfigError, Entropy, PayloadError, Quantize, TopK, from_dict, from_spec, native
+from gcompress import Chain, ConfigError, Entropy, PayloadError, Quantize, TopK, backends, from_dict, from_spec
+from tests.compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 
@@ -30,14 +30,14 @@ def test_native_bytes_are_the_reference_bytes(compressor):
     """On every instruction set, for encoding, decoding and adding."""
     for numel in SIZES:
         for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
-            with native.use_backend("reference"):
+            with backends.use_backend("reference"):
                 payload, ctx = compressor.compress(tensor, seed=7)
                 decoded = compressor.decompress(payload, ctx)
                 total = torch.ones(numel)
                 compressor.decode_into(payload, total, add=True)
             assert payload.dtype == torch.uint8 and fits(compressor, payload, numel)
-            for isa in native.available_backends()[1:]:
-                with native.use_backend(isa):
+            for isa in backends.available_backends()[1:]:
+                with backends.use_backend(isa):
                     where = (isa, numel, name)
                     assert torch.equal(compressor.compress(tensor, seed=7)[0], payload), where
                     assert same(compressor.decompress(payload, ctx), decoded), where
@@ -110,11 +110,11 @@ def test_an_output_that_cannot_be_written_is_refused():
 
 
 @every_compressor
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, backend):
     generator = torch.Generator().manual_seed(3)
     out = torch.empty(333)
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, _ = compressor.compress(torch.randn(333, generator=generator))
         for trial in range(60):
             damaged = payload.clone()
@@ -145,8 +145,8 @@ def test_sixteen_million_entries_and_seven(compressor, large):
     if getattr(compressor, "list_size", 1) > 1:
         pytest.skip("lists cost a minute here and work tile by tile, as the sizes above show")
     payloads = []
-    for isa in native.available_backends()[1:] or ["reference"]:
-        with native.use_backend(isa):
+    for isa in backends.available_backends()[1:] or ["reference"]:
+        with backends.use_backend(isa):
             payload, ctx = compressor.compress(large)
             payloads.append(payload)
             decoded = compressor.decompress(payload, ctx)
@@ -161,7 +161,7 @@ def test_sixteen_million_entries_and_seven(compressor, large):
 def test_sixteen_million_entries_by_the_reference(spec, large):
     compressor = from_spec(spec)
     payload, _ = compressor.compress(large)
-    with native.use_backend("reference"):
+    with backends.use_backend("reference"):
         assert torch.equal(compressor.compress(large)[0], payload)
 
 

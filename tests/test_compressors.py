@@ -16,8 +16,8 @@ from gcompress import (
     RandomK,
     Threshold,
     TopK,
+    backends,
     from_spec,
-    native,
     packing,
 )
 from gcompress.compressors import eden
@@ -63,13 +63,13 @@ def test_error_behind_a_relu_is_within_the_reference_figure(sparsity, bits, boun
     assert nmse(MaskSparse(sparsity=sparsity, bits=bits, signed=False), gauss().relu()) < bound
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 @pytest.mark.parametrize("sparsity", [0.999, 0.99, 0.9, 0.5, 0.1])
 def test_topk_keeps_exactly_the_largest_and_ties_go_to_the_lowest_index(backend, sparsity):
     ties = torch.randint(-5, 6, (100_003,), generator=torch.Generator().manual_seed(1)).float()
     rows = gauss(65536).view(256, 256) * torch.logspace(-3, 3, 256).unsqueeze(1)  # a sample of it misleads
     for tensor in (gauss(100_003), ties, rows.flatten(), rows.sort(1).values.flatten(), torch.zeros(9000)):
-        with native.use_backend(backend):
+        with backends.use_backend(backend):
             decoded = TopK(sparsity=sparsity).decompress(*TopK(sparsity=sparsity).compress(tensor + 10))
         k = max(1, round(tensor.numel() * (1 - sparsity)))
         kept = torch.sort((tensor + 10).abs(), descending=True, stable=True).indices[:k]
@@ -185,9 +185,9 @@ def test_entropy_coding_comes_within_a_percent_of_the_entropy_of_the_codes(bits,
     assert torch.equal(Entropy(inner).decompress(payload, ctx), inner.decompress(raw, ctx))
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_entropy_coding_costs_a_few_bytes_where_it_saves_none(backend):
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         for numel in (1, 64, 1000, 4000):
             noise = torch.randint(-(2**31), 2**31, (numel,), generator=torch.Generator().manual_seed(0))
             tensor = (noise & 0x3FFFFFFF).to(torch.int32).view(torch.float32)
@@ -327,8 +327,8 @@ def test_casts_neither_overflow_nor_fade():
             decoded = compressor.decompress(*compressor.compress(one))
             assert ((decoded - one).abs() <= error * one.abs()).all(), (spec, one)
     largest = torch.tensor([torch.finfo(torch.float32).max])
-    for backend in native.available_backends():
-        with native.use_backend(backend):
+    for backend in backends.available_backends():
+        with backends.use_backend(backend):
             for spec in ("bf16", "fp16", "fp8", "mxfp4", "mxfp4:bucket=16", "eden:bits=2", "qsgd:bits=4", "natural"):
                 decoded = from_spec(spec).decompress(*from_spec(spec).compress(largest.repeat(100)))
                 assert decoded.isfinite().all(), (backend, spec)
@@ -353,14 +353,14 @@ def test_zeros_stay_zeros_where_zero_is_a_level():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_stochastic_rounding_of_entries_that_are_not_positive(bits, backend):
     """Their zero is the last code, also where rounding makes it a little more."""
     compressor = Quantize(bits=bits, bucket=0, rounding="stochastic")
     for numel in range(7, 80):
         tensor = -torch.randn(numel, generator=torch.Generator().manual_seed(numel)).abs()
         tensor[0] = 0.0
-        with native.use_backend(backend):
+        with backends.use_backend(backend):
             decoded = compressor.decompress(*compressor.compress(tensor, seed=numel))
         step = -tensor.min() / (2**bits - 1)
         assert decoded[0] == 0

@@ -7,7 +7,6 @@ import concurrent.futures
 import json
 import math
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,18 +14,19 @@ import sys
 import pytest
 import torch
 
-import emulation
-import nvrtc
-from compressors import COMPRESSORS, SIZES, inputs, poisoned
-from gcompress import PayloadError, cli, cuda, from_spec, native
-from gcompress.cuda import compiler, sources
-from gcompress.cuda import launcher as device_launcher
-from gcompress.cuda.kernels import DeviceKernels
+from gcompress import PayloadError, backends, cli, from_spec
+from gcompress.backends import gpu
+from gcompress.backends.gpu import compiler, sources
+from gcompress.backends.gpu import launcher as device_launcher
+from gcompress.backends.gpu.plans import DeviceKernels
 from gcompress.feedback import ErrorFeedback
-from hostile import with_scales
+from tests import emulation, nvrtc
+from tests.compressors import COMPRESSORS, SIZES, inputs, poisoned
+from tests.hostile import with_scales
+from tests.launching import REPOSITORY
 
 ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
-BUILD = pathlib.Path(__file__).parent.parent / "build"
+BUILD = REPOSITORY / "build"
 ARCHITECTURES = (70, 80, 90, 100)
 every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
 watches_memory = pytest.mark.skipif(
@@ -84,13 +84,13 @@ def test_nothing_approximate_is_compiled(option):
 
 
 def test_without_a_device_the_reason_is_said_once(caplog):
-    active, reason = cuda.status()
+    active, reason = gpu.status()
     if active:
         pytest.skip("there is a device")
     assert "CUDA" in reason or "CuPy" in reason or "capability" in reason
     device_launcher._kernels.cache_clear()
     for _ in range(3):
-        assert cuda.kernels(torch.device("cuda", 0)) is None
+        assert gpu.kernels(torch.device("cuda", 0)) is None
     assert [record.getMessage() for record in caplog.records if reason in record.getMessage()] == [
         f"GPU kernels are not in use, the slower torch reference is: {reason}"
     ]
@@ -99,7 +99,7 @@ def test_without_a_device_the_reason_is_said_once(caplog):
 def test_the_doctor_says_what_runs_and_why(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert f"CPU    {native.backend()}" in said and cuda.status()[1] in said and "polar" in said
+    assert f"CPU    {backends.backend()}" in said and gpu.status()[1] in said and "polar" in said
 
 
 def same(one, other):
@@ -111,7 +111,7 @@ def check_bytes(compressor, table, tensor, where):
     payload, ctx = compressor.compress(tensor, seed=7)
     decoded, total = compressor.decompress(payload, ctx), torch.ones(tensor.numel())
     compressor.decode_into(payload, total, add=True)
-    with native.use_backend(table):
+    with backends.use_backend(table):
         assert torch.equal(compressor.compress(tensor, seed=7)[0], payload), where
         assert same(compressor.decompress(payload, ctx), decoded), where
         own_total = torch.ones(tensor.numel())
@@ -150,12 +150,12 @@ def test_nothing_beyond_a_tensor_is_touched_and_any_address_will_do(compressor, 
         expected = torch.empty(numel)
         compressor.decode_into(payload, expected)
         out = launcher.guarded(torch.zeros(numel), 4)
-        with native.use_backend(DeviceKernels(launcher)):
+        with backends.use_backend(DeviceKernels(launcher)):
             assert torch.equal(compressor.compress(launcher.guarded(tensor, 4), seed=3)[0], payload)
             compressor.decode_into(launcher.guarded(payload, 1), out)
         assert same(out, expected)
         canary = torch.full((numel + 8,), 5.0)
-        with native.use_backend(DeviceKernels(launcher)):
+        with backends.use_backend(DeviceKernels(launcher)):
             compressor.decode_into(payload, canary[4:-4])
         assert same(canary[4:-4], expected) and bool((canary[:4] == 5).all() and (canary[-4:] == 5).all())
 
@@ -166,7 +166,7 @@ def test_damaged_bytes_decode_or_are_refused_but_never_crash(compressor, launche
     generator = torch.Generator().manual_seed(3)
     payload, _ = compressor.compress(torch.randn(333, generator=generator))
     out = launcher.guarded(torch.empty(333), 4)
-    with native.use_backend(DeviceKernels(launcher)):
+    with backends.use_backend(DeviceKernels(launcher)):
         for trial in range(30):
             damaged = payload.clone()
             positions = torch.randint(0, len(payload), (1 + trial % 5,), generator=generator)
@@ -190,7 +190,7 @@ def test_any_scale_decodes_as_on_the_cpu(compressor, launcher):
         except PayloadError:
             refused = True
         try:
-            with native.use_backend(DeviceKernels(launcher)):
+            with backends.use_backend(DeviceKernels(launcher)):
                 compressor.decode_into(wrong, out, add=True)
         except PayloadError:
             assert refused, wrong
@@ -210,7 +210,7 @@ def test_error_feedback_is_that_of_the_cpu(compressor, launcher):
                 if step == poisoned_step:
                     gradient[numel // 2] = float("nan")
                 payload, _ = expected.compress("w", gradient, compressor, seed=step)
-                with native.use_backend(DeviceKernels(launcher)):
+                with backends.use_backend(DeviceKernels(launcher)):
                     assert torch.equal(fused.compress("w", gradient, compressor, seed=step)[0], payload)
                 before = expected.residual("w")
                 assert same(fused.residual("w"), torch.zeros(numel) if before is None else before)
@@ -261,7 +261,7 @@ QUICK += [("onebit:bucket=0", 2**20 + 5000, "gauss"), ("topk:sparsity=0.9", 2**2
 
 def quick_run(launcher, launches=QUICK):
     feedback = ErrorFeedback()
-    with native.use_backend(DeviceKernels(launcher)):
+    with backends.use_backend(DeviceKernels(launcher)):
         feedback.compress("w", torch.randn(100), from_spec("bf16"))
         feedback.compress("m", torch.randn(100), from_spec("mask:sparsity=0.9"))
     for spec, shape, name in launches:
@@ -339,9 +339,9 @@ def print_unnoticed(library):
 @needs_compiler
 def test_a_barrier_left_out_is_noticed(library):
     """Every single one: without it, some schedule makes other bytes or ends in an error."""
-    program = f"import test_cuda; test_cuda.print_unnoticed({str(library)!r})"
+    program = f"from tests import test_cuda; test_cuda.print_unnoticed({str(library)!r})"
     command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=480)
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=480)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert found["barriers"] >= 25

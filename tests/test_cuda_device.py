@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
-from compressors import COMPRESSORS, SIZES, inputs, poisoned
-from gcompress import PayloadError, cuda, from_spec, native
-from gcompress.cuda.kernels import DeviceKernels
+from gcompress import PayloadError, backends, from_spec
+from gcompress.backends import gpu
+from gcompress.backends.gpu.plans import DeviceKernels
 from gcompress.feedback import ErrorFeedback
+from tests.compressors import COMPRESSORS, SIZES, inputs, poisoned
 
-ACTIVE, REASON = cuda.status()
+ACTIVE, REASON = gpu.status()
 REQUIRED = bool(os.environ.get("GCOMPRESS_REQUIRE_GPU"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ACTIVE and not REQUIRED, reason=REASON)]
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
@@ -30,7 +31,7 @@ def same(one, other):
 
 def test_the_kernels_are_in_use():
     assert ACTIVE, REASON
-    assert native.kernels(torch.zeros(1, device="cuda"), "quantize") is not None
+    assert backends.kernels(torch.zeros(1, device="cuda"), "quantize") is not None
 
 
 @every_compressor

@@ -6,16 +6,16 @@ import subprocess
 
 import pytest
 import torch
-from test_cuda import BUILD, check_bytes, needs_compiler
 
-import emulation
-from gcompress import Polar, native
-from gcompress.cuda.kernels import DeviceKernels
+from gcompress import Polar, backends
+from gcompress.backends.gpu.plans import DeviceKernels
+from gcompress.compressors.polar import device, outliers, planning, reference
+from gcompress.compressors.polar.bits import PolarCode
+from gcompress.compressors.polar.device import DevicePolar
+from gcompress.compressors.polar.native import NativePolar
 from gcompress.feedback import ErrorFeedback
-from gcompress.polar import device, outliers, plan, reference
-from gcompress.polar.code import PolarCode
-from gcompress.polar.device import DevicePolar
-from gcompress.polar.kernels import NativePolar
+from tests import emulation
+from tests.test_cuda import BUILD, check_bytes, needs_compiler
 
 pytestmark = needs_compiler
 
@@ -99,9 +99,9 @@ def test_a_tile_of_the_real_size(blocks, launcher, monkeypatch):
 
 def test_outliers_are_those_that_reach_their_limit(launcher):
     """Also by nothing."""
-    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(native.kernels(torch.zeros(1)))
+    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.kernels(torch.zeros(1)))
     values = torch.randint(-9, 10, (9000,), generator=torch.Generator().manual_seed(2)).float()
-    layout = plan.Layout(9000, 9000, None, None)
+    layout = planning.Layout(9000, 9000, None, None)
     for floor in (5.0, 8.0, 9.0, 9.5):
         limits = outliers.Limits(floor, 0.0)
         places = backend.beyond(values, layout, limits, 0)
@@ -114,7 +114,7 @@ def test_the_code_for_bits_uses_the_kernels(launcher):
     code = PolarCode(256, 100)
     payload = code.compress(bits)
     expected = code.decompress(payload, bits.numel())
-    with native.use_backend(DeviceKernels(launcher)):
+    with backends.use_backend(DeviceKernels(launcher)):
         assert torch.equal(code.compress(bits), payload)
         assert torch.equal(code.decompress(payload, bits.numel()), expected)
     assert {"polar_encode", "polar_decode"} <= launcher.launched
@@ -122,7 +122,7 @@ def test_the_code_for_bits_uses_the_kernels(launcher):
 
 def test_sums_have_the_order_of_the_cpu(launcher):
     """Floats of very different sizes, whose sums show every other order."""
-    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(native.kernels(torch.zeros(1)))
+    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.kernels(torch.zeros(1)))
     for shape in ((1, 7), (5, 16), (9, 300), (300, 17), (3, 4100)):
         values = torch.exp(5 * gauss(shape)).view(-1)
         for by_column in (False, True):
@@ -140,7 +140,7 @@ def test_error_feedback_keeps_a_matrix_a_matrix(launcher):
     for step in range(3):
         gradient = spread((40, 50), step)
         payload, _ = expected.compress("w", gradient, compressor, seed=step)
-        with native.use_backend(DeviceKernels(launcher)):
+        with backends.use_backend(DeviceKernels(launcher)):
             assert torch.equal(fused.compress("w", gradient, compressor, seed=step)[0], payload)
         assert torch.equal(fused.residual("w"), expected.residual("w"))
 

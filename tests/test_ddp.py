@@ -1,50 +1,24 @@
 """Real ranks of torch's DistributedDataParallel on Gloo; see ddp_ranks.py for what each rank does."""
 
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
+
+from tests.ddp_ranks import SCENARIOS
+from tests.launching import launch_ddp
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
 
 pytestmark = pytest.mark.ranks
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from ddp_ranks import SCENARIOS  # noqa: E402
-
-
-def launch(ranks, *arguments, timeout=120):
-    """Run a Python script on `ranks` ranks; returns (exit code, output). No process outlives it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun then ends its ranks
-        output, _ = process.communicate(timeout=60)
-        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
-    return process.returncode, output
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of four ranks."""
     out = tmp_path_factory.mktemp("ddp") / "outcomes.json"
-    _, output = launch(4, HERE / "ddp_ranks.py", out)
+    _, output = launch_ddp(4, "-m", "tests.ddp_ranks", out)
     if not out.exists():
         pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
     return json.loads(out.read_text())
@@ -58,7 +32,7 @@ def test_scenario(outcomes, name):
 def failing(tmp_path, name, ranks):
     """Run a scenario that must end the job; returns {rank: (error type, message)} of the ranks that could tell."""
     out = tmp_path / "error"
-    code, output = launch(ranks, HERE / "ddp_ranks.py", out, name)
+    code, output = launch_ddp(ranks, "-m", "tests.ddp_ranks", out, name)
     assert code != 0, output[-2000:]
     errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
     return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}

@@ -1,10 +1,10 @@
 """What the guides and docstrings say of files, commands, tests and models is so."""
 
 import importlib.util
-import pathlib
 import re
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+from tests.launching import REPOSITORY
+
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gcompress", "plugins", "tests", "tools")
 GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SOURCES = [path for name in FOLDERS for path in sorted((REPOSITORY / name).rglob("*.py"))]

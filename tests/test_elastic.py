@@ -1,18 +1,13 @@
 """Elastic Horovod kills a rank and adds one; see elastic_ranks.py for what each rank does."""
 
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from tests.launching import launch_horovod
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
 pytestmark = [pytest.mark.horovod, pytest.mark.ranks]
 
-HERE = pathlib.Path(__file__).parent
 # Two names of this machine: Horovod never again uses a host on which a rank died.
 DISCOVERY = """#!/bin/sh
 if [ -e {folder}/enlarge ]; then echo localhost:3; else echo localhost:2; echo 127.0.0.1:1; fi
@@ -26,22 +21,9 @@ def owed(tmp_path_factory):
     script = folder / "discover.sh"
     script.write_text(DISCOVERY.format(folder=folder))
     script.chmod(0o755)
-    command = [sys.executable, "-m", "horovod.runner.launch", "-np", "3", "--min-np", "2", "--max-np", "3", "--gloo"]
-    command += ["--host-discovery-script", str(script), "--slots-per-host", "3", "--elastic-timeout", "60"]
-    process = subprocess.Popen(
-        [*command, sys.executable, str(HERE / "elastic_ranks.py"), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60"},
-    )
-    try:
-        output, _ = process.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=30)
-        pytest.fail(f"the ranks hang:\n{output[-4000:]}")
+    options = ["--min-np", 2, "--max-np", 3, "--host-discovery-script", script, "--slots-per-host", 3]
+    options += ["--elastic-timeout", 60]
+    _, output = launch_horovod(3, "-m", "tests.elastic_ranks", folder, options=options, timeout=150)
     found = {}
     for path in folder.glob("*.pt"):
         kind, size, pid = path.stem.split("-")

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from compressors import SPECS
 from gcompress import ConfigError, ExchangeError, Policy, Rule, from_spec
-from gcompress.plan import Plan, borders
-from local_ranks import World, run_ranks
-from simulation import Simulation
+from gcompress.exchange.plan import Plan, borders
+from tests.compressors import SPECS
+from tests.local_ranks import World, run_ranks
+from tests.simulation import Simulation
 
 SHAPES = {"a": (40, 30), "b": (1000,), "c": (300, 70), "d": (5000,), "e": (16384,), "f": (64, 64, 3)}
 

@@ -5,11 +5,11 @@
 
 import pytest
 import torch
-from test_summed import sum_by_hand
 
-from allocations import Allocations
-from compressors import COMPRESSORS, LARGEST, inputs
-from gcompress import ConfigError, from_spec, native
+from gcompress import ConfigError, backends, from_spec
+from tests.allocations import Allocations
+from tests.compressors import COMPRESSORS, LARGEST, inputs
+from tests.test_summed import sum_by_hand
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 summable = pytest.mark.parametrize(
@@ -17,7 +17,7 @@ summable = pytest.mark.parametrize(
     [each for each in COMPRESSORS if each.summable] + [from_spec("lowrank:rank=2,exchanges=2")],
     ids=str,
 )
-backends = pytest.mark.parametrize("backend", native.available_backends())
+backends = pytest.mark.parametrize("backend", backends.available_backends())
 
 
 def largest(numel):
@@ -45,8 +45,8 @@ def test_finite_tensors_decode_to_finite_ones_on_every_backend(compressor):
         for name, tensor in largest(numel).items():
             for shape in [(numel,)] + [(60, 70)] * (numel == 4200):
                 results = []
-                for backend in native.available_backends():
-                    with native.use_backend(backend):
+                for backend in backends.available_backends():
+                    with backends.use_backend(backend):
                         payload, ctx = compressor.compress(tensor.view(shape), seed=7)
                         results.append((payload, compressor.decompress(payload, ctx)))
                 assert results[0][1].isfinite().all(), (shape, name)
@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_not_made_so():
 @backends
 def test_a_finite_sum_is_found_finite(compressor, backend):
     """Of one rank; of several whose gradients are so large that only their sum is just finite; of opposite ones."""
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         for tensor in largest(4200).values():
             tensor = tensor.view(60, 70)
             for parts in ([tensor], [tensor * 0.3] * 3, [tensor, -tensor], [tensor * 0.06] * 16):
@@ -103,7 +103,7 @@ def test_a_bucket_larger_than_the_tensor_is_the_tensor(spec, backend):
     tensor = torch.randn(1001)
     joint = "," if ":" in spec else ":"
     whole, huge = (from_spec(f"{spec}{joint}bucket={bucket}") for bucket in (0, 2**63 - 64))
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         expected, ctx = whole.compress(tensor, seed=3)
         decoded = whole.decompress(expected, ctx)
         with Allocations() as allocations:
@@ -118,7 +118,7 @@ def test_a_bucket_larger_than_the_tensor_is_the_tensor(spec, backend):
 @every_compressor
 @backends
 def test_one_entry_may_have_any_strides(compressor, backend):
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         expected, _ = compressor.compress(torch.tensor([3.0]), seed=1)
         for tensor in (torch.tensor([3.0, 1.0])[::2], torch.full((4, 4), 3.0)[::3, ::2][:1, :1], torch.tensor(3.0)):
             payload, ctx = compressor.compress(tensor, seed=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gcompress import ConfigError, MaskSparse, Policy, Quantize, TopK, as_policy
-from gcompress.exchange import GradientExchange, decode_sum
+from gcompress.exchange.exchange import GradientExchange, decode_sum
 from gcompress.feedback import ErrorFeedback
 
 

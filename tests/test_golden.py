@@ -10,8 +10,8 @@ import pathlib
 import pytest
 import torch
 
-from compressors import SPECS
-from gcompress import REGISTRY, from_spec, native
+from gcompress import REGISTRY, backends, from_spec
+from tests.compressors import SPECS
 
 PATH = pathlib.Path(__file__).parent / "golden" / "version-1.json"
 FIXTURES = json.loads(PATH.read_text()) if PATH.exists() else {}
@@ -30,10 +30,10 @@ def test_every_method_has_a_fixture():
 
 
 @pytest.mark.parametrize("spec", FIXTURES)
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_golden_payload(spec, backend):
     compressor, expected = from_spec(spec), FIXTURES[spec]
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, ctx = compressor.compress(golden_input(), seed=SEED)
         decoded = compressor.decompress(payload, ctx)
     assert base64.b64encode(bytes(payload.tolist())).decode() == expected["payload"]

@@ -1,11 +1,6 @@
 """Real Horovod ranks exchange packed gradients; see horovod_ranks.py for what each rank does."""
 
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,36 +8,15 @@ import torch
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
 pytestmark = [pytest.mark.horovod, pytest.mark.ranks]
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from horovod_ranks import SCENARIOS  # noqa: E402
-
-
-def launch(ranks, *arguments, timeout=240, **environment):
-    """Run a Python command line on `ranks` ranks; returns (exit code, output). No process outlives it."""
-    command = [sys.executable, "-m", "horovod.runner.launch", "-np", str(ranks), "--gloo", sys.executable]
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60", **environment},
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # horovodrun then ends its ranks
-        output, _ = process.communicate(timeout=30)
-        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
-    return process.returncode, output
+from tests.horovod_ranks import SCENARIOS  # noqa: E402
+from tests.launching import launch_horovod  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of four ranks."""
     out = tmp_path_factory.mktemp("horovod") / "outcomes.json"
-    _, output = launch(4, HERE / "horovod_ranks.py", out, HOROVOD_DYNAMIC_PROCESS_SETS="1")
+    _, output = launch_horovod(4, "-m", "tests.horovod_ranks", out, HOROVOD_DYNAMIC_PROCESS_SETS="1")
     if not out.exists():
         pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
     return json.loads(out.read_text())
@@ -56,7 +30,7 @@ def test_scenario(outcomes, name):
 def failing(tmp_path, name, ranks=3):
     """Run a scenario that must end the job; returns {rank: (error type, message)} of the ranks that could tell."""
     out = tmp_path / "error"
-    code, output = launch(ranks, HERE / "horovod_ranks.py", out, name, timeout=120)
+    code, output = launch_horovod(ranks, "-m", "tests.horovod_ranks", out, name, timeout=120)
     assert code != 0, output[-2000:]
     errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
     return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
@@ -109,17 +83,17 @@ def test_without_the_plugin_horovod_refuses_packed_bytes():
         " compression=gcompress.MaskSparse(sparsity=0.99, bits=2));"
         "p.sum().backward(); o.step(); print('SUMMED', flush=True)"
     )
-    code, output = launch(2, "-c", script, timeout=120)
+    code, output = launch_horovod(2, "-c", script, timeout=120)
     assert code != 0
     assert "expected `import gcompress.plugins.horovod`" in output
     assert "SUMMED" not in output
 
 
 def test_a_single_process_needs_no_launcher_and_sends_nothing():
+    import gcompress.plugins.horovod as gcompress_hvd
     import horovod.torch as hvd
 
     import gcompress
-    import gcompress.plugins.horovod as gcompress_hvd
 
     hvd.init()
     model = torch.nn.Linear(40, 40)

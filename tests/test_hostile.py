@@ -4,21 +4,21 @@ GCOMPRESS_LONG=1 tries many times as many payloads.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from allocations import Allocations
-from compressors import COMPRESSORS, inputs
-from gcompress import PayloadError, from_spec, native
-from gcompress.polar.tables import design_at, design_count
-from hostile import hostile, hostile_polar, with_scales
+from gcompress import PayloadError, backends, from_spec
+from gcompress.compressors.polar.tables import design_at, design_count
+from tests.allocations import Allocations
+from tests.compressors import COMPRESSORS, inputs
+from tests.hostile import hostile, hostile_polar, with_scales
+from tests.launching import REPOSITORY
 
 TRIALS = 200 if os.environ.get("GCOMPRESS_LONG") == "1" else 6
-BACKENDS = ["reference", *native.available_backends()[1:][-1:]]  # the C++ kernels differ in their instructions only
+BACKENDS = ["reference", *backends.available_backends()[1:][-1:]]  # the C++ kernels differ in their instructions only
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 BESIDES = 1 << 20  # bytes that do not grow with a tensor: tables, headers, Python's own objects
 
@@ -58,7 +58,7 @@ def test_any_bytes_decode_alike_or_are_refused_alike(compressor):
         for wrong in hostile(payload, generator, TRIALS):
             results = []
             for backend in BACKENDS:
-                with native.use_backend(backend):
+                with backends.use_backend(backend):
                     results.append(decoded(compressor, wrong, numel))
             assert all(same(result, results[0]) for result in results), (numel, wrong)
 
@@ -85,7 +85,7 @@ def test_any_scale_decodes_alike(compressor):
         for wrong in with_scales(payload, positions):
             results = []
             for backend in BACKENDS:
-                with native.use_backend(backend):
+                with backends.use_backend(backend):
                     results.append(decoded(compressor, wrong, numel))
             assert all(same(result, results[0]) for result in results), (numel, wrong)
 
@@ -100,7 +100,7 @@ def designs():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backend, designs):
     generator = torch.Generator().manual_seed(12)
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         for numel in (1000, 30000):
             payload = example(compressor, numel)
             decoded(compressor, payload, numel)  # makes tables and workspaces that stay
@@ -114,7 +114,7 @@ def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backen
 def test_what_polar_is_told_of_it_believes_when_it_is_there(backend, designs):
     """Products and outliers: room was made for 20 times the entries that a few bytes claimed."""
     compressor, numel = from_spec("polar:rate=4"), 40000
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         decoded(compressor, example(compressor, numel), numel)
         for wrong in hostile_polar(numel, compressor.nbytes(numel)):
             with Allocations() as allocations:
@@ -126,10 +126,11 @@ def test_what_polar_is_told_of_it_believes_when_it_is_there(backend, designs):
 LIMITED = """
 import resource, sys
 import torch
-from compressors import COMPRESSORS
-from gcompress import from_spec, native
-from hostile import hostile, hostile_polar
-from test_hostile import decoded, example
+from tests.compressors import COMPRESSORS
+from gcompress import from_spec
+from gcompress import backends
+from tests.hostile import hostile, hostile_polar
+from tests.test_hostile import decoded, example
 
 torch.set_num_threads(1)
 numel, generator, polar = 100_000, torch.Generator().manual_seed(13), from_spec("polar:rate=4")
@@ -142,7 +143,7 @@ for compressor, payload in payloads.items():
     for wrong in hostile(payload, generator, 1):
         decoded(compressor, wrong, numel)
 for backend in ("reference", "native"):
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         for wrong in hostile_polar(numel, polar.nbytes(numel)):
             decoded(polar, wrong, numel)
 """
@@ -150,7 +151,5 @@ for backend in ("reference", "native"):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="a process's memory is read from /proc")
 def test_hostile_payloads_decode_where_memory_is_scarce():
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=300
-    )
+    run = subprocess.run([sys.executable, "-c", LIMITED], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -7,9 +7,9 @@ import torch
 import torch.utils.checkpoint
 
 from gcompress import ConfigError, Policy, merge_states
+from gcompress.exchange.scaling import LossScale
 from gcompress.memory import Memory
-from gcompress.scaling import LossScale
-from local_ranks import World, run_ranks
+from tests.local_ranks import World, run_ranks
 
 SHAPES = {"a": (40, 30), "c": (300, 70), "e": (16384,)}
 

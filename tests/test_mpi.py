@@ -1,54 +1,31 @@
 """Real MPI ranks push to and pull from real servers; see mpi_ranks.py for what each rank does."""
 
 import json
-import os
 import pathlib
 import re
-import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 
-from processes import wait_until_gone
+from tests.launching import MPIRUN, launch_mpi
+from tests.processes import wait_until_gone
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
 pytestmark = [pytest.mark.mpi, pytest.mark.ranks]
 
 HERE = pathlib.Path(__file__).parent
-MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
 # Read, not imported: importing mpi4py in this process would start MPI here.
 SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
 if MPIRUN is None:
     pytest.skip("there is no mpirun: python tools/install_mpi.py", allow_module_level=True)
 
 
-def launch(ranks, *arguments, options=(), timeout=150, **environment):
-    """Run a Python command line on `ranks` ranks; returns (exit code, output). No process outlives it."""
-    process = subprocess.Popen(
-        [MPIRUN, *options, "-np", str(ranks), sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GCOMPRESS_TIMEOUT": "60", **environment},
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # mpirun then ends its ranks, which have sessions of their own
-        output, _ = process.communicate(timeout=30)
-        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
-    return process.returncode, output
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of three workers and two servers."""
     out = tmp_path_factory.mktemp("mpi") / "outcomes.json"
-    _, output = launch(5, HERE / "mpi_ranks.py", out)
+    _, output = launch_mpi(5, "-m", "tests.mpi_ranks", out)
     if not out.exists():
         pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
     return json.loads(out.read_text())
@@ -62,7 +39,7 @@ def test_scenario(outcomes, name):
 def run(tmp_path, name, *options, **environment):
     """Run one scenario alone; returns (exit code, {rank: what it returned or [error type, message]}, output)."""
     out = tmp_path / "outcome"
-    code, output = launch(5, HERE / "mpi_ranks.py", out, name, options=options, **environment)
+    code, output = launch_mpi(5, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
     assert not wait_until_gone(str(out))
     files = {rank: out.with_name(f"outcome.{rank}") for rank in range(5)}
     return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output

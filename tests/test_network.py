@@ -3,17 +3,17 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from tests.launching import REPOSITORY
+
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
 pytestmark = pytest.mark.ranks
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("slow_link", ROOT / "tools" / "slow_link.py")
+_spec = importlib.util.spec_from_file_location("slow_link", REPOSITORY / "tools" / "slow_link.py")
 slow_link = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(slow_link)
 
@@ -26,7 +26,7 @@ def test_an_interface_counts_what_the_report_says(tmp_path):
     out = tmp_path / "figures.json"
     specs = ["none", "fp16", "mask:sparsity=0.99,bits=2", "quantize:bits=4", "topk:sparsity=0.9"]
     specs += ["quantize:bits=4@twophase", "randomk:sparsity=0.9", "ddp/quantize:bits=4@twophase", "ddp/fp16"]
-    command = [sys.executable, ROOT / "benchmarks" / "slow_link.py", "--ranks", "4", "--parameters", "4"]
+    command = [sys.executable, REPOSITORY / "benchmarks" / "slow_link.py", "--ranks", "4", "--parameters", "4"]
     subprocess.run(
         [*command, "--steps", "3", "--json", out, "--compressors", *specs],
         check=True,

@@ -2,16 +2,15 @@
 
 import importlib.util
 import itertools
-import pathlib
 import sys
 
 import pytest
 
+from tests.launching import REPOSITORY
+
 agg = pytest.importorskip("matplotlib.backends.backend_agg", reason="matplotlib is not installed")
 figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: pip install -e .[examples]")
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
-
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 def load(folder, name):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import gcompress
-from gcompress import ConfigError, PayloadError, Polar, native, packing
-from gcompress.polar import reference
-from gcompress.polar.code import PolarCode
-from gcompress.polar.tables import ERASED, design_at, design_count, rank
+from gcompress import ConfigError, PayloadError, Polar, backends, packing
+from gcompress.compressors.polar import reference
+from gcompress.compressors.polar.bits import PolarCode
+from gcompress.compressors.polar.tables import ERASED, design_at, design_count, rank
 
 
 def fair_bits(count, seed=0):
@@ -57,8 +57,8 @@ def test_distortion_of_the_longest_block_is_near_its_bound():
 def test_all_backends_make_the_same_bytes(block, information, blocks):
     code, bits = PolarCode(block, information), fair_bits(block * blocks)
     found = []
-    for backend in native.available_backends():
-        with native.use_backend(backend):
+    for backend in backends.available_backends():
+        with backends.use_backend(backend):
             payload = code.compress(bits)
             found.append((payload, code.decompress(payload, bits.numel())))
     for payload, decoded in found[1:]:
@@ -86,8 +86,8 @@ def test_all_backends_code_a_vector_alike(rate, numel, list_size):
     values[::977] *= 30
     compressor = Polar(rate=rate, block=1024 if rate > 1 else 4096, list_size=list_size)
     found = []
-    for backend in native.available_backends():
-        with native.use_backend(backend):
+    for backend in backends.available_backends():
+        with backends.use_backend(backend):
             payload, ctx = compressor.compress(values)
             decoded = compressor.decompress(payload, ctx)
             twice = decoded.clone()
@@ -106,8 +106,8 @@ def test_a_large_target_is_filled_wherever_it_lies(rate):
     values = torch.randn(count, generator=torch.Generator().manual_seed(3))
     memory = torch.empty(count + 32)
     shift = -memory.data_ptr() // 4 % 16
-    for backend in native.available_backends()[1:]:
-        with native.use_backend(backend):
+    for backend in backends.available_backends()[1:]:
+        with backends.use_backend(backend):
             payload, _ = compressor.compress(values)
             expected = torch.zeros(count)
             compressor.decode_into(payload, expected, add=True)
@@ -211,7 +211,9 @@ def transform_of(u):
 @functools.cache
 def designs():
     """(m, points by label, weights) of every design."""
-    stored = json.loads((pathlib.Path(gcompress.__file__).parent / "polar" / "designs.json").read_text())
+    stored = json.loads(
+        (pathlib.Path(gcompress.__file__).parent / "compressors" / "polar" / "designs.json").read_text()
+    )
     between = [(d["levels"], np.array([-p for p in d["points"][::-1]] + d["points"]), d["information"]) for d in stored]
     samples = np.rint(np.arange(256).astype(np.int8) * (4096 / 24))
     return [(1, np.array([1, -1]), [4096]), *between, (8, samples, [4096] * 8)]

@@ -1,4 +1,4 @@
-"""The strongest outer products of a matrix, which the polar code sends apart (gcompress/polar/lowrank.py)."""
+"""The strongest outer products of a matrix, which the polar code sends apart."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressors import refusals
-from gcompress import native
+from gcompress import backends
 from gcompress.compressors import Polar
-from gcompress.polar import lowrank
+from gcompress.compressors.polar import products
+from tests.compressors import refusals
 
 PRODUCT = 32
 
@@ -56,7 +56,7 @@ def test_rank_is_a_limit():
     errors = [error_of(matrix, Polar(rate=1, rank=rank))[0] for rank in (0, 1, 2, 4, 6)]
     assert errors == sorted(errors, reverse=True)
     payload, _ = Polar(rate=1, rank=2).compress(matrix)
-    (size,) = lowrank.LENGTH.unpack(bytes(payload[-4:].tolist()))
+    (size,) = products.LENGTH.unpack(bytes(payload[-4:].tolist()))
     assert int(payload[-size + 4]) == 2
 
 
@@ -86,7 +86,7 @@ def test_scale_does_not_matter(factor):
 
 
 @pytest.mark.parametrize("rate", [0.25, 1, 2])
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_the_same_bytes_everywhere(rate, backend):
     """By any backend and number of threads; on any machine: the digests were written once."""
     digests = {0.25: "6a32f762dbb54c2f", 1: "b5451d4a56d29cec", 2: "77667589304c2d15"}
@@ -94,7 +94,7 @@ def test_the_same_bytes_everywhere(rate, backend):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            with native.use_backend(backend):
+            with backends.use_backend(backend):
                 payload, ctx = Polar(rate=rate, floor=0).compress(integers(150, 210))
                 decoded = Polar(rate=rate, floor=0).decompress(payload, ctx)
             assert payload[0] & PRODUCT
@@ -136,24 +136,24 @@ def test_products_of_matrices_are_exact(rate):
         assert products.count > 5
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_damaged_products_decode_or_are_refused(backend):
     compressor = Polar(rate=1)
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, ctx = compressor.compress(low_rank(100, 90, 3, 0.3))
         assert payload[0] & PRODUCT
-        (size,) = lowrank.LENGTH.unpack(bytes(payload[-4:].tolist()))
+        (size,) = products.LENGTH.unpack(bytes(payload[-4:].tolist()))
         places = [*range(-4, 0), *range(-size, -size + 40), *range(-size, -4, 23)]
         assert refusals(compressor, payload, ctx, places) > 10
 
 
 def test_factors_survive_their_bytes():
     generator = torch.Generator().manual_seed(3)
-    left = torch.randint(-lowrank.LARGEST_FACTOR, lowrank.LARGEST_FACTOR + 1, (40, 3), generator=generator)
+    left = torch.randint(-products.LARGEST_FACTOR, products.LARGEST_FACTOR + 1, (40, 3), generator=generator)
     right = torch.stack([torch.zeros(50), torch.arange(50) - 25, torch.ones(50)], 1).to(torch.int64)
-    factors = lowrank.Factors(left, right, [-3, 4, 7])
-    section = lowrank.pack(factors)
+    factors = products.Factors(left, right, [-3, 4, 7])
+    section = products.pack(factors)
     payload = torch.frombuffer(bytearray(bytes(28) + section), dtype=torch.uint8)
-    found, rest = lowrank.unpack(payload, 2000)
+    found, rest = products.unpack(payload, 2000)
     assert rest.numel() == 28 and found.exponents == factors.exponents
     assert torch.equal(found.left, left) and torch.equal(found.right, right)

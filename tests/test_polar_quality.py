@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from compressors import refusals
-from gcompress import ConfigError, PayloadError, Polar, native
+from gcompress import ConfigError, PayloadError, Polar, backends
+from tests.compressors import refusals
 
 
 def relative_error(tensor, compressor):
@@ -119,10 +119,10 @@ def test_a_share_of_outliers_is_about_that(share):
     assert 0.8 * share < (layer & (2**27 - 1)) / tensor.numel() < 1.05 * share
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_damaged_outliers_decode_or_are_refused(backend):
     compressor = Polar(rate=1, outliers=0.03)
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, ctx = compressor.compress(student(2000))
         assert payload[0] & 8
         assert refusals(compressor, payload, ctx, range(12, 120)) > 5
@@ -168,9 +168,9 @@ def test_scale_and_sign_do_not_matter():
         assert relative_error(tensor * factor, Polar(rate=1))[0] == pytest.approx(error, rel=0.05)
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_bytes_that_contradict_themselves_are_refused(backend):
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         payload, ctx = Polar(rate=0.5).compress(gauss(64, 128))
         for position, value in ((0, 0x40), (1, 200), (12, 255), (13, 255)):
             damaged = payload.clone()

@@ -2,36 +2,22 @@
 
 import importlib.util
 import json
-import pathlib
 
 import pytest
 
-from promises import PROMISES
+from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
+from tests.promises import PROMISES
 
 pytestmark = pytest.mark.ranks
 
-HERE = pathlib.Path(__file__).parent
-RANKS = HERE / "promise_ranks.py"
-
-
-def launched(engine, out):
-    """Run all promises of an engine; returns its output."""
-    if engine == "ddp":
-        from test_ddp import launch
-
-        return launch(3, RANKS, engine, out, timeout=300)
-    if engine == "horovod":
-        from test_horovod import launch
-
-        # Of two: Horovod adds the floats of three in an order that follows what it happens to fuse.
-        return launch(2, RANKS, engine, out, timeout=300)
-    if engine == "mpi":
-        from test_mpi import launch
-
-        return launch(4, RANKS, engine, out, timeout=300)
-    from test_byteps import launch
-
-    return launch(RANKS, engine, out, timeout=300)
+RANKS = "-m", "tests.promise_ranks"
+LAUNCHES = {
+    "ddp": lambda out: launch_ddp(3, *RANKS, "ddp", out, timeout=300),
+    # Of two: Horovod adds the floats of three in an order that follows what it happens to fuse.
+    "horovod": lambda out: launch_horovod(2, *RANKS, "horovod", out, timeout=300),
+    "mpi": lambda out: launch_mpi(4, *RANKS, "mpi", out, timeout=300),
+    "byteps": lambda out: launch_byteps(2, *RANKS, "byteps", out, timeout=300),
+}
 
 
 def missing(engine):
@@ -39,7 +25,7 @@ def missing(engine):
     module = {"ddp": "torch", "horovod": "horovod.torch", "mpi": "mpi4py", "byteps": "byteps"}[engine]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{module} is not installed"
-    built = HERE.parent / "plugins" / "byteps" / "_server.so"
+    built = REPOSITORY / "plugins" / "byteps" / "_server.so"
     return "BytePS's compressors are not built" if engine == "byteps" and not built.exists() else None
 
 
@@ -51,7 +37,7 @@ def outcomes(tmp_path_factory):
     def of(engine):
         if engine not in found:
             out = tmp_path_factory.mktemp(engine) / "outcomes"
-            _, output = launched(engine, out)
+            _, output = LAUNCHES[engine](out)
             ranks = [json.loads(path.read_text()) for path in sorted(out.parent.glob("outcomes.*"))]
             found[engine] = ranks, output[-4000:]
         return found[engine]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gcompress import ConfigError, ExchangeError, PayloadError, Policy
+from gcompress.exchange.server import Codec, ParameterServer, partition
 from gcompress.feedback import ErrorFeedback
-from gcompress.server import Codec, ParameterServer, partition
 
 SIZES = {"a.weight": 5000, "a.bias": 60, "b.weight": 2100}
 SPECS = ["topk:sparsity=0.9", "quantize:bits=3,bucket=64", "mask:sparsity=0.9,bits=2", "quantize:rounding=stochastic"]

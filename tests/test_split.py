@@ -11,11 +11,10 @@ from torch import nn
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
-from split_tools import CLASSES, WIDTH, Proxy, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
-
 from gcompress import ConfigError, LinkError, RefusedError, from_spec, split  # noqa: E402
 from gcompress.split.codec import DeltaMemory  # noqa: E402
-from gcompress.wire import HEADER_BYTES, Kind  # noqa: E402
+from gcompress.split.wire import HEADER_BYTES, Kind  # noqa: E402
+from tests.split_tools import CLASSES, WIDTH, Proxy, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
 
 COMPRESSED = {"up": "mask:sparsity=0.9,bits=2,signed=false", "down": "quantize:bits=4"}
 

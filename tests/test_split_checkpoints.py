@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
-from split_damage import damaged, trials  # noqa: E402
-from split_tools import WIDTH, Trainer, model, serving, states_equal  # noqa: E402
-
 from gcompress import ConfigError, split  # noqa: E402
+from tests.split_damage import damaged, trials  # noqa: E402
+from tests.split_tools import WIDTH, Trainer, model, serving, states_equal  # noqa: E402
 
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 

@@ -9,9 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
-from split_tools import CLASSES, INPUTS, WIDTH, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
-
 from gcompress import ConfigError, RefusedError, split  # noqa: E402
+from tests.split_tools import CLASSES, INPUTS, WIDTH, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
 
 VOCABULARY, LENGTH = 11, 6
 

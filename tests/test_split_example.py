@@ -18,17 +18,17 @@ pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[sp
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e .[examples]")
 
 from gcompress import ConfigError, split  # noqa: E402
+from tests.launching import REPOSITORY  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "split_learning.py"
+EXAMPLE = REPOSITORY / "examples" / "split_learning.py"
 TIMEOUT_SECONDS = 240
-_spec = importlib.util.spec_from_file_location("split_models", ROOT / "examples" / "split_models.py")
+_spec = importlib.util.spec_from_file_location("split_models", REPOSITORY / "examples" / "split_models.py")
 split_models = importlib.util.module_from_spec(_spec)
 sys.modules["split_models"] = split_models
 _spec.loader.exec_module(split_models)
-FASHION = [ROOT / "data/fashion-mnist", pathlib.Path("/usr/share/datasets/fashion-mnist")]
+FASHION = [REPOSITORY / "data/fashion-mnist", pathlib.Path("/usr/share/datasets/fashion-mnist")]
 needs_fashion = pytest.mark.skipif(
     not any(place.is_dir() for place in FASHION), reason="Fashion-MNIST is not on this machine: make data"
 )
@@ -145,7 +145,7 @@ def test_schedules_are_those_of_the_reference():
 def start(*options, program=(EXAMPLE,)):
     command = [str(part) for part in (sys.executable, *program, "--threads", 1, *options)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+    return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **streams)
 
 
 def finish(process, code=0):

@@ -16,14 +16,15 @@ import torch
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
 import grpc  # noqa: E402
-from split_damage import trials  # noqa: E402
-from split_tools import CLASSES, INPUTS, WIDTH, Proxy, Rogue, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
 from torch import nn  # noqa: E402
 
-from gcompress import ConfigError, LinkError, RefusedError, ServerError, split, wire  # noqa: E402
+from gcompress import ConfigError, LinkError, RefusedError, ServerError, split
+from gcompress.split import wire  # noqa: E402
 from gcompress.split.codec import ActivationCodec  # noqa: E402
 from gcompress.split.link import METHOD  # noqa: E402
-from gcompress.wire import Frame, Kind  # noqa: E402
+from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.split_damage import trials  # noqa: E402
+from tests.split_tools import CLASSES, INPUTS, WIDTH, Proxy, Rogue, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
 
 TOLD_SECONDS = 5.0
 DELTA = {"up": "quantize:bits=4", "down": "quantize:bits=4", "delta_samples": 40, "max_batch": 20}

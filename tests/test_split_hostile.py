@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
-from split_damage import damaged, trials  # noqa: E402
-from split_tools import Rogue, Trainer, serving  # noqa: E402
-from wire_fuzz import hostile_message  # noqa: E402
-
-from gcompress import REGISTRY, ConfigError, PayloadError, split, wire  # noqa: E402
+from gcompress import REGISTRY, ConfigError, PayloadError, split
 from gcompress.compressors.base import LARGEST_DEPTH, LONGEST_SPEC  # noqa: E402
+from gcompress.split import wire  # noqa: E402
 from gcompress.split.agreement import Agreement  # noqa: E402
-from gcompress.wire import Frame, Kind  # noqa: E402
+from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.split_damage import damaged, trials  # noqa: E402
+from tests.split_tools import Rogue, Trainer, serving  # noqa: E402
+from tests.wire_fuzz import hostile_message  # noqa: E402
 
 REFUSED_SECONDS = 2.0  # of one handshake, and of one step meanwhile; two orders more than they take
 GROWTH_BYTES = 64 << 20

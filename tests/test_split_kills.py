@@ -1,45 +1,30 @@
 """Killing either half at random moments: no step is lost, none is taken twice."""
 
 import json
-import os
-import pathlib
-import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests.launching import run
+
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 pytestmark = pytest.mark.ranks
 
-HERE = pathlib.Path(__file__).parent
 TIMEOUT_SECONDS = 280
 
 
 def train(folder, mode, steps, kills=0):
     """Run split_kills.py; its outcome and what both halves saved last. Nothing outlives it."""
     folder.mkdir()
-    command = [sys.executable, HERE / "split_kills.py", folder, "--mode", mode, "--steps", steps, "--kills", kills]
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        pytest.fail(f"hangs:\n{errors[-4000:]}")
-    assert process.returncode == 0, (output + errors)[-4000:]
+    command = [sys.executable, "-m", "tests.split_kills", folder, "--mode", mode, "--steps", steps, "--kills", kills]
+    code, output = run(command, TIMEOUT_SECONDS, None, {})
+    assert code == 0, output[-4000:]
     states = []
     for half in ("client", "server"):
         (path,) = (folder / half).glob(f"*/step-{steps:09d}.pt")
         states.append(torch.load(path, weights_only=True))
-    return json.loads(output), states
+    return json.loads(output.splitlines()[-1]), states
 
 
 def assert_same(one, other, where=""):

@@ -16,12 +16,13 @@ import torch
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
 import grpc  # noqa: E402
-from split_tools import WIDTH, Proxy, Rogue, Trainer, batch, model, serving, states_equal  # noqa: E402
 
-from gcompress import ConfigError, ExchangeError, LinkError, PayloadError, RefusedError, from_spec, split, wire  # noqa: E402
+from gcompress import ConfigError, ExchangeError, LinkError, PayloadError, RefusedError, from_spec, split
+from gcompress.split import wire  # noqa: E402
 from gcompress.split.codec import ActivationCodec  # noqa: E402
 from gcompress.split.link import METHOD, Broken  # noqa: E402
-from gcompress.wire import Frame, Kind  # noqa: E402
+from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.split_tools import WIDTH, Proxy, Rogue, Trainer, batch, model, serving, states_equal  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 REFUSAL_SECONDS = 1.0
@@ -136,7 +137,8 @@ class TestOtherConfiguration:
         """The client in another process, with another compressor, shape, and version of the format."""
         script = """
 import sys, time, torch
-from gcompress import split, wire, GcompressError
+from gcompress import split, GcompressError
+from gcompress.split import wire
 port = int(sys.argv[1])
 def refusal(version=1, **other):
     wire.VERSION = version

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gcompress import ConfigError, LowRank, Policy, SharedScale, native
+from gcompress import ConfigError, LowRank, Policy, SharedScale, backends
 from gcompress.compressors.lowrank import matrix_sides, orthonormal
 from gcompress.compressors.shared import pack_fields, unpack_fields, word_count
-from local_ranks import World, run_ranks
+from tests.local_ranks import World, run_ranks
 
 
 def gradients(rank, step=0, shape=(60, 50)):
@@ -41,12 +41,12 @@ def same(one, other):
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-@pytest.mark.parametrize("backend", native.available_backends())
+@pytest.mark.parametrize("backend", backends.available_backends())
 @pytest.mark.parametrize("size", [2, 3, 4, 16, 127, 128])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_integers_sum_exactly(backend, size, bits):
     """Also where every rank's entry is the largest: the sum needs the whole width."""
-    with native.use_backend(backend):
+    with backends.use_backend(backend):
         compressor = SharedScale(bits=bits, bucket=100)
         tensors = [gradients(rank, shape=(523,)) for rank in range(size)]
         for tensor in tensors:
@@ -71,8 +71,8 @@ def test_all_backends_sum_to_the_same_bits():
     ):
         tensors = [gradients(rank, shape=(97, 83)) for rank in range(5)]
         results = []
-        for backend in native.available_backends():
-            with native.use_backend(backend):
+        for backend in backends.available_backends():
+            with backends.use_backend(backend):
                 total, owns, _ = sum_by_hand(spec, tensors)
             results.append(torch.stack([total, *owns]))
         assert all(torch.equal(result, results[0]) for result in results)

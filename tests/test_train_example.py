@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+from tests.launching import REPOSITORY
+
 EXAMPLES = REPOSITORY / "examples"
 TIMEOUT_SECONDS = 300
 

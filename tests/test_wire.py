@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import struct
 import subprocess
 import sys
@@ -14,10 +13,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("google_crc32c", reason="google-crc32c is not installed: pip install -e .[split]")
 
-from gcompress import PayloadError, wire  # noqa: E402
-from gcompress.wire import Frame, Kind  # noqa: E402
+from gcompress import PayloadError  # noqa: E402
+from gcompress.split import wire  # noqa: E402
+from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.launching import REPOSITORY  # noqa: E402
 
-HERE = pathlib.Path(__file__).parent
 LIMITS = dict.fromkeys(Kind, 5000)
 FRAME = Frame(Kind.FORWARD, bytes(range(16)), step=7, sequence=9, samples=3, body=b"activation")
 # Written once, from docs/WIRE.md: version 1 stays readable for ever.
@@ -175,8 +175,8 @@ def test_weights_come_back_and_others_do_not():
 def test_a_hundred_thousand_damaged_frames_are_read_or_refused():
     """In a process whose memory is limited; GCOMPRESS_FUZZ_CASES asks for more than 100,000."""
     cases = int(os.environ.get("GCOMPRESS_FUZZ_CASES", "100000"))
-    command = [sys.executable, HERE / "wire_fuzz.py", "--cases", str(cases)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60 + cases // 1000)
+    command = [sys.executable, "-m", "tests.wire_fuzz", "--cases", str(cases)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60 + cases // 1000)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     outcome = json.loads(result.stdout.splitlines()[-1])
     assert outcome["cases"] == cases
@@ -185,12 +185,11 @@ def test_a_hundred_thousand_damaged_frames_are_read_or_refused():
 
 def test_nothing_in_the_tree_unpickles_what_it_does_not_trust():
     """No pickle, and no torch.load without weights_only, in code that could see a peer's bytes."""
-    root = HERE.parent
-    files = [path for folder in ("gcompress", "plugins", "examples") for path in (root / folder).rglob("*.py")]
+    files = [path for folder in ("gcompress", "plugins", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(files) > 20
     for path in files:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            where = f"{path.relative_to(root)}:{number}: {line.strip()}"
+            where = f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"
             for banned in ("pickle.load", "pickle.Unpickler", "marshal.load", "cloudpickle", "dill", "joblib.load"):
                 assert banned not in line, where
             if "torch.load(" in line:

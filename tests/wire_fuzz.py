@@ -1,4 +1,4 @@
-"""Feeds damaged frames to everything that reads from a peer: `python tests/wire_fuzz.py --cases 1000000`.
+"""Feeds damaged frames to everything that reads from a peer: `python -m tests.wire_fuzz --cases 1000000`.
 
 Nothing but PayloadError may come out, in little memory and time. Damage is of two kinds: any
 bytes, and fields or bodies changed under checksums that are made right again, so that what
@@ -15,10 +15,11 @@ import time
 
 import torch
 
-from gcompress import PayloadError, wire
+from gcompress import PayloadError
+from gcompress.split import wire
 from gcompress.split.agreement import Agreement
 from gcompress.split.codec import ActivationCodec, Codec, Stats
-from gcompress.wire import Frame, Kind
+from gcompress.split.wire import Frame, Kind
 
 MEMORY_BYTES = 128 << 20  # above what the program has when it begins
 CASE_SECONDS = 2.0

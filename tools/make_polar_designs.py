@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make gcompress/polar/designs.json: the reproduction points of the polar quantizer for every rate.
+"""Make gcompress/compressors/polar/designs.json: the reproduction points of the polar quantizer for every rate.
 
     python tools/make_polar_designs.py [--check]
 
@@ -25,7 +25,7 @@ import sys
 
 import numpy as np
 
-PATH = pathlib.Path(__file__).resolve().parent.parent / "gcompress" / "polar" / "designs.json"
+PATH = pathlib.Path(__file__).resolve().parent.parent / "gcompress" / "compressors" / "polar" / "designs.json"
 # Label bits, and the first and last rate in eighths for which they can be the best choice.
 LEVELS = {2: (4, 8), 3: (4, 12), 4: (10, 16), 5: (9, 23), 6: (20, 29), 7: (19, 36)}
 

@@ -1,4 +1,4 @@
-// What all kernels of the GPU share. Compiled by NVRTC through CuPy (gcompress/cuda/) and, for tests, by a C++
+// What all kernels of the GPU share. Compiled by NVRTC through CuPy (gcompress/backends/gpu/) and, for tests, by a C++
 // compiler with tests/emulator/emulator.h in place of a GPU: so no header of CUDA is included, and only what the
 // emulator has is used.
 //

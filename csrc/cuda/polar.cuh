@@ -17,7 +17,7 @@ namespace {
 
 enum { LANE_GROUP = 8, ROW_SLOTS = 4, SUBTREE = 256 };
 
-// One tile (gcompress/polar/device.py writes them). `rank` counts uint16, `workspace` and `words` bytes.
+// One tile (gcompress/compressors/polar/device.py writes them). `rank` counts uint16, `workspace` and `words` bytes.
 struct PolarTile {
     int64_t rows, lanes, levels, real, start, slot, words, rank, workspace;
     const int8_t* tables;  // of a class with 2 to 7 levels
@@ -81,7 +81,7 @@ struct PolarWarp {
 
 GC_INLINE int64_t code_words(int64_t rows) { return rows <= SUBTREE ? 1 : rows / SUBTREE; }
 
-// Bytes of a tile's workspace per group of lanes: see `group_workspace` in gcompress/polar/device.py.
+// Bytes of a tile's workspace per group of lanes: see `group_workspace` in gcompress/compressors/polar/device.py.
 GC_INLINE PolarWarp polar_warp(const PolarTile& tile, int group, uint8_t* workspace, uint32_t* shared, bool lists) {
     const int64_t rows = tile.rows, code_bytes = 256 * code_words(rows);
     const int64_t parts = 16 * rows + (tile.levels > 1 ? 16 * rows : 0) + code_bytes;

@@ -11,7 +11,7 @@ from .entropy import Entropy
 from .lowrank import LowRank
 from .mask import MaskSparse
 from .natural import Natural
-from .polar import Polar
+from .polar.method import Polar
 from .qsgd import QSGD
 from .quantize import Quantize
 from .randomk import RandomK

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .. import native, packing
+from .. import backends, packing
 from ..errors import ConfigError, PayloadError
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -114,7 +114,7 @@ class Compressor:
         ctx = Context(tensor.shape, tensor.dtype)
         if values.numel() == 0:
             return torch.empty(0, dtype=torch.uint8, device=values.device), ctx
-        kernels = native.kernels(values, self.name)
+        kernels = backends.kernels(values, self.name)
         if kernels is None:
             return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
@@ -133,7 +133,7 @@ class Compressor:
             (payload, the new residual), or None where no backend does. If tensor + owed is not finite the
             new residual is the old one, found out without waiting for the device.
         """
-        kernels = native.kernels(tensor, self.name)
+        kernels = backends.kernels(tensor, self.name)
         if not hasattr(kernels, "remembering") or tensor.numel() == 0:
             return None
         values = self._values_of(tensor).view(-1)
@@ -187,7 +187,7 @@ class Compressor:
             )
         if out.numel() == 0:
             return
-        kernels = native.kernels(out, self.name)
+        kernels = backends.kernels(out, self.name)
         if kernels is None:
             values = self._decode_reference(payload, out.numel())
             out.add_(values) if add else out.copy_(values)

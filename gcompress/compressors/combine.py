@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from .. import native
+from .. import backends
 from ..errors import ConfigError
 from .base import Compressor
 from .quantize import Quantize
@@ -174,7 +174,7 @@ class Hybrid(_Combination):
         payload, _ = self.outliers.compress(values, seed=seed)
         remaining = torch.empty_like(values)
         self.outliers.decode_into(payload, remaining)
-        kernels = native.kernels(values)
+        kernels = backends.kernels(values)
         if kernels:
             kernels.hybrid_split(values.data_ptr(), values.numel(), remaining.data_ptr())
         else:
@@ -187,7 +187,7 @@ class Hybrid(_Combination):
         kept, decoded = torch.empty_like(out), torch.empty_like(out) if add else out
         self.rest.decode_into(payload[first:], decoded)
         self.outliers.decode_into(payload[:first], kept)
-        kernels = native.kernels(out)
+        kernels = backends.kernels(out)
         if kernels:
             kernels.hybrid_merge(kept.data_ptr(), kept.numel(), decoded.data_ptr())
         else:

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from .. import native, packing
+from .. import backends, packing
 from .base import Compressor, Section, check_choice, check_integer
 
 DEPENDENT = 1e-5  # a column that keeps less of its length beside the others counts as dependent
@@ -183,7 +183,7 @@ def product(left, right, numel):
     """
     left, right = left.contiguous(), right.contiguous()
     out = torch.empty(numel, dtype=torch.float32, device=left.device)
-    kernels = native.kernels(left)
+    kernels = backends.kernels(left)
     if kernels:
         rows, rank = left.shape
         kernels.lowrank_decode(

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from .. import native, packing
+from .. import backends, packing
 from ..errors import ConfigError
 from .base import Compressor, Section, bucket_of, check_choice, check_integer
 
@@ -103,7 +103,7 @@ class SharedScale(Compressor):
         return total, own
 
     def _scales(self, values):
-        kernels = native.kernels(values)
+        kernels = backends.kernels(values)
         bucket = self._bucket(values.numel())
         if kernels:
             scales = torch.empty(self._buckets(values.numel()), device=values.device)
@@ -114,7 +114,7 @@ class SharedScale(Compressor):
         return torch.where(torch.isfinite(largest), largest, float("inf"))
 
     def _words(self, values, scales, width, seed):
-        kernels, numel = native.kernels(values), values.numel()
+        kernels, numel = backends.kernels(values), values.numel()
         if kernels:
             words = torch.empty(word_count(numel, width), dtype=torch.int64, device=values.device)
             kernels.shared_encode(
@@ -131,7 +131,7 @@ class SharedScale(Compressor):
         return pack_fields(codes, width)
 
     def _add_words(self, words, scales, width, out, add):
-        kernels, numel = native.kernels(out), out.numel()
+        kernels, numel = backends.kernels(out), out.numel()
         if kernels:
             kernels.shared_decode(
                 words.data_ptr(), numel, self._bucket(numel), self._limit, width, scales.data_ptr(), add, out.data_ptr()

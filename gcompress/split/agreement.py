@@ -5,10 +5,10 @@ import hashlib
 import json
 import math
 
-from .. import wire
 from ..compressors import from_spec
 from ..compressors.base import check_choice, check_integer
 from ..errors import ConfigError, PayloadError, RefusedError
+from . import wire
 
 LABEL_TYPES = ("uint8", "int16", "int32", "int64", "float32")
 LARGEST_SAMPLE = 1 << 28  # entries of one sample's activation

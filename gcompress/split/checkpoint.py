@@ -11,8 +11,8 @@ import struct
 
 import torch
 
-from .. import wire
 from ..errors import ConfigError
+from . import wire
 
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 FILE_NAME = re.compile(r"step-(\d{9})\.pt")

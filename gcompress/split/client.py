@@ -10,9 +10,8 @@ import weakref
 import torch
 from torch import nn
 
-from .. import wire
 from ..errors import ConfigError, LinkError, PayloadError, RefusedError, RolledBack
-from ..wire import Frame, Kind
+from . import wire
 from .agreement import LARGEST_SAMPLE, Agreement
 from .checkpoint import Checkpoints, fitting, new_run
 from .codec import STATISTICS_BYTES, ActivationCodec, Codec, Stats, seed_of
@@ -20,6 +19,7 @@ from .cut import checked_activation, kept_modes
 from .functions import Batch, CutLoss, CutOutputs
 from .link import Broken, Patience, RoundLost
 from .undo import buffers, restore_buffers
+from .wire import Frame, Kind
 
 FINISH_SECONDS = 20.0  # a server that has heard that all is done may be gone before its answer came through
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import wire
 from ..errors import ConfigError, ExchangeError, PayloadError
+from . import wire
 from .agreement import from_spec_or_none
 
 STATISTICS_BYTES = 32

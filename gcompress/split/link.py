@@ -7,9 +7,8 @@ import time
 
 import grpc
 
-from .. import wire
 from ..errors import ConfigError, LinkError, RefusedError, ServerError
-from . import security
+from . import security, wire
 from .traffic import FrameCounter, SocketCounter
 
 METHOD = "/gcompress.Split/Stream"

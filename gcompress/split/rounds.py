@@ -11,10 +11,9 @@ import time
 
 import torch
 
-from .. import wire
 from ..compressors.base import check_integer
 from ..errors import ConfigError, RefusedError
-from . import security
+from . import security, wire
 from .checkpoint import fitting
 
 RUN = "0" * 32  # the name under which rounds are checkpointed

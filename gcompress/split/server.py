@@ -8,16 +8,15 @@ import time
 
 import torch
 
-from .. import wire
 from ..errors import ConfigError, PayloadError, RefusedError
-from ..wire import Frame, Kind
-from . import security
+from . import security, wire
 from .agreement import Agreement
 from .checkpoint import RUN_NAME, Checkpoints, fitting
 from .codec import ActivationCodec, Codec, seed_of
 from .service import Retry, Service
 from .tail import Tail, checked_outputs
 from .undo import Undo
+from .wire import Frame, Kind
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ import traceback
 
 import grpc
 
-from .. import wire
 from ..errors import ConfigError, ExchangeError, LinkError, PayloadError, RefusedError
-from . import security
+from . import security, wire
 from .link import FAILED, METHOD, channel_options
 from .rounds import RoundOver
 from .traffic import FrameCounter, SocketCounter

@@ -5,7 +5,7 @@ import pathlib
 
 import torch
 
-from gcompress import native
+from gcompress import backends
 from gcompress.errors import ConfigError
 
 from .callback import codec
@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 
 def load():
     """Load a worker's compressors into BytePS's library, and give them the kernels."""
-    path, kernels = HERE / "_worker.so", native.kernels(torch.empty(0))
+    path, kernels = HERE / "_worker.so", backends.kernels(torch.empty(0))
     if not path.exists():
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is not built: run tools/build_byteps.py")
     if kernels is None:

@@ -11,16 +11,16 @@ import byteps.torch as bps
 import byteps.torch.ops as bps_ops
 import torch
 
-from gcompress import agreement
-from gcompress.applied import holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange import engine
+from gcompress.exchange.applied import holds_nothing
+from gcompress.exchange.results import Results
+from gcompress.exchange.scaling import unscaled
 from gcompress.feedback import new_memory
 from gcompress.memory import Memory
 from gcompress.packing import to_type
 from gcompress.policy import Policy, as_policy, check_momentum
-from gcompress.results import Results
-from gcompress.scaling import unscaled
 
 from . import native
 from .kernels import parameters, payload_bytes
@@ -55,7 +55,7 @@ def init():
 
 def synchronize(handle):
     """BytePS's `synchronize`, which waits for ever, with a time-out (GCOMPRESS_TIMEOUT, 300 seconds)."""
-    timeout = agreement.timeout_seconds()
+    timeout = engine.timeout_seconds()
     deadline = time.monotonic() + timeout
     while handle in bps_ops._handle_map and not bps.poll(handle):
         if time.monotonic() > deadline:
@@ -86,7 +86,7 @@ def DistributedOptimizer(optimizer, named_parameters, compression=None, backward
         compression: a compressor, its spec, a Policy, a `Compression`, or None or one of
             BytePS's own.
         backward_passes_per_step: as BytePS's.
-        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+        scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     All workers must give the same; ConfigMismatchError on each otherwise.
     """
@@ -316,7 +316,7 @@ def agree(configuration, named):
     BytePS can only sum: each worker's text goes into a row of its own of a zeroed table.
     """
     shapes = {name: list(p.shape) for name, p in named.items()}
-    own = agreement.text_of({**configuration, "model": zlib.crc32(repr(shapes).encode())}).encode()
+    own = engine.text_of({**configuration, "model": zlib.crc32(repr(shapes).encode())}).encode()
     if len(own) > CONFIGURATION_BYTES:
         own = own[: CONFIGURATION_BYTES - 8] + b"%08x" % zlib.crc32(own)
     table = torch.zeros(bps.size(), CONFIGURATION_BYTES, dtype=torch.uint8)
@@ -326,6 +326,6 @@ def agree(configuration, named):
     bps.declare(name)
     table = bps.push_pull(table, average=False, name=name)
     texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in table]
-    agreement.compare(texts, who="workers")
+    engine.compare(texts, who="workers")
     if not texts[0]:
         raise ExchangeError("compression: the servers lost the workers' configurations")

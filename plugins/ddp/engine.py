@@ -1,4 +1,4 @@
-"""torch.distributed as an engine of gcompress/schedule.py."""
+"""torch.distributed as an engine of gcompress/exchange/schedule.py."""
 
 import torch
 import torch.distributed as dist

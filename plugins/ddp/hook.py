@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from gcompress import agreement
-from gcompress.applied import holds_nothing
 from gcompress.errors import ConfigError
-from gcompress.exchange import GradientExchange
+from gcompress.exchange import engine
+from gcompress.exchange.applied import holds_nothing
+from gcompress.exchange.exchange import GradientExchange
 from gcompress.policy import check_types
 
 from .engine import DistributedEngine
@@ -168,7 +168,7 @@ class GradientState:
         """Compare configurations; ConfigMismatchError on every rank if they are not all the same."""
         exchange = self.exchange
         own = {"compression": exchange.policy.to_dict(), "plan": exchange.plan.digest(), "step": exchange.steps}
-        agreement.compare(exchange.engine.gather_texts(agreement.text_of(own)))
+        engine.compare(exchange.engine.gather_texts(engine.text_of(own)))
         self._agreed = True
 
 
@@ -190,7 +190,7 @@ def register(model, compression, *, scaler=None):
             or Lightning's Fabric made of one.
         compression: a compressor, its spec, or a `gcompress.Policy`, the same on all ranks.
         scaler: the loss scale: None finds a torch.amp.GradScaler by itself; otherwise one, a number,
-            or a function that returns it (see gcompress/scaling.py).
+            or a function that returns it (see gcompress/exchange/scaling.py).
 
     Every rank must call it; ExchangeError within the process group's time-out if one does not.
     """

@@ -16,7 +16,7 @@ from horovod.torch import mpi_ops
 from horovod.torch.elastic import state as elastic_state
 
 from gcompress.errors import ExchangeError
-from gcompress.state import owed_by, put_back, take_over
+from gcompress.exchange.hand_on import owed_by, put_back, take_over
 
 from .handshake import gather_texts
 

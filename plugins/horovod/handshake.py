@@ -5,9 +5,9 @@ import time
 import horovod.torch as hvd
 import torch
 
-from gcompress import agreement
-from gcompress.agreement import timeout_seconds
 from gcompress.errors import ExchangeError
+from gcompress.exchange import engine
+from gcompress.exchange.engine import timeout_seconds
 
 POLL_SECONDS = 1e-4
 
@@ -48,5 +48,5 @@ def gather_texts(text, name, process_set, what):
 def check_configurations(configuration, name, process_set):
     """All-gather a JSON-able configuration; ConfigMismatchError on every rank if it is not the same on all."""
     what = f"{name}: agreeing on the configuration (is gcompress.plugins.horovod imported on every rank?)"
-    texts = gather_texts(agreement.text_of(configuration), name, process_set, what)
-    agreement.compare(texts, process_set.ranks)
+    texts = gather_texts(engine.text_of(configuration), name, process_set, what)
+    engine.compare(texts, process_set.ranks)

@@ -9,12 +9,12 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from horovod.torch import optimizer as hvd_optimizer
 
-from gcompress.applied import holds_nothing
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
-from gcompress.exchange import GradientExchange
+from gcompress.exchange.applied import holds_nothing
+from gcompress.exchange.exchange import GradientExchange
+from gcompress.exchange.hand_on import replan
 from gcompress.policy import Policy, check_momentum, check_types
-from gcompress.state import replan
 
 from .elastic import enter_world
 from .elastic import register as register_elastic
@@ -46,7 +46,7 @@ def exchange(optimizer):
 
 
 class HorovodEngine:
-    """Named collective operations among the ranks of a process set (see gcompress/schedule.py)."""
+    """Named collective operations among the ranks of a process set (see gcompress/exchange/schedule.py)."""
 
     in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 

@@ -4,9 +4,9 @@ import functools
 
 import torch
 
-from gcompress.applied import holds_nothing
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError
+from gcompress.exchange.applied import holds_nothing
 from gcompress.policy import check_momentum
 
 from .worker import Worker

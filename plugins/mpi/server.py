@@ -1,4 +1,4 @@
-"""A server rank: receives, lets `gcompress.server.ParameterServer` compute, and sends what is ready."""
+"""A server rank: receives, lets `gcompress.exchange.server.ParameterServer` compute, and sends what is ready."""
 
 import logging
 import time
@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from gcompress.agreement import timeout_seconds
 from gcompress.errors import ExchangeError
+from gcompress.exchange.engine import timeout_seconds
+from gcompress.exchange.server import Codec, ParameterServer, partition
 from gcompress.policy import as_policy
-from gcompress.server import Codec, ParameterServer, partition
 
 from .messages import (
     LONGEST_PAUSE,

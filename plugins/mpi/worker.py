@@ -6,12 +6,12 @@ from mpi4py import MPI
 
 from gcompress.compressors.base import check_integer
 from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange.hand_on import check_counts
+from gcompress.exchange.results import Results
+from gcompress.exchange.scaling import unscaled
+from gcompress.exchange.server import Codec, partition
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
-from gcompress.results import Results
-from gcompress.scaling import unscaled
-from gcompress.server import Codec, partition
-from gcompress.state import check_counts
 
 from .messages import leave_tag, memory_tag, pull_tag, push_tag, sum_tag
 
@@ -28,8 +28,8 @@ class Worker(Results):
         compression: what `gcompress.as_policy` takes, or None to send float32.
         partition_bytes: tensors are cut into parts of so many bytes of float32; None: so that each
             server gets about four, of 256 KiB to 4 MiB.
-        staleness, momentum: see `gcompress.server.ParameterServer`.
-        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+        staleness, momentum: see `gcompress.exchange.server.ParameterServer`.
+        scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     All workers must give the same; ConfigMismatchError on every rank otherwise.
 

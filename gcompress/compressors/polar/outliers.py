@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .. import packing
-from ..errors import PayloadError
-from . import plan
+from ... import packing
+from ...errors import PayloadError
+from . import planning
 from .tables import LOG_TWO, POINT_ONE, _exp, _log, design_at, design_index, levels_for, power_of_two
 
 HEADER = struct.Struct("<ffBB")  # limits: floor and slope; offset in 1/256 of a limit; layers of levels
@@ -64,8 +64,8 @@ class Limits(NamedTuple):
 
 def factors(layout):
     """What row and column codes stand for in a limit: 2^(code / 4), 0 for a code 0; float32 arrays."""
-    table = np.array([0.0] + [power_of_two(16 * k) for k in range(1, plan.CODES + 1)], np.float32)
-    lone = table[plan.NO_CODE : plan.NO_CODE + 1]
+    table = np.array([0.0] + [power_of_two(16 * k) for k in range(1, planning.CODES + 1)], np.float32)
+    lone = table[planning.NO_CODE : planning.NO_CODE + 1]
     rows, columns = (lone if codes is None else table[codes] for codes in (layout.row_codes, layout.column_codes))
     return rows, columns
 
@@ -105,13 +105,13 @@ def histogram(values, layout, total):
     unit = math.fsum(int(counts[k]) * power_of_two(16 * int(k)) for k in classes)
     unit = total * GAUSSIAN_RMS / unit
     magnitudes, of_class = _sampled(values, layout)
-    scales = np.array([1.0 / (unit * power_of_two(16 * k)) for k in range(plan.CLASSES)], np.float32)
+    scales = np.array([1.0 / (unit * power_of_two(16 * k)) for k in range(planning.CLASSES)], np.float32)
     scaled = magnitudes * (
-        torch.from_numpy(scales).to(values.device)[of_class] if len(of_class) else float(scales[2 * plan.NO_CODE])
+        torch.from_numpy(scales).to(values.device)[of_class] if len(of_class) else float(scales[2 * planning.NO_CODE])
     )
     bins = ((scaled.view(torch.int32) >> 20) - ((127 + LOWEST_OCTAVE) << 3)).clamp_(0, BINS - 1)
-    first = of_class * BINS if len(of_class) else 2 * plan.NO_CODE * BINS
-    members = torch.bincount(bins + first, minlength=plan.CLASSES * BINS).view(-1, BINS)
+    first = of_class * BINS if len(of_class) else 2 * planning.NO_CODE * BINS
+    members = torch.bincount(bins + first, minlength=planning.CLASSES * BINS).view(-1, BINS)
     members = members.cpu().numpy()[classes].astype(np.float64)
     members /= np.maximum(members.sum(1, keepdims=True), 1.0)  # whole numbers: any order gives their sum
     edges = np.arange(BINS)
@@ -131,8 +131,8 @@ def _sampled(values, layout):
         whole = values.numel() // 256 * 256
         taken = values if step == 1 else values[:whole].view(-1, 256)[::step].reshape(-1)
         return taken.abs(), torch.zeros(0, dtype=torch.int64)
-    rows = np.full(layout.rows, plan.NO_CODE) if layout.row_codes is None else layout.row_codes
-    columns = np.full(layout.columns, plan.NO_CODE) if layout.column_codes is None else layout.column_codes
+    rows = np.full(layout.rows, planning.NO_CODE) if layout.row_codes is None else layout.row_codes
+    columns = np.full(layout.columns, planning.NO_CODE) if layout.column_codes is None else layout.column_codes
     rows, columns = (torch.from_numpy(codes.astype(np.int64)).to(values.device) for codes in (rows, columns))
     of_class = torch.where((rows[::step, None] > 0) & (columns > 0), rows[::step, None] + columns, 0).view(-1)
     whole = values.numel() // layout.columns * layout.columns
@@ -149,7 +149,7 @@ def choose(found, nbytes, share, flat, thorough):
         found: the Histogram.
         nbytes: for outliers and all that comes after the scale codes.
         share: "auto", or of the entries.
-        flat: see plan.class_rates.
+        flat: see planning.class_rates.
         thorough: look for outliers also where they gain little, some per cent at 2 bits, for their time.
     """
     if share != "auto":
@@ -227,10 +227,10 @@ def _modelled(found, nbytes, flat, strength):
         magnitude = found.above[1, :, 0] - outside[1] + outside[0] * limits / 4
         spent = _bits(found, limits, outliers)
     error = _error(found, deviations, rates, energy, magnitude, limits)
-    lowest = int(found.classes[rates > 0][0]) if rates.any() else plan.CLASSES
+    lowest = int(found.classes[rates > 0][0]) if rates.any() else planning.CLASSES
     if strength is None:
         return Option(0, None, lowest, error, 0.0)
-    chosen = Limits(*(float(np.float32(min(limit * found.unit, plan.LARGEST))) for limit in (floor, slope)))
+    chosen = Limits(*(float(np.float32(min(limit * found.unit, planning.LARGEST))) for limit in (floor, slope)))
     if chosen.floor < SMALLEST_LIMIT:
         return None
     return Option(strength, chosen, lowest, error, outliers)
@@ -326,7 +326,7 @@ class Outliers(NamedTuple):
         """What of every outlier is sent here: float32, in the order of places."""
         limits = _limits_at(self.limits, layout, self.places)
         sizes = (self.levels.to(torch.float32) + self.offset / 256) * limits
-        sizes = sizes.clamp(max=plan.LARGEST)
+        sizes = sizes.clamp(max=planning.LARGEST)
         return torch.where(self.negative, -sizes, sizes)
 
 

@@ -6,7 +6,7 @@ An engine gathers the ranks' texts; what is in them and how they are compared is
 import json
 import os
 
-from .errors import ConfigMismatchError
+from ..errors import ConfigMismatchError
 
 # Raised by every change of payloads or messages: ranks of different releases must not decode each other.
 FORMAT_VERSION = 2

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .tables import (
+from .tables import (  # fmt: skip
     MAX_LEVELS,
     POINT_ONE,
     SAMPLE_STEPS,
@@ -26,7 +26,7 @@ from .tables import (
     octave_codes,
     power_of_two,
     powers_of_two,
-)  # fmt: skip
+)
 
 # flags, coded classes, base (octaves), columns, and for rows and for columns bits of a code and the smallest code.
 HEADER = struct.Struct("<BBhIBBBB")

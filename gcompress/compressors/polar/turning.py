@@ -9,9 +9,9 @@ import struct
 
 import torch
 
-from .. import packing
-from ..compressors import eden
-from ..errors import PayloadError
+from ... import packing
+from ...errors import PayloadError
+from .. import eden
 
 BLOCK = 16384
 SEED = struct.Struct("<I")

@@ -11,7 +11,7 @@ import logging
 import torch
 
 from .compiler import cached_cubin
-from .kernels import THREADS, DeviceKernels
+from .plans import THREADS, DeviceKernels
 
 OLDEST = (7, 0)  # compute capability: shuffles and ballots with masks, 96 KB of shared memory
 UNASKED = 40 << 10  # bytes of shared memory that a launch may ask for and stay, with the kernel's own, within 48 KB

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from .compressors import Compressor
-from .compressors.base import check_integer
-from .errors import ConfigError, ExchangeError, PayloadError
-from .feedback import ErrorFeedback, new_memory
-from .memory import Memory
-from .packing import bytes_to_float, float_to_bytes, to_type
+from ..compressors import Compressor
+from ..compressors.base import check_integer
+from ..errors import ConfigError, ExchangeError, PayloadError
+from ..feedback import ErrorFeedback, new_memory
+from ..memory import Memory
+from ..packing import bytes_to_float, float_to_bytes, to_type
 
 
 class Partition(NamedTuple):

@@ -13,7 +13,7 @@ class Results:
 
     Args:
         policy: a Policy, or None.
-        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+        scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     Attributes:
         report: bytes.
@@ -33,7 +33,7 @@ class Results:
 
     @property
     def scaler(self):
-        """What tells the loss scale; see `gcompress.scaling.LossScale`."""
+        """What tells the loss scale; see `gcompress.exchange.scaling.LossScale`."""
         return self._scaler
 
     @scaler.setter

@@ -14,7 +14,7 @@ import weakref
 
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .policy import check_momentum
+from ..policy import check_momentum
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Watch:
     """Tells an exchange when its results were applied, thrown away, or added to.
 
     Args:
-        exchange: the `gcompress.results.Results` to tell.
+        exchange: the `gcompress.exchange.results.Results` to tell.
         parameters: {name: parameter}.
     """
 

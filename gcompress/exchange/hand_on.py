@@ -12,10 +12,10 @@ import re
 
 import torch
 
-from .errors import ConfigError
-from .feedback import new_memory
-from .memory import checked_copies
-from .policy import as_policy
+from ..errors import ConfigError
+from ..feedback import new_memory
+from ..memory import checked_copies
+from ..policy import as_policy
 
 KEYS = ("rank", "world_size", "policy", "shapes", "report", "steps", "feedback", "owner_feedback", "memories")
 MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "owed", "memories")

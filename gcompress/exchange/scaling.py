@@ -19,8 +19,8 @@ import weakref
 
 import torch
 
-from .errors import ConfigError
-from .packing import to_type
+from ..errors import ConfigError
+from ..packing import to_type
 
 _passes = {}  # number of a backward pass: a weak reference to its Scaled
 _told = set()  # classes of scalers that tell

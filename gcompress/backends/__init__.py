@@ -12,8 +12,8 @@ import logging
 import os
 import pathlib
 
-from . import cuda
-from .errors import ConfigError
+from ..errors import ConfigError
+from . import gpu
 
 ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512")
@@ -86,7 +86,7 @@ class Kernels(ctypes.Structure):
 
 def _load():
     """The shared library, or None with one warning that says why not."""
-    path = pathlib.Path(__file__).with_name("_native.so")
+    path = pathlib.Path(__file__).parent.with_name("_native.so")
     try:
         if not path.exists():
             raise OSError("they were not built; install gcompress where there is a C++ compiler")
@@ -153,7 +153,7 @@ def kernels(tensor, method=None):
     if tensor.device.type == "cpu":
         found = _kernels
     elif tensor.device.type == "cuda" and _name != "reference":
-        found = cuda.kernels(tensor.device)
+        found = gpu.kernels(tensor.device)
     else:
         return None
     return found if method is None or method in getattr(found, "methods", (method,)) else None

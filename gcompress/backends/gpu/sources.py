@@ -14,7 +14,7 @@ OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--p
 
 def folder():
     """The folder that holds cuda/ and arith/: csrc/ of a checkout, or its copy in the installed package."""
-    package = pathlib.Path(__file__).resolve().parents[1]
+    package = pathlib.Path(__file__).resolve().parents[2]
     installed, checkout = package / "csrc", package.parent / "csrc"
     return installed if installed.is_dir() else checkout
 

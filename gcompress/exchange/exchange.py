@@ -20,14 +20,15 @@ import zlib
 
 import torch
 
-from . import packing, state
-from .compressors import Context
-from .compressors.base import u32_bytes
-from .errors import ExchangeError, PayloadError
-from .feedback import ErrorFeedback, new_memory
-from .memory import Memory
+from .. import packing
+from ..compressors import Context
+from ..compressors.base import u32_bytes
+from ..errors import ExchangeError, PayloadError
+from ..feedback import ErrorFeedback, new_memory
+from ..memory import Memory
+from ..policy import as_policy
+from . import hand_on
 from .plan import Plan
-from .policy import as_policy
 from .results import Results
 from .scaling import unscaled
 from .schedule import Schedule
@@ -43,7 +44,7 @@ class GradientExchange(Results):
             the exchange only counts.
         engine: see schedule.py; may be None when policy is.
         average: whether the results are the ranks' mean, or their sum.
-        scaler: the loss scale that gradients carry, see `gcompress.scaling.LossScale`.
+        scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     See `Results` for what became of a result, and for `report`, `steps` and `scaler`.
     """
@@ -390,16 +391,16 @@ class GradientExchange(Results):
 
         Of steps that were applied. For other numbers of ranks see `gcompress.merge_states`.
         """
-        return state.of_rank(self)
+        return hand_on.of_rank(self)
 
     def full_state_dict(self):
         """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
-        return state.of_all_ranks(self)
+        return hand_on.of_all_ranks(self)
 
     @property
     def all_ranks(self):
         """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
-        return state.AllRanks(self)
+        return hand_on.AllRanks(self)
 
     def load_state_dict(self, saved):
         """Go on from a state: this rank's own, or all ranks' together.
@@ -408,7 +409,7 @@ class GradientExchange(Results):
             ConfigError: it is another rank's, another number of ranks', another policy's or another
                 model's, or holds what no state does. Nothing has changed then.
         """
-        state.load(self, saved)
+        hand_on.load(self, saved)
 
 
 class _Bucket:

@@ -14,7 +14,7 @@ import struct
 import google_crc32c
 import torch
 
-from .errors import PayloadError
+from ..errors import PayloadError
 
 MAGIC = b"GCWF"
 VERSION = 1

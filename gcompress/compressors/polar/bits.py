@@ -8,10 +8,10 @@ import dataclasses
 
 import torch
 
-from .. import native, packing
-from ..compressors.base import check_integer, check_power_of_two
-from ..errors import ConfigError, PayloadError
-from . import plan, reference
+from ... import backends, packing
+from ...errors import ConfigError, PayloadError
+from ..base import check_integer, check_power_of_two
+from . import planning, reference
 from .device import backend_of
 from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK
 
@@ -106,15 +106,15 @@ class PolarCode:
         lanes = next(lanes for lanes in (8, 16, 32, LANES) if blocks <= lanes or lanes == LANES)
         tiles = -(-blocks // lanes)
         count = tiles * lanes * self.block
-        return plan.Spending(
-            plan.Layout(count, count, None, None),
+        return planning.Spending(
+            planning.Layout(count, count, None, None),
             0,
-            [plan.CodedClass(2 * plan.NO_CODE, count, 0, 1.0)],
-            [plan.Tile(0, self.block, self.block, lanes, 1, self.information)] * tiles,
+            [planning.CodedClass(2 * planning.NO_CODE, count, 0, 1.0)],
+            [planning.Tile(0, self.block, self.block, lanes, 1, self.information)] * tiles,
         )
 
     def _backend(self, tensor):
-        kernels = native.kernels(tensor) if self.block <= LARGEST_BLOCK else None
+        kernels = backends.kernels(tensor) if self.block <= LARGEST_BLOCK else None
         return reference if kernels is None else backend_of(kernels)
 
 

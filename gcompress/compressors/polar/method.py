@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from ..polar import codec, lowrank, plan, reference, turning
-from ..polar.device import backend_of
-from .base import Compressor, check_choice, check_integer, check_number, check_power_of_two
+from ..base import Compressor, check_choice, check_integer, check_number, check_power_of_two
+from . import coding, planning, products, reference, turning
+from .device import backend_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Polar(Compressor):
             check_number("outliers", self.outliers, 0, 0.5)
         check_choice("unbiased", self.unbiased, (False, True))
         if self.rank != "auto":
-            check_integer("rank", self.rank, 0, lowrank.MOST)
+            check_integer("rank", self.rank, 0, products.MOST)
         check_integer("floor", self.floor, 0)
 
     def nbytes(self, numel):
         if numel == 0:
             return 0
-        least = plan.SMALLEST_PAYLOAD
+        least = planning.SMALLEST_PAYLOAD
         if self.unbiased:
-            least = plan.lone_class_bytes(numel, self.block) + turning.section_bytes(numel)
+            least = planning.lone_class_bytes(numel, self.block) + turning.section_bytes(numel)
         return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):
@@ -98,17 +98,17 @@ class Polar(Compressor):
     def _encode(self, backend, values, payload, seed):
         options = {"block": self.block, "list_size": self.list_size}
         if self.unbiased:
-            codec.encode_unbiased(backend, values, payload, seed=seed, **options)
+            coding.encode_unbiased(backend, values, payload, seed=seed, **options)
         else:
             flat, share = self.allocation == "flat", self.outliers
-            codec.encode(
+            coding.encode(
                 backend, values, payload, scales=self.scales, flat=flat, share=share, rank=self.rank, **options
             )
 
     def _decode_native(self, kernels, payload, out, add):
-        codec.decode_into(backend_of(kernels), payload, out, add, self.block)
+        coding.decode_into(backend_of(kernels), payload, out, add, self.block)
 
     def _decode_reference(self, payload, numel):
         out = torch.empty(numel, dtype=torch.float32, device=payload.device)
-        codec.decode_into(reference, payload, out, False, self.block)
+        coding.decode_into(reference, payload, out, False, self.block)
         return out

@@ -1,0 +1,68 @@
+"""Starts the ranks of an engine as a user would, and leaves none behind."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+PYTHON = sys.executable
+SMALL_PARTITIONS = "65536"  # of BytePS, in bytes, so that tensors of a test have several
+
+
+def launch_ddp(ranks, *arguments, timeout=120, **environment):
+    """Run a Python script or module on `ranks` ranks; returns (exit code, output)."""
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    # torchrun ends its ranks when it is told to end.
+    return run(command, timeout, signal.SIGTERM, environment)
+
+
+def launch_horovod(ranks, *arguments, timeout=240, options=(), **environment):
+    """Run a Python command line on `ranks` ranks; returns (exit code, output)."""
+    command = [PYTHON, "-m", "horovod.runner.launch", "-np", ranks, "--gloo", *options, PYTHON, *arguments]
+    return run(command, timeout, signal.SIGINT, {"GCOMPRESS_TIMEOUT": "60", **environment})
+
+
+def launch_mpi(ranks, *arguments, timeout=150, options=(), **environment):
+    """Run a Python command line on `ranks` ranks; returns (exit code, output)."""
+    command = [MPIRUN, *options, "-np", ranks, PYTHON, *arguments]
+    # Its ranks have sessions of their own: mpirun must end them.
+    return run(command, timeout, signal.SIGTERM, {"GCOMPRESS_TIMEOUT": "60", **environment})
+
+
+def launch_byteps(workers, *arguments, servers=2, timeout=120, **environment):
+    """Run a Python command line on BytePS workers; returns (exit code, output)."""
+    command = [PYTHON, "-m", "gcompress.plugins.byteps.launch", "-np", workers, "--servers", servers]
+    return run(
+        [*command, PYTHON, *arguments], timeout, None, {"BYTEPS_PARTITION_BYTES": SMALL_PARTITIONS, **environment}
+    )
+
+
+def run(command, timeout, interrupt, environment):
+    """Run a launcher from the repository's root; fails the test if it does not end in time.
+
+    Args:
+        interrupt: the signal at which the launcher ends its ranks; None: all of them are killed.
+    """
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(interrupt) if interrupt else os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"the ranks hang after {timeout} s:\n{output[-4000:]}")
+    return process.returncode, output
