@@ -17,7 +17,7 @@ summable = pytest.mark.parametrize(
     [each for each in COMPRESSORS if each.summable] + [from_spec("lowrank:rank=2,exchanges=2")],
     ids=str,
 )
-backends = pytest.mark.parametrize("backend", backends.available_backends())
+every_backend = pytest.mark.parametrize("backend", backends.available_backends())
 
 
 def largest(numel):
@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_not_made_so():
 
 
 @summable
-@backends
+@every_backend
 def test_a_finite_sum_is_found_finite(compressor, backend):
     """Of one rank; of several whose gradients are so large that only their sum is just finite; of opposite ones."""
     with backends.use_backend(backend):
@@ -98,7 +98,7 @@ BUCKETED = ["quantize", "fp16", "fp8", "sign", "onebit", "qsgd", "ternary", "ter
 
 
 @pytest.mark.parametrize("spec", BUCKETED)
-@backends
+@every_backend
 def test_a_bucket_larger_than_the_tensor_is_the_tensor(spec, backend):
     tensor = torch.randn(1001)
     joint = "," if ":" in spec else ":"
@@ -116,7 +116,7 @@ def test_a_bucket_larger_than_the_tensor_is_the_tensor(spec, backend):
 
 
 @every_compressor
-@backends
+@every_backend
 def test_one_entry_may_have_any_strides(compressor, backend):
     with backends.use_backend(backend):
         expected, _ = compressor.compress(torch.tensor([3.0]), seed=1)
