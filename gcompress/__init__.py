@@ -4,34 +4,23 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import (
-    BF16,
-    FP8,
-    FP16,
-    MXFP4,
-    QSGD,
-    REGISTRY,
-    Chain,
-    Compressor,
-    Context,
-    Eden,
-    Entropy,
-    Hybrid,
-    LowRank,
-    MaskSparse,
-    Natural,
-    OneBit,
-    Polar,
-    Quantize,
-    RandomK,
-    SharedScale,
-    Sign,
-    Ternary,
-    Threshold,
-    TopK,
-    from_dict,
-    from_spec,
-)
+from .compressors import REGISTRY, Compressor, Context, from_dict, from_spec
+from .compressors.casts import BF16, FP8, FP16, MXFP4
+from .compressors.combine import Chain, Hybrid
+from .compressors.eden import Eden
+from .compressors.entropy import Entropy
+from .compressors.lowrank import LowRank
+from .compressors.mask import MaskSparse
+from .compressors.natural import Natural
+from .compressors.polar import Polar
+from .compressors.qsgd import QSGD
+from .compressors.quantize import Quantize
+from .compressors.randomk import RandomK
+from .compressors.shared import SharedScale
+from .compressors.sign import OneBit, Sign
+from .compressors.ternary import Ternary
+from .compressors.threshold import Threshold
+from .compressors.topk import TopK
 from .errors import (
     ConfigError,
     ConfigMismatchError,

@@ -192,3 +192,15 @@ def unpack_gaps(packed, numel, k, width):
         raise PayloadError(f"index: {positions.numel()} entries are marked, expected {k}")
     high = (positions - torch.arange(k, device=packed.device)) << width
     return high | unpack_bits(packed[:low_bytes], k, width).to(torch.int64) if width else high
+
+
+def read_u32(start):
+    """The little-endian number that a payload begins with; PayloadError if it is shorter."""
+    if start.numel() < 4:
+        raise PayloadError(f"payload: got {start.numel()} bytes, expected at least 4")
+    return int.from_bytes(bytes(start[:4].tolist()), "little")
+
+
+def u32_bytes(number, device):
+    """`number` as four little-endian bytes, a uint8 tensor."""
+    return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)

@@ -4,8 +4,9 @@ import dataclasses
 import fnmatch
 import math
 
-from .compressors import Compressor, from_spec, parse_value
-from .compressors.base import check_choice, check_integer, shown
+from .checks import check_choice, check_integer, shown
+from .compressors import Compressor, from_spec
+from .compressors.spec import parse_value
 from .errors import ConfigError
 from .feedback import eased
 

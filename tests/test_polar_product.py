@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcompress import backends
-from gcompress.compressors import Polar
+from gcompress import Polar, backends
 from gcompress.compressors.polar import products
 from tests.compressors import refusals
 

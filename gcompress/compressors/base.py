@@ -11,10 +11,9 @@ from .. import backends, packing
 from ..errors import ConfigError, PayloadError
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST_INTEGER = 2**63 - 1  # what a kernel takes
+REGISTRY = {}  # name: class, of every method
 LARGEST_DEPTH = 8  # of compressors in compressors
 LONGEST_SPEC = 1000  # characters
-LONGEST_SHOWN = 100  # characters of a value in an error
 
 
 class Context(NamedTuple):
@@ -41,7 +40,7 @@ class Compressor:
 
     A subclass is a frozen dataclass that sets `name`, implements `nbytes` and the four
     methods `_encode_reference`, `_decode_reference`, `_encode_native`, `_decode_native`,
-    and is listed in `gcompress/compressors/__init__.py`. All arithmetic is float32: other
+    and is in the registry from then on. All arithmetic is float32: other
     floating-point types are converted on the way in and out. A finite tensor decodes to a finite
     one: what would be larger than the largest number becomes that.
 
@@ -242,21 +241,14 @@ class Compressor:
     def _decode_native(self, kernels, payload, out, add):
         raise NotImplementedError(f"{type(self).__name__}._decode_native")
 
-    def _read_parts(self):
-        """Let parts be given as specs or dicts; ConfigError if they are too deep or many. For `__post_init__`."""
-        from . import from_spec
-
-        for part in self.parts:
-            found = from_spec(getattr(self, part))
-            if found.depth >= LARGEST_DEPTH:
-                raise ConfigError(
-                    f"{part}: got compressors {found.depth} deep, expected at most {LARGEST_DEPTH - 1} in {self.name!r}"
-                )
-            object.__setattr__(self, part, found)
-        if len(self.spec) > LONGEST_SPEC:
-            raise ConfigError(
-                f"{self.name}: got parts whose spec has {len(self.spec)} characters, more than {LONGEST_SPEC}"
-            )
+    def __init_subclass__(cls, **keywords):
+        """A class with a `name` of its own is a method, and found by it."""
+        super().__init_subclass__(**keywords)
+        if "name" in vars(cls):
+            other = REGISTRY.get(cls.name)
+            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ConfigError(f"name: got {cls.name!r} in {cls.__qualname__}, which is {other.__qualname__}'s")
+            REGISTRY[cls.name] = cls
 
     def to_dict(self):
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
@@ -298,18 +290,6 @@ def bucket_of(numel, bucket, multiple):
     return min(bucket, whole) if bucket else whole
 
 
-def read_u32(start):
-    """The little-endian number that a payload begins with; PayloadError if it is shorter."""
-    if start.numel() < 4:
-        raise PayloadError(f"payload: got {start.numel()} bytes, expected at least 4")
-    return int.from_bytes(bytes(start[:4].tolist()), "little")
-
-
-def u32_bytes(number, device):
-    """`number` as four little-endian bytes, a uint8 tensor."""
-    return torch.tensor(list(number.to_bytes(4, "little")), dtype=torch.uint8, device=device)
-
-
 def check_scales(what, payload, count, nan=False):
     """PayloadError unless a payload begins with `count` float32 scales that are finite and not negative.
 
@@ -321,61 +301,6 @@ def check_scales(what, payload, count, nan=False):
     wrong = scales[(scales < 0) | scales.isinf() | (scales.isnan() & (not nan))]
     if wrong.numel():
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
-
-
-def shown(value):
-    """How an error shows a value: its repr, of which a long one is cut."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python writes no integer of so many digits, nor lists that deep
-        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
-
-
-def is_number(value):
-    """Whether value is an int or float, NaN and infinity included, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_integer(argument, value, low, high=None):
-    """ConfigError unless value is an int in [low, high]; without `high` it must fit 64 bits."""
-    largest = LARGEST_INTEGER if high is None else high
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= largest:
-        expected = f"an integer from {low} to {largest}"
-        if high is None:
-            expected = f"an integer of at least {low}" + (", below 2^63" if is_number(value) and value >= low else "")
-        raise ConfigError(f"{argument}: got {shown(value)}, expected {expected}")
-
-
-def check_number(argument, value, low, high):
-    """ConfigError unless value is a number in [low, high]."""
-    if not is_number(value) or not low <= value <= high:
-        raise ConfigError(f"{argument}: got {shown(value)}, expected a number from {low} to {high}")
-
-
-def check_sparsity(value):
-    """ConfigError unless value is a number in [0, 1)."""
-    if not is_number(value) or not 0 <= value < 1:
-        raise ConfigError(f"sparsity: got {shown(value)}, expected the fraction set to zero, 0 <= sparsity < 1")
-
-
-def check_bucket(value, multiple):
-    """ConfigError unless value is a multiple of `multiple`, or 0."""
-    check_integer("bucket", value, 0)
-    if value % multiple:
-        raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
-
-
-def check_power_of_two(argument, value, low, high):
-    """ConfigError unless value is a power of two from `low` to `high`, which are such."""
-    if type(value) is not int or not low <= value <= high or value & (value - 1):
-        raise ConfigError(f"{argument}: got {shown(value)}, expected a power of two from {low} to {high}")
-
-
-def check_choice(argument, value, choices):
-    """ConfigError unless value is one of choices, of the same type: 1 is not True, nor 32.0 32."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ConfigError(f"{argument}: got {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def selection_workspace(numel, k, device):

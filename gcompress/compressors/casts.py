@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, bucket_of, check_bucket, check_choice
+from ..checks import check_bucket, check_choice
+from .base import Compressor, bucket_of
 
 # Below it the largest magnitude of a bucket is not scaled up further: both factors stay normal numbers.
 SMALLEST_EXPONENT = 15

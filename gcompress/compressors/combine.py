@@ -18,6 +18,7 @@ from .. import backends
 from ..errors import ConfigError
 from .base import Compressor
 from .quantize import Quantize
+from .spec import read_parts
 from .topk import TopK
 
 
@@ -67,7 +68,7 @@ class Chain(_Combination):
     then: Compressor = Quantize()
 
     def __post_init__(self):
-        self._read_parts()
+        read_parts(self)
         if not self.first.fixed_size or not any(section.floats for section in self.first.sections(1024)):
             raise ConfigError(f"first: got {self.first}, expected a compressor of fixed size that sends float32 values")
 
@@ -146,7 +147,7 @@ class Hybrid(_Combination):
     rest: Compressor = Quantize()
 
     def __post_init__(self):
-        self._read_parts()
+        read_parts(self)
         if not self.outliers.exact:
             raise ConfigError(
                 f"outliers: got {self.outliers}, expected one that keeps entries exactly: topk, threshold"

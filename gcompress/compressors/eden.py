@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_choice, check_power_of_two, shown
 from ..errors import ConfigError
-from .base import Compressor, check_choice, check_power_of_two, shown
+from .base import Compressor
 from .eden_levels import LEVELS, UNIT
 
 LARGEST = torch.finfo(torch.float32).max

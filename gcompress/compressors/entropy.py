@@ -19,8 +19,10 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, read_u32, u32_bytes
+from ..packing import read_u32, u32_bytes
+from .base import Compressor
 from .quantize import Quantize
+from .spec import read_parts
 
 LANES = 32
 PROBABILITY_BITS = 12
@@ -53,7 +55,7 @@ class Entropy(Compressor):
     inner: Compressor = Quantize()
 
     def __post_init__(self):
-        self._read_parts()
+        read_parts(self)
         if not self.inner.fixed_size:
             raise ConfigError(f"inner: got {self.inner}, expected a compressor of fixed size")
         planes = sum(section.stride for section in self.inner.sections(1 << 20))

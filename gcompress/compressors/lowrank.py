@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 
 from .. import backends, packing
-from .base import Compressor, Section, check_choice, check_integer
+from ..checks import check_choice, check_integer
+from .base import Compressor, Section
 
 DEPENDENT = 1e-5  # a column that keeps less of its length beside the others counts as dependent
 

@@ -19,18 +19,9 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_choice, check_integer, check_sparsity
 from ..errors import PayloadError
-from .base import (
-    Compressor,
-    Section,
-    check_choice,
-    check_integer,
-    check_scales,
-    check_sparsity,
-    code_section,
-    kept_count,
-    selection_workspace,
-)
+from .base import Compressor, Section, check_scales, code_section, kept_count, selection_workspace
 
 FIXED_ONE = 65535  # a dropped magnitude is an integer in 1 / 65535 of the threshold
 BINS = 4096  # of 16 such integers each, for Lloyd-Max

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, bucket_of, check_bucket, check_choice, check_integer
+from ..checks import check_bucket, check_choice, check_integer
+from .base import Compressor, bucket_of
 
 LARGEST_NORM = 3.4e38  # s steps of it stay finite
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, Section, bucket_of, check_bucket, check_choice, check_integer, check_scales, code_section
+from ..checks import check_bucket, check_choice, check_integer
+from .base import Compressor, Section, bucket_of, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_choice, check_sparsity
 from ..errors import ConfigError
-from .base import Compressor, Section, check_choice, check_sparsity, kept_count
+from .base import Compressor, Section, kept_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 
 from .. import backends, packing
+from ..checks import check_choice, check_integer
 from ..errors import ConfigError
-from .base import Compressor, Section, bucket_of, check_choice, check_integer
+from .base import Compressor, Section, bucket_of
 
 BLOCK_WORDS = 64
 MAX_WIDTH = 24

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from .. import packing
-from .base import Compressor, bucket_of, check_bucket
+from ..checks import check_bucket
+from .base import Compressor, bucket_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_bucket, check_choice, is_number, shown
 from ..errors import ConfigError
-from .base import Compressor, bucket_of, check_bucket, check_choice, is_number, shown
+from .base import Compressor, bucket_of
 
 GROUP = 320  # entries whose trits lie in 64 bytes
 

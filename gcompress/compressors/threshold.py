@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_choice, is_number, shown
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, check_choice, is_number, read_u32, shown, u32_bytes
+from ..packing import read_u32, u32_bytes
+from .base import Compressor
 from .topk import FORMS, decode_kept, encode_kept, index_layout
 
 

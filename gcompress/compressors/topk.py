@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..checks import check_choice, check_sparsity
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, Section, check_choice, check_sparsity, kept_count, selection_workspace
+from .base import Compressor, Section, kept_count, selection_workspace
 
 FORMS = ("bitmap", "fixed", "gaps")
 

@@ -22,10 +22,10 @@ import torch
 
 from .. import packing
 from ..compressors import Context
-from ..compressors.base import u32_bytes
 from ..errors import ExchangeError, PayloadError
 from ..feedback import ErrorFeedback, new_memory
 from ..memory import Memory
+from ..packing import u32_bytes
 from ..policy import as_policy
 from . import hand_on
 from .plan import Plan

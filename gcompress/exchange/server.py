@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import check_integer
 from ..compressors import Compressor
-from ..compressors.base import check_integer
 from ..errors import ConfigError, ExchangeError, PayloadError
 from ..feedback import ErrorFeedback, new_memory
 from ..memory import Memory

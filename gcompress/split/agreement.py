@@ -5,8 +5,8 @@ import hashlib
 import json
 import math
 
+from ..checks import check_choice, check_integer
 from ..compressors import from_spec
-from ..compressors.base import check_choice, check_integer
 from ..errors import ConfigError, PayloadError, RefusedError
 from . import wire
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from ..compressors.base import check_integer
+from ..checks import check_integer
 from ..errors import ConfigError, RefusedError
 from . import security, wire
 from .checkpoint import fitting

@@ -5,7 +5,7 @@ on. Any other compressor of fixed size, such as polar, whose encoder is more tha
 kernel, is called in Python from BytePS's threads, by its spec (callback.py).
 """
 
-from gcompress.compressors import BF16, FP8, FP16, MXFP4, OneBit, Sign
+from gcompress import BF16, FP8, FP16, MXFP4, OneBit, Sign
 from gcompress.compressors.base import kept_count
 from gcompress.compressors.mask import MaskSparse
 from gcompress.compressors.quantize import Quantize

@@ -21,7 +21,7 @@ if FAULT_TOLERANT:
 
 from mpi4py import MPI  # noqa: E402
 
-from gcompress.compressors.base import check_choice, check_integer  # noqa: E402
+from gcompress.checks import check_choice, check_integer  # noqa: E402
 from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError  # noqa: E402
 from gcompress.exchange.engine import FORMAT_VERSION, timeout_seconds  # noqa: E402
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from gcompress.compressors.base import check_integer
+from gcompress.checks import check_integer
 from gcompress.errors import ConfigError
 from gcompress.exchange.applied import holds_nothing
 from gcompress.policy import check_momentum

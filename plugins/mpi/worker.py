@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from gcompress.compressors.base import check_integer
+from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.hand_on import check_counts
 from gcompress.exchange.results import Results

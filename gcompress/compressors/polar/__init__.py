@@ -1,0 +1,5 @@
+"""The polar code: method.py says what it is."""
+
+from .method import Polar
+
+__all__ = ["Polar"]

@@ -9,8 +9,8 @@ import dataclasses
 import torch
 
 from ... import backends, packing
+from ...checks import check_integer, check_power_of_two
 from ...errors import ConfigError, PayloadError
-from ..base import check_integer, check_power_of_two
 from . import planning, reference
 from .device import backend_of
 from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from ..base import Compressor, check_choice, check_integer, check_number, check_power_of_two
+from ...checks import check_choice, check_integer, check_number, check_power_of_two
+from ..base import Compressor
 from . import coding, planning, products, reference, turning
 from .device import backend_of
 

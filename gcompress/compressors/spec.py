@@ -1,0 +1,107 @@
+"""A compressor's text and dict: `from_spec` and `from_dict` read what `Compressor.spec` and `to_dict` write."""
+
+import dataclasses
+
+from ..checks import shown
+from ..errors import ConfigError
+from .base import LARGEST_DEPTH, LONGEST_SPEC, REGISTRY, Compressor
+
+
+def from_dict(configuration):
+    """The compressor behind `Compressor.to_dict()`; ConfigError if it is too deep or names what nobody knows."""
+    if not isinstance(configuration, dict):
+        raise ConfigError(f"compressor: got {shown(configuration)}, expected a dict")
+    _check_depth(configuration)
+    arguments = dict(configuration)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise ConfigError(f"compressor: got {shown(name)}, expected one of {', '.join(sorted(REGISTRY))}")
+    known = [field.name for field in dataclasses.fields(REGISTRY[name])]
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise ConfigError(f"{name}: got the argument {shown(unknown[0])}, expected some of {', '.join(known)}")
+    return REGISTRY[name](**arguments)
+
+
+def _check_depth(configuration):
+    """ConfigError if dicts are too deep inside one another, found out level by level."""
+    level = [configuration]
+    for _ in range(LARGEST_DEPTH):
+        # A dict that is met twice needs to be looked at once: identity keeps the walk linear.
+        level = list({id(part): part for found in level for part in found.values() if isinstance(part, dict)}.values())
+        if not level:
+            return
+    raise ConfigError(f"compressor: got dicts more than {LARGEST_DEPTH} deep, expected at most so many")
+
+
+def from_spec(spec):
+    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself.
+
+    A spec has at most 1000 characters and compressors stand at most 8 deep in one another: ConfigError otherwise.
+    """
+    if isinstance(spec, Compressor):
+        return spec
+    if isinstance(spec, dict):
+        return from_dict(spec)
+    if not isinstance(spec, str):
+        raise ConfigError(f'compressor: got {shown(spec)}, expected a spec such as "mask:sparsity=0.99,bits=2"')
+    if len(spec) > LONGEST_SPEC:
+        raise ConfigError(f"compressor: got {shown(spec)}, expected a spec of at most {LONGEST_SPEC} characters")
+    name, _, rest = spec.strip().partition(":")
+    arguments = {"name": name.strip()}
+    parts = iter(getattr(REGISTRY.get(arguments["name"]), "parts", ()))
+    for item in split_outside_parentheses(rest, spec):
+        if item.startswith("("):
+            key, equals, value = next(parts, ""), "=", item
+        else:
+            key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or key in arguments:
+            raise ConfigError(f"compressor {spec!r}: got {item!r}, expected argument=value, each once")
+        arguments[key] = value[1:-1] if value[:1] + value[-1:] == "()" else parse_value(value)
+    return from_dict(arguments)
+
+
+def split_outside_parentheses(text, spec):
+    """The comma-separated items of a spec's arguments, where a compressor in parentheses is one item."""
+    items, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if not 0 <= depth < LARGEST_DEPTH:
+            break
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    if depth == LARGEST_DEPTH:
+        raise ConfigError(f"compressor {spec!r}: its parentheses are {depth} deep, expected at most {depth - 1}")
+    if depth != 0:
+        raise ConfigError(f"compressor {spec!r}: its parentheses do not match")
+    return [item.strip() for item in items if item.strip()]
+
+
+def parse_value(text):
+    """The bool, int, float or else str that an argument's text means."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_parts(compressor):
+    """Let a compressor's parts be specs or dicts (for its `__post_init__`); ConfigError if too deep or too long."""
+    for part in compressor.parts:
+        found = from_spec(getattr(compressor, part))
+        if found.depth >= LARGEST_DEPTH:
+            raise ConfigError(
+                f"{part}: got compressors {found.depth} deep, expected at most {LARGEST_DEPTH - 1} "
+                f"in {compressor.name!r}"
+            )
+        object.__setattr__(compressor, part, found)
+    if len(compressor.spec) > LONGEST_SPEC:
+        raise ConfigError(
+            f"{compressor.name}: got parts whose spec has {len(compressor.spec)} characters, more than {LONGEST_SPEC}"
+        )
