@@ -18,6 +18,7 @@ import torch
 
 import gcompress
 from gcompress import MaskSparse, Policy, Quantize, TopK
+from gcompress.exchange.engine import agree
 from gcompress.feedback import ErrorFeedback
 from tests.processes import expect_error
 
@@ -387,7 +388,7 @@ def killed_server():
     job = servers.Job(SERVERS, "continue")
     if job.is_server and job.rank == 1:
         # It agrees, then it is gone.
-        job.agree(None)
+        agree(job.all_ranks, job.settings)
         os.kill(os.getpid(), signal.SIGKILL)
     train(job, steps=1000)
 
