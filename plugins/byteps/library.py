@@ -13,7 +13,7 @@ from .callback import codec
 HERE = pathlib.Path(__file__).parent
 
 
-def load():
+def load() -> ctypes.CDLL:
     """Load a worker's compressors into BytePS's library, and give them the kernels."""
     path, kernels = HERE / "_worker.so", backends.kernels(torch.empty(0))
     if not path.exists():

@@ -29,11 +29,11 @@ class Compression:
             raise ConfigError("warmup_steps: BytePS keeps a tensor's payload at one size, expected 0")
         self._feedback, self._memories = new_memory(self.policy, at_once=False), Memory()
 
-    def begin(self, name, absent, step):
+    def begin(self, name: str, absent: bool, step: int) -> None:
         """Say what `compress` is given next, whether nobody computed it here, and how many steps were applied."""
         self._name, self._absent, self._step = name, absent, step
 
-    def settle(self, names, applied):
+    def settle(self, names: set[str], applied: bool) -> None:
         """The last results of these names were applied, or not."""
         for memory in (self._feedback, self._memories):
             if memory is not None:
