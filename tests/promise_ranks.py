@@ -26,7 +26,7 @@ class Ddp(Trainer):
         options = {"bucket_cap_mb": 0.04, "find_unused_parameters": unused}
         self.parallel = torch.nn.parallel.DistributedDataParallel(model, **options)
         self.state = ddp.register(self.parallel, compression, scaler=scaler)
-        self.exchange = self.state.exchange
+        self.exchange = ddp.exchange(self.state)
         self.optimizer = make_optimizer(list(model.parameters()))
 
     def call(self, x):

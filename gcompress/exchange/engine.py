@@ -119,13 +119,13 @@ def agree(ranks: Ranks, configuration: dict, numbers: Sequence[int] | None = Non
     """
     own = json.dumps({"format": FORMAT_VERSION, **configuration}, sort_keys=True)
     configurations = [json.loads(text) for text in ranks.gather_texts(own)]
-    common = {}
+    common: dict = {}
     for each in configurations:
         common = {**each, **common}
     differing = [key for key in common if any(each.get(key, common[key]) != common[key] for each in configurations)]
     if not differing:
         return common
-    groups = {}
+    groups: dict[str, list[int]] = {}
     for number, each in zip(numbers or range(len(configurations)), configurations, strict=True):
         shown = {key: each[key] for key in differing if key in each}
         if shown:

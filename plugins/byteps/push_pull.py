@@ -51,7 +51,7 @@ def DistributedOptimizer(
 
     All workers must give the same; ConfigMismatchError on each otherwise.
     """
-    workers.compressors()  # ConfigError before `init`
+    workers.loaded_library()  # ConfigError before `init`
     named = {name: p for name, p in named_parameters if p.requires_grad}
     exchange = PushPullExchange(compression, named, scaler)
     if exchange.policy and not isinstance(compression, Compression):
@@ -168,7 +168,7 @@ class PushPullExchange(Results):
         scale = self.loss_scale() if self.policy else 1.0
         applied = self._open(name)
         if name in self.declared:
-            workers.compressors().gcompress_byteps_tell(self._numbers[name], int(applied), int(self.absent))
+            workers.loaded_library().gcompress_byteps_tell(self._numbers[name], int(applied), int(self.absent))
         elif isinstance(self._inner, Compression):
             self._inner.begin(name, self.absent, self.steps)
         payload, ctx = self._inner.compress(unscaled(tensor, scale))

@@ -40,7 +40,7 @@ def init() -> None:
     bps.init()
 
 
-def compressors() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
     """The library with our compressors; ConfigError before `init`."""
     if not _loaded:
         raise ConfigError("DistributedOptimizer: expected gcompress.plugins.byteps.init() before it")
