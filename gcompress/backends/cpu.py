@@ -1,6 +1,7 @@
 """The C++ kernels (csrc/, plain C ABI) through ctypes: one table of them for each instruction set."""
 
 import ctypes
+import functools
 import logging
 import pathlib
 
@@ -93,10 +94,27 @@ def _load():
 _library = _load()
 
 
+class CpuKernels:
+    """The kernels of one instruction set, attributes by their names."""
+
+    on_device = False
+
+    def __init__(self, table):
+        self.names = frozenset(name for name, _ in Kernels._fields_)
+        for name in self.names:
+            setattr(self, name, getattr(table, name))
+        self.table = table
+
+    def has(self, names):
+        """Whether all kernels of these names are there."""
+        return self.names.issuperset(names)
+
+
+@functools.cache
 def kernels(isa):
     """The kernels for a name in ISAS, or for the best set of this processor if it is empty; None if there are none."""
     found = _library.gc_select_kernels(isa.encode()) if _library else None
-    return found.contents if found else None
+    return CpuKernels(found.contents) if found else None
 
 
 def built():

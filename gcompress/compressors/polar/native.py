@@ -12,6 +12,20 @@ from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positio
 WORKSPACE = (8 * LANES + 29) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
 
+KERNELS = (
+    "polar_beyond",
+    "polar_decode",
+    "polar_encode",
+    "polar_encode_vector",
+    "polar_energies",
+    "polar_gather",
+    "polar_scatter",
+    "polar_sums",
+    "polar_turn",
+    "polar_turn_back",
+    "polar_turn_scales",
+)
+
 
 class _Layout(ctypes.Structure):
     """PolarLayout of csrc/polar.h."""
