@@ -121,7 +121,7 @@ class DeviceKernels:
     def keep_residual(self, x, n, sent):
         """The new residual, for an encoder that could not keep it: by what it decodes to."""
         residual, fresh, poisoned = self.feedback
-        self.launch("memory", "feedback_left", ceil_div(n, FOUR), x, residual, sent, n, poisoned, fresh)
+        self.launch("memory", "feedback_residual", ceil_div(n, FOUR), x, residual, sent, n, poisoned, fresh)
 
     def encode_buckets(self, module, name, x, n, bucket, payload, *extra, stages=1, codes=True):
         """One launch if buckets lie within a tile; else partial results, their merging and the codes apart.
