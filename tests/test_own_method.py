@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import emulation
 from tests.launching import REPOSITORY
 
 TOY = REPOSITORY / "tests" / "toy"
@@ -66,6 +67,27 @@ def test_it_is_in_the_benchmark_the_doctor_and_the_readme(checkout):
     assert "by the torch reference: toy" in said
     python(checkout, "tools/method_table.py")
     assert "| `toy` | `Toy` | A signed byte for every entry" in (checkout / "README.md").read_text()
+
+
+@pytest.mark.skipif(not emulation.COMPILER, reason="building kernels needs a C++ compiler")
+def test_a_block_of_kernels_def_and_two_headers_make_it_native(checkout, golden, tmp_path):
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder)
+    for part in ("arith", "cpu"):
+        shutil.copy(TOY / f"{part}_toy.h", folder / "csrc" / part / "toy.h")
+    for target, addition in (("csrc/kernels.def", "kernels.def"), ("gcompress/compressors/toy.py", "native.txt")):
+        with open(folder / target, "a") as file:
+            file.write((TOY / addition).read_text())
+    said = python(folder, "-c", "import gcompress; print(gcompress.backends.backend())")
+    assert "has other kernels than csrc/kernels.def lists: build it again" in said and said.startswith("reference\n")
+    sources, flags = ["csrc/dispatch.cc", "csrc/kernels.cc"], ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off"]
+    command = [emulation.COMPILER, *flags, "-DGC_ISA=portable", "-shared", "-o", "gcompress/_native.so", *sources]
+    subprocess.run(command, cwd=folder, check=True)
+    program = (
+        "from gcompress import backends, from_spec\nprint(backends.provides(backends.cpu_kernels(), from_spec('toy')))"
+    )
+    assert python(folder, "-c", program) == "True\n"
+    check_laws(folder)
 
 
 def test_another_package_brings_a_method(tmp_path):

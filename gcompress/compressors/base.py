@@ -283,6 +283,11 @@ def check_scales(what, payload, count, nan=False):
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
+def selection_words(numel, k):
+    """32-bit words of scratch memory for the C++ selection of k: room for what a sampled bound lets through."""
+    return min(numel, 2 * k) + 16384
+
+
 def selection_workspace(numel, k, device):
-    """Scratch memory for the C++ selection: room for the candidates that a sampled bound lets through."""
-    return torch.empty(min(numel, 2 * k) + 16384, dtype=torch.int32, device=device)
+    """Scratch memory for the C++ selection, int32."""
+    return torch.empty(selection_words(numel, k), dtype=torch.int32, device=device)

@@ -85,12 +85,11 @@ class MaskSparse(Compressor):
     @property
     def _largest_class(self):
         """Dropped entries fall into classes of magnitude 0 .. this."""
-        return (self._codes - 1) // 2 if self.signed else self._codes - 1
+        return sent_levels(self.bits, self.signed) - (not self.signed)
 
     @property
     def _sent_levels(self):
-        """The signed form's class 0 is zero and is not sent."""
-        return self._largest_class if self.signed else self._codes
+        return sent_levels(self.bits, self.signed)
 
     def nbytes(self, numel):
         if numel == 0:
@@ -190,6 +189,12 @@ class MaskSparse(Compressor):
         return out
 
 
+def sent_levels(bits, signed):
+    """Levels in a payload: of all 2^bits - 1 codes, or of the half above zero in the signed form."""
+    codes = 2**bits - 1
+    return (codes - 1) // 2 if signed else codes
+
+
 def _usable_threshold(key):
     """The threshold as float32, or 0 where nothing can be said about dropped entries: too small or not finite."""
     threshold = torch.tensor(key, dtype=torch.int32).view(torch.float32)
@@ -232,8 +237,7 @@ def _lloyd_on_device(gpu, x, residual, n, bits, signed, tiles, chosen):
 def mask_decode(gpu, payload, n, k, bits, signed, add, out):
     """A mask that does not keep k entries makes all of `out` NaN."""
     wrong, tiles = gpu.launcher.zeros(4), ceil_div(n, TILE)
-    codes = (1 << bits) - 1
-    packed = payload + 4 * ((codes - 1) // 2 if signed else codes) + 4 * k
+    packed = payload + 4 * sent_levels(bits, signed) + 4 * k
     before, selection = gpu.counted("mask", "mask_count", tiles, packed, n, bits)
     places = before.data_ptr(), selection.data_ptr(), add, wrong.data_ptr(), out
     gpu.launch("mask", "mask_decode", tiles, payload, n, k, bits, signed, *places)

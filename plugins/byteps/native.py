@@ -19,6 +19,6 @@ def load():
     if kernels is None:
         raise ConfigError("gcompress.plugins.byteps: the C++ kernels are needed, got the reference backend")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if library.gcompress_byteps_use(ctypes.byref(kernels.table), codec) != ctypes.sizeof(kernels.table):
+    if library.gcompress_byteps_use(ctypes.c_void_p(kernels.table), codec) != kernels.nbytes:
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is of another release: run tools/build_byteps.py")
     return library

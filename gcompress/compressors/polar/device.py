@@ -152,7 +152,7 @@ class DevicePolar:
         )
 
     def _tiles(self, spending, workspace_bytes):
-        """(PolarTile of csrc/cuda/polar.cuh for every tile, the ranks they point into, bytes of workspace)."""
+        """(DeviceTile of csrc/cuda/polar.cuh for every tile, the ranks they point into, bytes of workspace)."""
         groups = planning.groups_of(spending.classes)
         fields, kinds, ranks, at = [], {}, [], [0, 0, 0]  # at: among entries, words, bytes of workspace
         for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
