@@ -75,8 +75,8 @@ class Meeting:
         return [given[rank] for rank in range(self.workers)]
 
 
-class Engine:
-    """One worker's side of a Meeting; see gcompress/exchange/schedule.py for what an engine has."""
+class MeetingEngine:
+    """One worker's side of a Meeting; see gcompress/exchange/engine.py for what an engine has."""
 
     in_order = False
 
@@ -101,10 +101,10 @@ class Engine:
 
     def _start(self, name, tensor, combine):
         self._meeting.put(self._rank, name, tensor)
-        return Handle(self._meeting, name, combine)
+        return MeetingOperation(self._meeting, name, combine)
 
 
-class Handle:
+class MeetingOperation:
     def __init__(self, meeting, name, combine):
         self._meeting, self._name, self._combine = meeting, name, combine
 
@@ -130,7 +130,7 @@ class Training:
         torch.manual_seed(arguments.seed)
         self.model = build_model("cnn", data)
         meeting = Meeting(arguments.workers)
-        engines = [Engine(meeting, rank) for rank in range(arguments.workers)]
+        engines = [MeetingEngine(meeting, rank) for rank in range(arguments.workers)]
         self.exchanges = [GradientExchange(policy, engine) for engine in engines]
         for exchange in self.exchanges if policy else ():
             exchange.prepare({name: parameter.shape for name, parameter in self.model.named_parameters()})

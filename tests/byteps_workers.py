@@ -18,6 +18,7 @@ import torch
 
 import gcompress
 from gcompress import Eden, MaskSparse, Policy, Quantize, RandomK, Rule, TopK
+from gcompress.exchange import engine
 from gcompress.feedback import ErrorFeedback
 
 SCENARIOS = {}
@@ -254,6 +255,11 @@ def misuse():
 
 def different_compressor():
     train("quantize:bits=4" if bps.rank() else "topk:sparsity=0.9")
+
+
+def different_format():
+    engine.FORMAT_VERSION += bps.rank()
+    train("topk:sparsity=0.9")
 
 
 def killed_worker():

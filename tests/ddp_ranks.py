@@ -24,6 +24,7 @@ from gcompress.plugins import ddp
 
 import gcompress
 from gcompress import Policy
+from gcompress.exchange import engine
 from gcompress.exchange.plan import Plan
 from tests.processes import expect_error
 from tests.simulation import Simulation
@@ -436,6 +437,13 @@ def one_rank_never_registers():
 
 def different_configurations():
     model, _ = wrapped(make_model(), "quantize:bits=4" if dist.get_rank() == 1 else "topk:sparsity=0.9")
+    backward(model, 0, dist.get_rank())
+
+
+def different_format():
+    if dist.get_rank() == 1:
+        engine.FORMAT_VERSION += 1
+    model, _ = wrapped(make_model(), "topk:sparsity=0.9")
     backward(model, 0, dist.get_rank())
 
 

@@ -1,5 +1,6 @@
 """Ranks as threads of one process, with an engine that checks what real ones only suffer from.
 
+`ThreadEngine` is the shortest implementation of `gcompress.exchange.engine.Engine`: one to start from.
 The arithmetic and the wire are those of real ranks but for the wire itself; completion is
 delayed at random. tests/test_horovod.py and tests/test_ddp.py run the same on real engines.
 """
@@ -10,6 +11,7 @@ import time
 
 import torch
 
+from gcompress.exchange.engine import wait_until
 from gcompress.exchange.exchange import GradientExchange
 
 TIMEOUT_SECONDS = 60
@@ -37,10 +39,12 @@ class World:
             meeting[rank] = (name, kind, tensor.clone(), arguments)
             if len(meeting) == self.size:
                 del self.posted[key]  # the name may be used again
-            return Handle(self, meeting, rank, self.random.randint(0, self.delays))
+            return ThreadOperation(self, meeting, rank, self.random.randint(0, self.delays))
 
 
-class Handle:
+class ThreadOperation:
+    """An operation under way; see `Operation`."""
+
     def __init__(self, world, meeting, rank, delay):
         self.world, self.meeting, self.rank, self.delay = world, meeting, rank, delay
 
@@ -50,10 +54,14 @@ class Handle:
         self.delay -= 1  # a few polls find nothing, as on a network
         return len(self.meeting) == self.world.size and self.delay < 0
 
+    def tensors(self):
+        """What the ranks gave, in their order."""
+        return [self.meeting[rank][2] for rank in range(self.world.size)]
+
     def wait(self):
         assert len(self.meeting) == self.world.size
         _, kind, own, arguments = self.meeting[self.rank]
-        tensors = [self.meeting[rank][2] for rank in range(self.world.size)]
+        tensors = self.tensors()
         sent = self.world.sent_bytes
         others = self.world.size - 1
         if kind == "allreduce":
@@ -71,7 +79,9 @@ class Handle:
         return torch.cat(parts)
 
 
-class Engine:
+class ThreadEngine:
+    """One rank's engine; see `Engine`."""
+
     def __init__(self, world, rank):
         self.world, self._rank, self.in_order = world, rank, world.in_order
 
@@ -80,6 +90,12 @@ class Engine:
 
     def rank(self):
         return self._rank
+
+    def gather_texts(self, text):
+        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        operation = self.world.post(self._rank, "texts", 0, "texts", payload)
+        wait_until(operation.ready, "the ranks' texts")
+        return [bytes(each.tolist()).decode() for each in operation.tensors()]
 
     def allgather(self, name, lane, payload, sizes):
         return self.world.post(self._rank, name, lane, "allgather", payload, sizes)
@@ -97,7 +113,7 @@ def run_ranks(world, policy, function):
 
     def run(rank):
         try:
-            results[rank] = function(rank, GradientExchange(policy, Engine(world, rank)))
+            results[rank] = function(rank, GradientExchange(policy, ThreadEngine(world, rank)))
         except BaseException as error:
             errors.append(error)
             world.failed = True  # which ends the others

@@ -18,6 +18,7 @@ import torch
 
 import gcompress
 from gcompress import MaskSparse, Policy, Quantize, TopK
+from gcompress.exchange import engine
 from gcompress.feedback import ErrorFeedback
 from tests.processes import expect_error
 
@@ -332,6 +333,14 @@ def different_compressor():
     train(job, "quantize:bits=4" if job.rank == 0 else "topk:sparsity=0.9")
 
 
+def different_format():
+    """Of a server."""
+    job = servers.Job(SERVERS)
+    if job.is_server and job.rank == 1:
+        engine.FORMAT_VERSION += 1
+    train(job)
+
+
 def different_staleness():
     job = servers.Job(SERVERS)
     train(job, staleness=job.rank)
@@ -387,7 +396,7 @@ def killed_server():
     job = servers.Job(SERVERS, "continue")
     if job.is_server and job.rank == 1:
         # It agrees, then it is gone.
-        job.agree(None)
+        engine.agree(job.all_ranks, job.settings)
         os.kill(os.getpid(), signal.SIGKILL)
     train(job, steps=1000)
 

@@ -11,6 +11,7 @@ import traceback
 import torch
 
 import gcompress
+import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
 from tests.promises import PROMISES, Trainer, sgd
 
 

@@ -46,6 +46,13 @@ def test_a_different_compressor_on_one_rank_is_refused_everywhere_with_both_name
         assert '"topk"' in message and '"quantize"' in message and "ranks [0, 2]" in message
 
 
+def test_a_rank_of_another_release_is_refused_everywhere(tmp_path):
+    errors = failing(tmp_path, "different_format", ranks=3)
+    assert len(errors) == 3
+    for kind, message in errors.values():
+        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 2]" in message
+
+
 def test_a_rank_that_never_registers_is_told_within_the_groups_time_out(tmp_path):
     errors = failing(tmp_path, "one_rank_never_registers", ranks=3)
     # The launcher may end a rank before its own error is written, once another's is.

@@ -30,7 +30,7 @@ def test_scenario(outcomes, name):
 def failing(tmp_path, name, ranks=3):
     """Run a scenario that must end the job; returns {rank: (error type, message)} of the ranks that could tell."""
     out = tmp_path / "error"
-    code, output = launch_horovod(ranks, "-m", "tests.horovod_ranks", out, name, timeout=120)
+    code, output = launch_horovod(ranks, "-m", "tests.horovod_failures", out, name, timeout=120)
     assert code != 0, output[-2000:]
     errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
     return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
@@ -54,6 +54,13 @@ def test_a_rank_that_does_not_compress_is_refused_everywhere(tmp_path):
     errors = failing(tmp_path, "compressed_and_not", ranks=2)
     assert len(errors) == 2
     assert all(kind == "ConfigMismatchError" and "NoneCompressor" in text for kind, text in errors.values())
+
+
+def test_a_rank_of_another_release_is_refused_everywhere(tmp_path):
+    errors = failing(tmp_path, "different_format")
+    assert len(errors) == 3
+    for kind, message in errors.values():
+        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 2]" in message
 
 
 def test_a_different_exchange_is_refused_everywhere(tmp_path):

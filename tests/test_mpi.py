@@ -54,6 +54,13 @@ def test_a_different_configuration_on_one_worker_is_refused_everywhere_with_both
         assert "staleness" not in message  # it does not differ
 
 
+def test_a_server_of_another_release_is_refused_everywhere(tmp_path):
+    code, told, _ = run(tmp_path, "different_format")
+    assert code != 0 and len(told) == 5
+    for kind, message in told.values():
+        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 1, 2, 3]" in message
+
+
 def test_a_killed_worker_ends_the_job_and_is_reported(tmp_path):
     code, told, output = run(tmp_path, "killed_worker")
     assert code != 0 and not any(outcome == "finished" for outcome in told.values())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
 from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
 from tests.promises import PROMISES
 

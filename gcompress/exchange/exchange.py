@@ -1,4 +1,4 @@
-"""The mean (or sum) over ranks of compressed gradients, for any engine (see schedule.py).
+"""The mean (or sum) over ranks of compressed gradients, for any engine (see engine.py).
 
 allgather: every rank receives every other's payload, and decodes and adds them all. One
     round, one encoding; a rank sends N - 1 payloads.
@@ -42,7 +42,7 @@ class GradientExchange(Results):
     Args:
         policy: what `gcompress.as_policy` takes, or None when nothing is compressed and
             the exchange only counts.
-        engine: see schedule.py; may be None when policy is.
+        engine: see engine.py; may be None when policy is.
         average: whether the results are the ranks' mean, or their sum.
         scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 

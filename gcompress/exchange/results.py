@@ -1,5 +1,6 @@
 """What every engine's exchange has in common: results that are delivered first and settled later."""
 
+from ..errors import ConfigError
 from .applied import Watch
 from .report import Report
 from .scaling import LossScale
@@ -111,3 +112,23 @@ class Results:
     def _continue(self, name):
         """Go on from the open result; here it is taken as applied."""
         self.applied([name])
+
+
+def exchange(made) -> Results:
+    """The `Results` of what a plugin made, the same on every engine.
+
+    `.report` counts bytes. `.state_dict()` is what this rank remembers, where that can be saved (not of BytePS).
+
+    Args:
+        made: the optimizer that a plugin's `DistributedOptimizer` returned, or what `register` did.
+
+    Raises:
+        ConfigError: nothing of this library exchanges its gradients.
+    """
+    found = getattr(made, "_gcompress", None)
+    if not isinstance(found, Results):
+        raise ConfigError(
+            f"optimizer: got {type(made).__name__}, expected what a plugin's DistributedOptimizer or register returned "
+            "(of Horovod's DistributedOptimizer: after gcompress.plugins.horovod was imported)"
+        )
+    return found

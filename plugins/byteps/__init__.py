@@ -14,10 +14,10 @@
 
 Each tensor's compressor follows from the policy, per tensor; workers push payloads, servers
 decode, add and encode the sum again, both with error feedback, and workers pull payloads. Every
-compressor of fixed size will do: those that are one kernel run in C++ alone (kernels.py lists
+compressor of fixed size will do: those that are one kernel run in C++ alone (methods.py lists
 them), others are called in Python from BytePS's threads. What the policy leaves alone goes as
-BytePS sends it. `tools/build_byteps.py` builds BytePS (it is
-not built for CPUs or today's torch as released) and the libraries with our compressors.
+BytePS sends it. `tools/build_byteps.py` builds BytePS (it is not built for CPUs or today's
+torch as released) and the libraries with our compressors.
 
 `Compression` is the other way in, for compressors whose payloads add up without being decoded
 (`summable`): BytePS then sums the payloads and knows nothing of them.
@@ -26,6 +26,10 @@ not built for CPUs or today's torch as released) and the libraries with our comp
 not saved: after a restart, what was not sent in the last step is lost.
 """
 
-from .optimizer import Compression, DistributedOptimizer, exchange, init
+from gcompress.exchange.results import exchange
+
+from .payload_sums import Compression
+from .push_pull import DistributedOptimizer
+from .workers import init
 
 __all__ = ["Compression", "DistributedOptimizer", "exchange", "init"]

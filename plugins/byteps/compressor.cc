@@ -1,6 +1,6 @@
 // gcompress's compressors for BytePS: compiled twice against its headers, as a worker's library and, with
 // BYTEPS_BUILDING_SERVER, as a server's. The arithmetic is in the kernels (csrc/gcompress.h), whose table Python
-// hands over; their arguments for every length of a partition come from Python too (kernels.py). A compressor that is
+// hands over; their arguments for every length of a partition come from Python too (methods.py). A compressor that is
 // more than one kernel is called in Python (callback.py).
 #include <cmath>
 #include <cstdlib>
@@ -27,7 +27,7 @@ using Callback = int (*)(const char* spec, int64_t n, uint32_t seed, int decode,
                          int64_t bytes);
 Callback python = nullptr;
 
-// A method: how its kernels are called with the integers that kernels.py lists for it.
+// A method: how its kernels are called with the integers that methods.py lists for it.
 struct Method {
     const char* name;
     void (*encode)(const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t* work, int64_t capacity,
@@ -92,7 +92,7 @@ const Method METHODS[] = {
      }},
 };
 
-// What kernels.py says of one length: "entries:payload bytes:workspace words:argument,argument,…".
+// What methods.py says of one length: "entries:payload bytes:workspace words:argument,argument,…".
 struct Plan {
     int64_t entries = 0, bytes = 0, workspace = 0;
     int64_t arguments[8] = {0};

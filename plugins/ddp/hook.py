@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from gcompress.errors import ConfigError
-from gcompress.exchange import engine
 from gcompress.exchange.applied import holds_nothing
+from gcompress.exchange.engine import agree
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.policy import check_types
 
-from .engine import DistributedEngine
+from .process_group import ProcessGroupEngine
 from .unwrap import parallel_of, plain_names
 
 DDP = torch.nn.parallel.DistributedDataParallel
@@ -43,9 +43,10 @@ class GradientState:
         self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}
         self.exchange = GradientExchange(compression, scaler=scaler)
         check_types(self.exchange.policy, trained)
-        self.exchange.engine = DistributedEngine(process_group)
+        self.exchange.engine = ProcessGroupEngine(process_group)
         self.exchange.prepare({name: p.shape for name, p in trained.items()})
         self.exchange.watch(trained)
+        self._gcompress = self.exchange  # where `exchange(state)` looks, as in an optimizer
         self._agreed = False
         self._pending = []  # (future, the bucket's buffer, its gradients by name, function that waits)
         self._stream = None
@@ -80,7 +81,9 @@ class GradientState:
             self._pending.clear()
             self.exchange.abandon_step()
         if not self._agreed:
-            self._agree()
+            policy, plan = self.exchange.policy.to_dict(), self.exchange.plan.digest()
+            agree(self.exchange.engine, {"compression": policy, "plan": plan, "step": self.exchange.steps})
+            self._agreed = True
         buffer = bucket.buffer()
         if buffer.is_sparse:
             future = self._start_sparse(bucket)
@@ -163,13 +166,6 @@ class GradientState:
         self._stream = self._stream or torch.cuda.Stream(buffer.device)
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         return torch.cuda.stream(self._stream)
-
-    def _agree(self):
-        """Compare configurations; ConfigMismatchError on every rank if they are not all the same."""
-        exchange = self.exchange
-        own = {"compression": exchange.policy.to_dict(), "plan": exchange.plan.digest(), "step": exchange.steps}
-        engine.compare(exchange.engine.gather_texts(engine.text_of(own)))
-        self._agreed = True
 
 
 def _is_dense(parameter):

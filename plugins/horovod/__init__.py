@@ -21,7 +21,9 @@ ranks come or go (see elastic.py).
 `broadcast_optimizer_state` does not touch it.
 """
 
-from .optimizer import activate, exchange
+from gcompress.exchange.results import exchange
+
+from .patch import activate
 
 activate()
 

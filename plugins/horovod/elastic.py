@@ -18,8 +18,6 @@ from horovod.torch.elastic import state as elastic_state
 from gcompress.errors import ExchangeError
 from gcompress.exchange.hand_on import owed_by, put_back, take_over
 
-from .handshake import gather_texts
-
 
 class ResidualStateHandler(elastic_state.OptimizerStateHandler):
     """Horovod's handler of an optimizer, which also commits, restores and hands on its residuals."""
@@ -61,10 +59,9 @@ def enter_world(optimizer):
         return
     if optimizer.process_set.process_set_id != 0:
         raise ExchangeError("process_set: elastic ranks can only be handed residuals among all of them")
-    name = f"gcompress.elastic.{optimizer._gcompress_number}"
+    name = f"gcompress.elastic.{exchange.engine.number}"
     # A rank that has no step behind it has nothing to hand on.
-    what = f"{name}: telling each other the steps taken"
-    texts = gather_texts(json.dumps([before, exchange.steps]), f"{name}.ranks", optimizer.process_set, what)
+    texts = exchange.engine.gather_texts(json.dumps([before, exchange.steps]), "elastic.ranks")
     ranks = [json.loads(text) for text in texts]
     old = [rank for rank, (_, steps) in enumerate(ranks) if steps > 0]
     unchanged = [rank_and_size for rank_and_size, _ in ranks] == [[r, hvd.size()] for r in range(hvd.size())]
@@ -88,11 +85,11 @@ def hand_on(exchange, state, old, name):
     owed = owed_by(exchange, state if hvd.rank() in old else None)
     for key, vector in owed.items():
         owed[key] = hvd.allreduce(vector, op=hvd.Sum, name=f"{name}.{key}")
-    steps, memories = broadcast_shared(state, old[0], name)
+    steps, memories = broadcast_shared(exchange.engine, state, old[0], name)
     take_over(exchange, owed, len(old), memories, steps)
 
 
-def broadcast_shared(state, root, name):
+def broadcast_shared(engine, state, root, name):
     """(steps, memories) of one rank, on all: numbers as JSON, tensors as bytes."""
     tensors = {
         (parameter, key): value
@@ -106,8 +103,7 @@ def broadcast_shared(state, root, name):
     }
     shapes = [[*key, list(value.shape)] for key, value in tensors.items()]
     mine = json.dumps([state["steps"], plain, shapes] if hvd.rank() == root else None)
-    texts = gather_texts(mine, f"{name}.shared", hvd.global_process_set, f"{name}: handing on what all ranks share")
-    steps, memories, shapes = json.loads(texts[root])
+    steps, memories, shapes = json.loads(engine.gather_texts(mine, "elastic.shared")[root])
     for parameter, key, shape in shapes:
         value = tensors[parameter, key] if hvd.rank() == root else torch.zeros(shape)
         memories[parameter][key] = hvd.broadcast(value, root, name=f"{name}.{parameter}.{key}")

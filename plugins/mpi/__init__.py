@@ -26,8 +26,10 @@ go on with the rest: a mean is over the workers that are left. If one of them on
 launcher's exit code is 1 in the end. A server cannot be replaced: when one dies, all end.
 """
 
+from gcompress.exchange.results import exchange
+
 from .job import Job
-from .optimizer import DistributedOptimizer, exchange
+from .optimizer import DistributedOptimizer
 from .worker import Worker, merge_states
 
 __all__ = ["DistributedOptimizer", "Job", "Worker", "exchange", "merge_states"]

@@ -1,8 +1,7 @@
-"""The ranks of one MPI job: who serves, how they agree on their configuration, and what happens when one dies."""
+"""The ranks of one MPI job: who serves, how they talk, and what happens when one dies."""
 
 import atexit
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -22,11 +21,10 @@ if FAULT_TOLERANT:
 from mpi4py import MPI  # noqa: E402
 
 from gcompress.checks import check_choice, check_integer  # noqa: E402
-from gcompress.errors import ConfigError, ConfigMismatchError, ExchangeError  # noqa: E402
-from gcompress.exchange.engine import FORMAT_VERSION, timeout_seconds  # noqa: E402
+from gcompress.errors import ConfigError, ExchangeError  # noqa: E402
+from gcompress.exchange.engine import wait_until  # noqa: E402
 
-from .messages import LONGEST_PAUSE, SHORTEST_PAUSE  # noqa: E402
-from .server import serve  # noqa: E402
+from .server_rank import serve  # noqa: E402
 
 log = logging.getLogger("gcompress.plugins.mpi")
 
@@ -53,7 +51,8 @@ class Job:
 
     Attributes: `is_server`; `rank` and `size`, a worker's number and how many there were at
     the start; `world`, the communicator of all; `workers`, that of the workers, for a script's
-    own collectives (on a server: that of the servers).
+    own collectives (on a server: that of the servers); `all_ranks` and `settings`, who agrees on
+    what before the first message.
     """
 
     def __init__(self, servers=1, on_failure="end", comm=None):
@@ -82,6 +81,7 @@ class Job:
         self.workers = self.world.Split(int(self.is_server), self.world.rank)
         for communicator in (self.world, self.workers):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
+        self.all_ranks, self.settings = MpiRanks(self), {"servers": servers, "on_failure": on_failure}
         self.connection = None  # this worker's Worker, once it is made
         self._sending = []  # (request, buffer): a buffer must live until it is sent
         self._known_dead = set()
@@ -111,7 +111,7 @@ class Job:
                 if not request.Test():
                     left.append((request, payload))
             except MPI.Exception as error:
-                self.check_failure(error)  # to a dead worker: nothing is owed to it
+                self.check_failure(error)  # to a dead worker, which needs nothing any more
         self._sending = left
 
     def flush(self):
@@ -119,15 +119,16 @@ class Job:
         self.wait(lambda: self.progress() or not self._sending, "sending")
 
     def wait(self, ready, what):
-        """Wait until `ready()`; ExchangeError after the time-out, with what was waited for."""
-        deadline, pause = time.monotonic() + timeout_seconds(), SHORTEST_PAUSE
-        while not ready():
+        """Wait until `ready()` while MPI works; ExchangeError after the time-out, with what was waited for."""
+
+        def ready_now():
+            if ready():
+                return True
             self.progress()
-            if time.monotonic() > deadline:
-                raise ExchangeError(f"{what}: no answer within {timeout_seconds():g} s")
             self.look_for_dead_servers()
-            time.sleep(pause)  # spinning would take the core from those that compute
-            pause = min(2 * pause, LONGEST_PAUSE)
+            return False
+
+        wait_until(ready_now, what)
 
     def check_failure(self, error):
         """Re-raise an MPI error unless it only says that a process died."""
@@ -159,33 +160,6 @@ class Job:
 
     def describe(self, rank):
         return f"worker {rank}" if rank < self.size else f"server {rank - self.size} (rank {rank})"
-
-    def agree(self, configuration):
-        """Compare configurations once on all ranks; ConfigMismatchError everywhere if they differ.
-
-        Args:
-            configuration: a worker's, JSON-able; None on a server, which takes the workers'.
-
-        Returns:
-            The workers' common configuration.
-        """
-        job = {"format": FORMAT_VERSION, "servers": self.servers, "on_failure": self.on_failure}
-        texts = self._gather_texts(json.dumps([job, configuration], sort_keys=True))
-        parts = [json.loads(text) for text in texts]
-        _compare("job", [part[0] for part in parts])
-        _compare("configuration", [part[1] for part in parts[: self.size]])
-        return parts[0][1]
-
-    def _gather_texts(self, text):
-        own = np.frombuffer(text.encode(), dtype=np.uint8)
-        lengths = np.zeros(self.world.size, dtype=np.int64)
-        what = "agreeing on the configuration (have all ranks made a Job, and do the last ones serve?)"
-        request = self.world.Iallgather([np.array([own.size]), MPI.INT64_T], [lengths, MPI.INT64_T])
-        self.wait(request.Test, what)
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        gathered = np.empty(starts[-1], dtype=np.uint8)
-        self.wait(self.world.Iallgatherv([own, MPI.BYTE], [gathered, lengths, starts[:-1], MPI.BYTE]).Test, what)
-        return [gathered[a:b].tobytes().decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
     def broadcast(self, state):
         """Give all workers worker 0's tensors; `state` is a dict as of `model.state_dict()`, changed in place."""
@@ -224,17 +198,24 @@ class Job:
         self.world.Abort(1)
 
 
-def _compare(what, configurations):
-    """ConfigMismatchError, naming what differs, unless all are the same."""
-    first = configurations[0]
-    differing = [
-        name for name in first or {} if any((other or {}).get(name) != first[name] for other in configurations)
-    ]
-    if not differing and all(other == first for other in configurations):
-        return
-    groups = {}
-    for rank, configuration in enumerate(configurations):
-        shown = {name: configuration[name] for name in differing} if configuration else configuration
-        groups.setdefault(json.dumps(shown), []).append(rank)
-    found = "; ".join(f"ranks {ranks}: {text[:1000]}" for text, ranks in groups.items())
-    raise ConfigMismatchError(f"{what}: expected the same on all ranks, got {found}")
+class MpiRanks:
+    """All ranks of a job, workers and servers, as those that agree (`gcompress.exchange.engine.Ranks`)."""
+
+    def __init__(self, job):
+        self._job = job
+
+    def rank(self):
+        return self._job.world.rank
+
+    def world_size(self):
+        return self._job.world.size
+
+    def gather_texts(self, text):
+        job, own = self._job, np.frombuffer(text.encode(), dtype=np.uint8)
+        lengths = np.zeros(self.world_size(), dtype=np.int64)
+        what = "agreeing on the configuration (have all ranks made a Job, and do the last ones serve?)"
+        job.wait(job.world.Iallgather([np.array([own.size]), MPI.INT64_T], [lengths, MPI.INT64_T]).Test, what)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        gathered = np.empty(starts[-1], dtype=np.uint8)
+        job.wait(job.world.Iallgatherv([own, MPI.BYTE], [gathered, lengths, starts[:-1], MPI.BYTE]).Test, what)
+        return [gathered[a:b].tobytes().decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]

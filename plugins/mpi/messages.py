@@ -9,7 +9,6 @@ one, among servers, that a worker was given up, and one carries a worker's numbe
 and the sum back.
 """
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between two looks at what has come
 TAGS = 4  # of a key
 
 

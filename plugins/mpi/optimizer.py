@@ -22,7 +22,7 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
         job: a Job, on a worker rank.
         compression, options: see `Worker`. With `momentum=` the servers keep it: give the
             optimizer none.
-        backward_passes_per_step: gradients add up over so many backward passes before they
+        backward_passes_per_step: gradients add up over that many backward passes before they
             are pushed.
 
     Returns:
@@ -46,31 +46,20 @@ def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, 
     worker = Worker(job, {name: p.numel() for name, p in parameters.items()}, compression, **options)
     if worker.policy:
         check_momentum(worker.policy, optimizer.param_groups, {p: name for name, p in parameters.items()})
-    gradients = _Gradients(worker, parameters, optimizer, backward_passes_per_step)
-    optimizer._gcompress = gradients
-    optimizer.synchronize = gradients.synchronize
-    optimizer.add_param_group = functools.partial(gradients.add_param_group, optimizer.add_param_group)
-    optimizer.register_step_pre_hook(gradients.before_step)
-    optimizer.register_step_post_hook(gradients.after_step)
+    hooks = GradientHooks(worker, parameters, optimizer, backward_passes_per_step)
+    optimizer._gcompress = worker
+    optimizer.synchronize = hooks.synchronize
+    optimizer.add_param_group = functools.partial(hooks.add_param_group, optimizer.add_param_group)
+    optimizer.register_step_pre_hook(hooks.before_step)
+    optimizer.register_step_post_hook(hooks.after_step)
     return optimizer
-
-
-def exchange(optimizer):
-    """This worker's Worker of an optimizer made by `DistributedOptimizer`."""
-    try:
-        return optimizer._gcompress.worker
-    except AttributeError:
-        raise ConfigError(
-            f"optimizer: got {type(optimizer).__name__}, expected one that "
-            "gcompress.plugins.mpi.DistributedOptimizer made"
-        ) from None
 
 
 def _trained(groups):
     return {p for group in groups for p in group["params"]}
 
 
-class _Gradients:
+class GradientHooks:
     """The hooks of one optimizer."""
 
     def __init__(self, worker, parameters, optimizer, passes):
@@ -148,7 +137,7 @@ class _Gradients:
         self._synchronized = False
 
     def synchronize(self):
-        """Put the workers' means into all gradients."""
+        """Put the workers' means into all hooks."""
         if self._synchronized:
             return
         self._hook()

@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange.engine import agree
 from gcompress.exchange.hand_on import check_counts
 from gcompress.exchange.results import Results
 from gcompress.exchange.scaling import unscaled
@@ -26,7 +27,7 @@ class Worker(Results):
         job: a Job, on a worker rank. Each job has one connection.
         sizes: {name: number of entries}, the same on all workers.
         compression: what `gcompress.as_policy` takes, or None to send float32.
-        partition_bytes: tensors are cut into parts of so many bytes of float32; None: so that each
+        partition_bytes: tensors are cut into parts of that many bytes of float32; None: so that each
             server gets about four, of 256 KiB to 4 MiB.
         staleness, momentum: see `gcompress.exchange.server.ParameterServer`.
         scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
@@ -36,7 +37,7 @@ class Worker(Results):
     Memory follows the steps that are applied. Without `watch`, `end_step` says that all were; with it,
     a result whose step was skipped leaves memory on both sides as it was. Under bounded staleness
     what a worker pushed is delivered to all others whatever becomes of its own step, so only what
-    it pulled can be taken back: the servers owe it again.
+    it pulled can be taken back: it is in the servers' residual again.
     """
 
     def __init__(self, job, sizes, compression=None, *, partition_bytes=None, staleness=0, momentum=0.0, scaler=None):
@@ -52,13 +53,14 @@ class Worker(Results):
         super().__init__(None if compression is None else as_policy(compression), scaler)
         self.job = job
         configuration = {
+            **job.settings,
             "compression": self.policy.to_dict() if self.policy else None,
             "partition_numel": partition_bytes // 4,
             "staleness": staleness,
             "momentum": momentum,
             "sizes": list(sizes.items()),  # in their order, which decides the keys
         }
-        job.agree(configuration)
+        agree(job.all_ranks, configuration)
         self.partitions = partition(sizes, self.policy, job.servers, partition_bytes // 4)
         if sum_tag(self.partitions) > job.world.Get_attr(MPI.TAG_UB):
             raise ConfigError(f"partition_bytes: {len(self.partitions)} partitions are more than MPI has tags for")
@@ -134,7 +136,7 @@ class Worker(Results):
         return self.pull(name)
 
     def _ask(self, key, tag, largest, question=0):
-        """Ask a key's server, with so many bytes, for something of at most so many; what `_answer` takes."""
+        """Ask a key's server, with `question` zero bytes, for at most `largest`; returns what `_answer` takes."""
         rank, buffer = self.job.server_rank(self.partitions[key].server), torch.empty(largest, dtype=torch.uint8)
         request = self.job.world.Irecv([buffer.numpy(), MPI.BYTE], rank, tag)
         self.job.send(torch.zeros(question, dtype=torch.uint8).numpy(), rank, tag)
@@ -286,7 +288,7 @@ class Worker(Results):
 def merge_states(states):
     """One state of those that all workers saved after one step, for every worker of a job of any size.
 
-    Each worker then takes the mean of what all owed, so that the mean over the new workers owes the same.
+    Each worker then takes the mean of all residuals, which is what the mean over the new workers' residuals stays.
     """
     states = sorted(states, key=lambda state: state["rank"])
     ranks = [state["rank"] for state in states]

@@ -8,13 +8,11 @@ import torch
 from mpi4py import MPI
 
 from gcompress.errors import ExchangeError
-from gcompress.exchange.engine import timeout_seconds
+from gcompress.exchange.engine import agree, timeout_seconds
 from gcompress.exchange.server import Codec, ParameterServer, partition
 from gcompress.policy import as_policy
 
 from .messages import (
-    LONGEST_PAUSE,
-    SHORTEST_PAUSE,
     TAGS,
     given_up_tag,
     leave_tag,
@@ -24,12 +22,14 @@ from .messages import (
     sum_tag,
 )
 
+SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between two looks at what has come
+
 log = logging.getLogger("gcompress.plugins.mpi")
 
 
 def serve(job):
     """Serve until all workers have left; returns (bytes received, bytes sent)."""
-    server = _Server(job)
+    server = ServerRank(job)
     pause = SHORTEST_PAUSE
     while server.state.workers:
         if server.receive():
@@ -48,10 +48,12 @@ def serve(job):
     return server.received, server.sent
 
 
-class _Server:
+class ServerRank:
+    """One server's messages, deaths and time-outs."""
+
     def __init__(self, job):
         self.job = job
-        agreed = job.agree(None)
+        agreed = agree(job.all_ranks, job.settings)
         policy = as_policy(agreed["compression"]) if agreed["compression"] else None
         self.partitions = partition(dict(agreed["sizes"]), policy, job.servers, agreed["partition_numel"])
         codec = Codec(self.partitions, policy, "server")

@@ -1,4 +1,4 @@
-"""torch.distributed as an engine of gcompress/exchange/schedule.py."""
+"""torch.distributed as an engine (gcompress/exchange/engine.py)."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from gcompress.errors import ExchangeError
 LANES = 3
 
 
-class DistributedEngine:
+class ProcessGroupEngine:
     """Collective operations of a process group, whose ranks must start them in one order.
 
     On Gloo an operation is over when the host sees it, which is at another moment on each rank:
@@ -54,7 +54,7 @@ class DistributedEngine:
         return dist.get_rank(self.group)
 
     def gather_texts(self, text):
-        """The ranks' texts, in their order."""
+        """See `Ranks`; the time-out is the process group's."""
         device = torch.device("cuda", torch.cuda.current_device()) if self._on_device else torch.device("cpu")
         own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size())]
@@ -71,28 +71,28 @@ class DistributedEngine:
         result = payload.new_empty(sum(sizes))
         # Newer releases of torch have the second name and warn of the first.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._handle(gather(result, payload, group=self._lane(lane), async_op=True), result, payload)
+        return self._operation(gather(result, payload, group=self._lane(lane), async_op=True), result, payload)
 
     def alltoall(self, name, lane, payload, to, back):
         result = payload.new_empty(sum(back))
         work = dist.all_to_all_single(result, payload, list(back), list(to), self._lane(lane), async_op=True)
-        return self._handle(work, result, payload)
+        return self._operation(work, result, payload)
 
     def allreduce(self, name, lane, tensor, op):
         result = tensor.clone()
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        return self._handle(dist.all_reduce(result, operation, self._lane(lane), async_op=True), result)
+        return self._operation(dist.all_reduce(result, operation, self._lane(lane), async_op=True), result)
 
     def _lane(self, lane):
         if lane >= LANES:
             raise ExchangeError(f"an exchange of more than {LANES} rounds cannot run on torch.distributed")
         return self._lanes[lane]
 
-    def _handle(self, work, result, *used):
-        return Handle(work, result, used, self._at_once)
+    def _operation(self, work, result, *used):
+        return GroupOperation(work, result, used, self._at_once)
 
 
-class Handle:
+class GroupOperation:
     """An operation under way; keeps the tensors that it uses."""
 
     def __init__(self, work, result, used, at_once):

@@ -12,13 +12,14 @@ from horovod.torch import optimizer as hvd_optimizer
 from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.applied import holds_nothing
+from gcompress.exchange.engine import agree, name_of
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.hand_on import replan
 from gcompress.policy import Policy, check_momentum, check_types
 
+from .collectives import HorovodEngine, MismatchedExchangeError, explain, patient_synchronize, wait_or_raise
 from .elastic import enter_world
 from .elastic import register as register_elastic
-from .handshake import check_configurations, patient_synchronize, wait_or_raise
 
 Stock = hvd_optimizer._DistributedOptimizer
 StockAdasum = hvd_optimizer._DistributedAdasumOptimizer
@@ -28,67 +29,6 @@ _compressing = False  # whether there ever was one: ranks collect their garbage 
 # (operation, name, process set) of all that a training rank may ask for next; see `join`.
 _names = set()
 _numbers = itertools.count()
-
-
-class MismatchedExchangeError(ExchangeError, HorovodInternalError):
-    """Horovod refused an exchange: ranks asked for different things under one name."""
-
-
-def exchange(optimizer):
-    """This rank's GradientExchange of an optimizer made by `hvd.DistributedOptimizer`."""
-    try:
-        return optimizer._gcompress
-    except AttributeError:
-        raise ConfigError(
-            f"optimizer: got {type(optimizer).__name__}, expected one that hvd.DistributedOptimizer made "
-            "after gcompress.plugins.horovod was imported"
-        ) from None
-
-
-class HorovodEngine:
-    """Named collective operations among the ranks of a process set (see gcompress/exchange/schedule.py)."""
-
-    in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
-
-    def __init__(self, process_set):
-        self.process_set = process_set
-
-    def world_size(self):
-        return self.process_set.size()
-
-    def rank(self):
-        return self.process_set.rank()
-
-    def allgather(self, name, lane, payload, sizes):
-        return Handle(name, hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set))
-
-    def alltoall(self, name, lane, payload, to, back):
-        splits = torch.tensor(to, dtype=torch.int32)
-        started = hvd.alltoall_async(payload, splits, name=f"gcompress.{name}", process_set=self.process_set)
-        return Handle(name, started)
-
-    def allreduce(self, name, lane, tensor, op):
-        operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
-        started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
-        return Handle(name, started)
-
-
-class Handle:
-    """An operation of Horovod's under way."""
-
-    def __init__(self, name, handle):
-        self._name, self._handle = name, handle
-
-    def ready(self):
-        return hvd.poll(self._handle)
-
-    def wait(self):
-        try:
-            result = patient_synchronize(self._handle)
-            return result[0] if isinstance(result, tuple) else result  # an all-to-all adds the sizes received
-        except HorovodInternalError as error:
-            _explain(error, f"gradient {self._name!r}")
-            raise
 
 
 class CountedCompression:
@@ -126,11 +66,10 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     if ours:
         check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
         check_types(self._gcompress.policy, {name: p for p, name in self._parameter_names.items()})
-    self._gcompress.engine = HorovodEngine(self.process_set)
+    self._gcompress.engine = HorovodEngine(self.process_set, next(_numbers))
     self._gcompress.average = self.op == hvd.Average
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
-    self._gcompress_number = next(_numbers)
     self._gcompress_agreed = None
     self._gcompress_world, self._gcompress_ranks = None, None  # see elastic.py
     if ours and self.process_set.included():
@@ -140,7 +79,7 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
         self.register_step_pre_hook(_refuse_unsynchronized_scaler)
         self.register_step_post_hook(_adopt_unfrozen)
     if self._grad_accs:
-        _names.add((hvd.allgather_async, configuration_name(self), self.process_set))
+        _names.add((hvd.allgather_async, self._gcompress.engine.texts_name(), self.process_set))
         if ours:
             _compressing = True
             _optimizers.add(self)
@@ -226,7 +165,7 @@ def synchronize(self):
     if not self.process_set.included():
         return _stock["synchronize"](self)
     if self._grad_accs:
-        agree(self)
+        agree_once(self)
     for group in [key for key in self._handles if isinstance(key, tuple)]:
         started = self._handles[group][0]
         if isinstance(started, list):
@@ -241,22 +180,13 @@ def synchronize(self):
     try:
         _stock["synchronize"](self)
     except HorovodInternalError as error:
-        _explain(error, "a gradient")
+        explain(error, "a gradient")
         raise
     finally:
         self._gcompress_missing = False
     for p in frozen if self._gcompress.policy else ():
         p.grad = None
     self._gcompress.end_step()
-
-
-def _explain(error, what):
-    """Name the likely cause if Horovod refused what ranks asked for in different ways."""
-    if "Mismatched" in str(error) and not isinstance(error, MismatchedExchangeError):
-        raise MismatchedExchangeError(
-            f"{what}: {error} Did another rank call hvd.join() while this one still trains? "
-            "Compressed gradients need the same number of steps on every rank."
-        ) from error
 
 
 def _refuse_unsynchronized_scaler(optimizer, arguments, keywords):
@@ -280,35 +210,26 @@ def alltoall_async(token, name, process_set):
 STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_async, "summed": hvd.allreduce_async}
 
 
-def agree(self):
+def agree_once(self):
     """Compare configurations once per `hvd.init()`, whose handle map is a new object each time."""
     if self._gcompress_agreed is mpi_ops._handle_map:
         return
-    policy = self._gcompress.policy
-    own = policy.to_dict() if policy else _name_of(self._compression.inner)
+    exchange, policy = self._gcompress, self._gcompress.policy
+    own = policy.to_dict() if policy else name_of(self._compression.inner)
     # The step, because seeds that ranks share are made from it.
-    configuration = {"compression": own, "op": int(self.op), "step": self._gcompress.steps}
+    configuration = {"compression": own, "op": int(self.op), "step": exchange.steps}
     if policy:
-        configuration["plan"] = self._gcompress.plan.digest()
-    check_configurations(configuration, configuration_name(self), self.process_set)
+        configuration["plan"] = exchange.plan.digest()
+    agree(exchange.engine, configuration, self.process_set.ranks)
     self._gcompress_agreed = mpi_ops._handle_map
-    _names.discard((hvd.allgather_async, configuration_name(self), self.process_set))
+    _names.discard((hvd.allgather_async, exchange.engine.texts_name(), self.process_set))
     for p in self._requires_update:
         name = self._parameter_names.get(p)
-        if self._gcompress.compressor_for(name, p.numel()):
-            operation = STARTS[self._gcompress.plan.entries[name].exchange]
-            _names.add((operation, f"gcompress.{self._gcompress.first_name(name)}", self.process_set))
+        if exchange.compressor_for(name, p.numel()):
+            operation = STARTS[exchange.plan.entries[name].exchange]
+            _names.add((operation, f"gcompress.{exchange.first_name(name)}", self.process_set))
         else:
             _names.add((hvd.allreduce_async, name, self.process_set))
-
-
-def _name_of(compression):
-    cls = compression if isinstance(compression, type) else type(compression)
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def configuration_name(self):
-    return f"gcompress.configuration.{self._gcompress_number}"
 
 
 def adasum_init(self, params, named_parameters, compression, *arguments, **keywords):

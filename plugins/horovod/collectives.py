@@ -1,0 +1,107 @@
+"""Horovod's named operations as an engine (gcompress/exchange/engine.py), and waiting for them without spinning."""
+
+import math
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+
+from gcompress.errors import ExchangeError
+from gcompress.exchange.engine import wait_until
+
+
+class MismatchedExchangeError(ExchangeError, HorovodInternalError):
+    """Horovod refused an exchange: ranks asked for different things under one name."""
+
+
+def patient_synchronize(handle):
+    """`hvd.synchronize`, sleeping between polls; without a time-out, as Horovod's.
+
+    Horovod's own wait spins: with more ranks than cores it takes the core from those that
+    still compute.
+    """
+    wait_until(lambda: hvd.poll(handle), "", math.inf)
+    return hvd.synchronize(handle)
+
+
+def wait_or_raise(handles, what):
+    """The results of Horovod handles; ExchangeError when other ranks do not take part in time."""
+    wait_until(lambda: all(map(hvd.poll, handles)), what)
+    return [hvd.synchronize(handle) for handle in handles]
+
+
+def explain(error, what):
+    """Raise MismatchedExchangeError with the likely cause if Horovod refused what ranks asked for in different ways."""
+    if "Mismatched" in str(error) and not isinstance(error, MismatchedExchangeError):
+        raise MismatchedExchangeError(
+            f"{what}: {error} Did another rank call hvd.join() while this one still trains? "
+            "Compressed gradients need the same number of steps on every rank."
+        ) from error
+
+
+class HorovodEngine:
+    """Named collective operations among the ranks of a process set.
+
+    Args:
+        process_set: Horovod's.
+        number: of the optimizer, the same on all ranks: two optimizers' texts must not meet.
+    """
+
+    in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
+
+    def __init__(self, process_set, number):
+        self.process_set, self.number = process_set, number
+
+    def world_size(self):
+        return self.process_set.size()
+
+    def rank(self):
+        return self.process_set.rank()
+
+    def texts_name(self, purpose="configuration"):
+        """Horovod's name of the operation that gathers texts."""
+        return f"gcompress.{purpose}.{self.number}"
+
+    def gather_texts(self, text, purpose="configuration"):
+        """See `Ranks`; texts of different purposes travel under different names."""
+        name, payload = self.texts_name(purpose), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        length = torch.tensor([payload.numel()])
+        handles = [
+            hvd.allgather_async(length, name=f"{name}.length", process_set=self.process_set),
+            hvd.allgather_async(payload, name=name, process_set=self.process_set),
+        ]
+        what = f"{name}: gathering the ranks' texts (is gcompress.plugins.horovod imported on every rank?)"
+        lengths, gathered = wait_or_raise(handles, what)
+        return [bytes(part.tolist()).decode() for part in gathered.split(lengths.tolist())]
+
+    def allgather(self, name, lane, payload, sizes):
+        started = hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set)
+        return HorovodOperation(name, started)
+
+    def alltoall(self, name, lane, payload, to, back):
+        splits = torch.tensor(to, dtype=torch.int32)
+        started = hvd.alltoall_async(payload, splits, name=f"gcompress.{name}", process_set=self.process_set)
+        return HorovodOperation(name, started)
+
+    def allreduce(self, name, lane, tensor, op):
+        operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
+        started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
+        return HorovodOperation(name, started)
+
+
+class HorovodOperation:
+    """An operation of Horovod's under way."""
+
+    def __init__(self, name, handle):
+        self._name, self._handle = name, handle
+
+    def ready(self):
+        return hvd.poll(self._handle)
+
+    def wait(self):
+        try:
+            result = patient_synchronize(self._handle)
+            return result[0] if isinstance(result, tuple) else result  # an all-to-all adds the sizes received
+        except HorovodInternalError as error:
+            explain(error, f"gradient {self._name!r}")
+            raise
