@@ -32,6 +32,7 @@ from .plan import Plan
 from .results import Results
 from .scaling import unscaled
 from .schedule import Schedule
+from .summed import sum_over_ranks
 
 log = logging.getLogger(__name__)
 
@@ -287,26 +288,16 @@ class GradientExchange(Results):
 
     def _summed(self, name, gradient):
         world_size, compressor = self.engine.world_size(), self.compressor_for(name, gradient.numel())
-        feedback = self._memory_for(compressor, name)
-        corrected = (feedback or _Forgetful).corrected(name, gradient)
-        memory = dict(self.memories.get(name, {}))
-        rounds = compressor.sum_rounds(
-            corrected, shape=gradient.shape, seed=self._seed(name), world_size=world_size, memory=memory
-        )
         self.report.add_all_reduce(gradient.numel(), compressor.summed_nbytes(gradient.shape, world_size), world_size)
-        result = None
-        while True:
-            try:
-                tensor, op = rounds.send(result)
-            except StopIteration as stop:
-                total, own = stop.value
-                break
-            result = yield "allreduce", tensor, op
-        if feedback:
-            feedback.keep(name, corrected, own, sparse=compressor.sparse)
-        # What is learned from gradients waits where no rank had one.
-        if bool(torch.isfinite(total).all()) and bool(total.any()):
-            self.memories.put(name, memory)
+        total = yield from sum_over_ranks(
+            name,
+            gradient,
+            compressor,
+            self._memory_for(compressor, name),
+            self.memories,
+            seed=self._seed(name),
+            world_size=world_size,
+        )
         return {name: total.mul_(1.0 / world_size) if self.average else total}
 
     def _encoded_pieces(self, name, gradient):

@@ -11,7 +11,7 @@ from .callback import codec
 HERE = pathlib.Path(__file__).parent
 
 
-def load():
+def load() -> ctypes.CDLL:
     """Load a worker's compressors into BytePS's library, and give them the kernels."""
     path, kernels = HERE / "_worker.so", backends.cpu_kernels()
     if not path.exists():

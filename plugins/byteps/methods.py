@@ -6,7 +6,7 @@ kernel, is called in Python from BytePS's threads, by its spec (callback.py).
 """
 
 from gcompress import BF16, FP8, FP16, MXFP4, OneBit, Sign
-from gcompress.compressors.base import kept_count, selection_words
+from gcompress.compressors.base import Compressor, kept_count, selection_words
 from gcompress.compressors.mask import MaskSparse
 from gcompress.compressors.quantize import Quantize
 from gcompress.compressors.randomk import RandomK
@@ -59,12 +59,12 @@ METHODS = {
 }
 
 
-def payload_bytes(compressor, numel, feedback):
+def payload_bytes(compressor: Compressor, numel: int, feedback: bool) -> int:
     """The bytes of one partition's payload: with feedback, one says whether the last result was applied."""
     return compressor.nbytes(numel) + bool(feedback)
 
 
-def parameters(number, compressor, lengths, feedback):
+def parameters(number: int, compressor: Compressor, lengths: list[int], feedback: bool) -> dict:
     """What BytePS hands to our C++ compressor for one tensor, as {name: value} without spaces.
 
     Args:
@@ -92,7 +92,7 @@ def parameters(number, compressor, lengths, feedback):
     }
 
 
-def workspace(compressor, numel):
+def workspace(compressor: Compressor, numel: int) -> int:
     """Words of scratch memory that a selection of the largest takes."""
     if type(compressor) not in METHODS or not hasattr(compressor, "sparsity"):
         return 0

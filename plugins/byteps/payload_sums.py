@@ -3,12 +3,11 @@
 import zlib
 
 import byteps.torch as bps
-import torch
 
 from gcompress.errors import ConfigError
+from gcompress.exchange.summed import sum_over_ranks
 from gcompress.feedback import new_memory
 from gcompress.memory import Memory
-from gcompress.packing import to_type
 from gcompress.policy import as_policy
 
 
@@ -30,11 +29,11 @@ class Compression:
             raise ConfigError("warmup_steps: BytePS keeps a tensor's payload at one size, expected 0")
         self._feedback, self._memories = new_memory(self.policy, at_once=False), Memory()
 
-    def begin(self, name, absent, step):
+    def begin(self, name: str, absent: bool, step: int) -> None:
         """Say what `compress` is given next, whether nobody computed it here, and how many steps were applied."""
         self._name, self._absent, self._step = name, absent, step
 
-    def settle(self, names, applied):
+    def settle(self, names: set[str], applied: bool) -> None:
         """The last results of these names were applied, or not."""
         for memory in (self._feedback, self._memories):
             if memory is not None:
@@ -45,35 +44,26 @@ class Compression:
         compressor = self.policy.compressor_for(name, tensor.numel())
         if compressor is None:
             return tensor, None
-        feedback = self._feedback if self.policy.feedback_for(compressor) and not self._absent else None
-        corrected = (
-            feedback.corrected(name, tensor) if feedback else to_type(tensor.detach().reshape(-1), torch.float32)
-        )
-        memory = dict(self._memories.get(name, {}))
-        rounds = compressor.sum_rounds(
-            corrected,
-            shape=tensor.shape,
+        rounds = sum_over_ranks(
+            name,
+            tensor,
+            compressor,
+            self._feedback if self.policy.feedback_for(compressor) and not self._absent else None,
+            self._memories,
             seed=zlib.crc32(f"{name}/{self._step}".encode()),
             world_size=bps.size(),
-            memory=memory,
         )
-        payload, operation = next(rounds)
-        if operation != "sum":
-            raise ConfigError(f"compression: {compressor} needs the ranks' {operation}, which BytePS has not")
-        return payload.contiguous(), (rounds, name, compressor, feedback, corrected, memory, tensor)
+        _, payload, op = next(rounds)
+        if op != "sum":
+            raise ConfigError(f"compression: {compressor} needs the ranks' {op}, which BytePS has not")
+        return payload.contiguous(), (rounds, compressor, tensor)
 
     def decompress(self, averaged, ctx):
         if ctx is None:
             return averaged
-        rounds, name, compressor, feedback, corrected, memory, tensor = ctx
+        rounds, compressor, tensor = ctx
         try:
             rounds.send(averaged * bps.size())
         except StopIteration as end:
-            total, own = end.value
-        else:
-            raise ConfigError(f"compression: {compressor} needs several sums, of which BytePS's interface has one")
-        if feedback:
-            feedback.keep(name, corrected, own, sparse=compressor.sparse)
-        if bool(torch.isfinite(total).all()):
-            self._memories.put(name, memory)
-        return total.mul_(1.0 / bps.size()).to(tensor.dtype).view(tensor.shape)
+            return end.value.mul_(1.0 / bps.size()).to(tensor.dtype).view(tensor.shape)
+        raise ConfigError(f"compression: {compressor} needs several sums, of which BytePS's interface has one")

@@ -3,6 +3,7 @@
 import itertools
 import os
 import zlib
+from collections.abc import Iterable
 
 import byteps.torch as bps
 import torch
@@ -24,13 +25,20 @@ _stock_push_pull = bps._DistributedOptimizer._push_pull_grad_async
 _numbers = itertools.count()  # of tensors with our C++ compressors
 
 
-def partition_lengths(numel):
+def partition_lengths(numel: int) -> list[int]:
     """The entries of each part in which BytePS sends a float32 tensor."""
     whole = -(-int(os.environ.get("BYTEPS_PARTITION_BYTES", 4096000)) // PAGE) * PAGE // 4
     return [min(whole, numel - start) for start in range(0, numel, whole)]
 
 
-def DistributedOptimizer(optimizer, named_parameters, compression=None, backward_passes_per_step=1, *, scaler=None):
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    compression=None,
+    backward_passes_per_step: int = 1,
+    *,
+    scaler=None,
+) -> torch.optim.Optimizer:
     """`byteps.torch.DistributedOptimizer` with compressed gradients.
 
     Args:

@@ -1,5 +1,6 @@
 """BytePS's workers: started with our compressors, waiting with a time-out, and able to compare texts."""
 
+import ctypes
 import itertools
 import os
 import sys
@@ -23,7 +24,7 @@ _stock_synchronize = bps_ops.synchronize
 _texts = itertools.count()  # numbers the sums that carry texts
 
 
-def init():
+def init() -> None:
     """`byteps.torch.init()`, with our compressors loaded first."""
     for name, value in ENVIRONMENT.items():
         if os.environ.setdefault(name, value) in ("", "0") and value != "0":
@@ -39,14 +40,14 @@ def init():
     bps.init()
 
 
-def compressors():
+def compressors() -> ctypes.CDLL:
     """The library with our compressors; ConfigError before `init`."""
     if not _loaded:
         raise ConfigError("DistributedOptimizer: expected gcompress.plugins.byteps.init() before it")
     return _loaded[0]
 
 
-def synchronize(handle):
+def synchronize(handle: int) -> torch.Tensor:
     """BytePS's `synchronize`, which waits for ever, with a time-out (GCOMPRESS_TIMEOUT, 300 seconds)."""
     wait_until(
         lambda: handle not in bps_ops._handle_map or bps.poll(handle), "BytePS (does every worker take the same steps?)"
@@ -70,7 +71,7 @@ class BytePSWorkers:
     def world_size(self):
         return bps.size()
 
-    def gather_texts(self, text):
+    def gather_texts(self, text: str) -> list[str]:
         own = text.encode()
         lengths = self._rows(f"{len(own):0{LENGTH_DIGITS}}".encode(), LENGTH_DIGITS)
         if not all(length.isdigit() for length in lengths):

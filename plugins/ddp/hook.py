@@ -51,15 +51,15 @@ class GradientState:
         self._pending = []  # (future, the bucket's buffer, its gradients by name, function that waits)
         self._stream = None
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """This rank's memory and counts: save one per rank and load each on its own rank."""
         return self._copied if self.exchange is None else self.exchange.state_dict()
 
-    def full_state_dict(self):
+    def full_state_dict(self) -> dict:
         """What all ranks remember together; see `GradientExchange.full_state_dict`."""
         return self.exchange.full_state_dict()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict()` or `full_state_dict()`, on all ranks before the same step."""
         self.exchange.load_state_dict(state)
         self._agreed = False
@@ -70,7 +70,7 @@ class GradientState:
     def __setstate__(self, state):
         self.exchange, self._copied = None, state
 
-    def start(self, bucket):
+    def start(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start the exchange of a GradBucket; returns the future of its buffer, filled with the means."""
         if self.exchange is None:
             raise ConfigError(
@@ -178,7 +178,7 @@ def compress(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Fut
     return state.start(bucket)
 
 
-def register(model, compression, *, scaler=None):
+def register(model: torch.nn.Module, compression, *, scaler=None) -> GradientState:
     """Compress the gradients of a DistributedDataParallel; returns the GradientState.
 
     Args:

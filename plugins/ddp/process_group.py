@@ -25,7 +25,7 @@ class ProcessGroupEngine:
 
     in_order = True
 
-    def __init__(self, group=None):
+    def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = dist.group.WORLD if group is None else group
         self._on_device = dist.get_backend(self.group) == "nccl"
         of_all = dist.get_world_size(self.group) == dist.get_world_size()
@@ -53,7 +53,7 @@ class ProcessGroupEngine:
     def rank(self):
         return dist.get_rank(self.group)
 
-    def gather_texts(self, text):
+    def gather_texts(self, text: str) -> list[str]:
         """See `Ranks`; the time-out is the process group's."""
         device = torch.device("cuda", torch.cuda.current_device()) if self._on_device else torch.device("cpu")
         own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)

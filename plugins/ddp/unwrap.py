@@ -1,5 +1,7 @@
 """The DistributedDataParallel in what other libraries wrap around it."""
 
+from collections.abc import Iterator
+
 import torch
 
 from gcompress.errors import ConfigError
@@ -7,7 +9,7 @@ from gcompress.errors import ConfigError
 WRAPPERS = ("_orig_mod", "_forward_module")  # where torch.compile and Lightning's Fabric keep the module
 
 
-def parallel_of(model):
+def parallel_of(model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel:
     """The DistributedDataParallel that `model` is or wraps; ConfigError if there is none."""
     inner = model
     while not isinstance(inner, torch.nn.parallel.DistributedDataParallel):
@@ -25,7 +27,7 @@ def _kind(model):
     return type(model).__name__
 
 
-def plain_names(model):
+def plain_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) pairs as the model has them that was compiled, or whose layers were."""
     for name, parameter in model.named_parameters():
         yield ".".join(part for part in name.split(".") if part not in WRAPPERS), parameter

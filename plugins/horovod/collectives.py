@@ -14,7 +14,7 @@ class MismatchedExchangeError(ExchangeError, HorovodInternalError):
     """Horovod refused an exchange: ranks asked for different things under one name."""
 
 
-def patient_synchronize(handle):
+def patient_synchronize(handle: int) -> torch.Tensor:
     """`hvd.synchronize`, sleeping between polls; without a time-out, as Horovod's.
 
     Horovod's own wait spins: with more ranks than cores it takes the core from those that
@@ -24,13 +24,13 @@ def patient_synchronize(handle):
     return hvd.synchronize(handle)
 
 
-def wait_or_raise(handles, what):
+def wait_or_raise(handles: list[int], what: str) -> list[torch.Tensor]:
     """The results of Horovod handles; ExchangeError when other ranks do not take part in time."""
     wait_until(lambda: all(map(hvd.poll, handles)), what)
     return [hvd.synchronize(handle) for handle in handles]
 
 
-def explain(error, what):
+def explain(error: HorovodInternalError, what: str) -> None:
     """Raise MismatchedExchangeError with the likely cause if Horovod refused what ranks asked for in different ways."""
     if "Mismatched" in str(error) and not isinstance(error, MismatchedExchangeError):
         raise MismatchedExchangeError(
@@ -49,7 +49,7 @@ class HorovodEngine:
 
     in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 
-    def __init__(self, process_set, number):
+    def __init__(self, process_set: hvd.ProcessSet, number: int):
         self.process_set, self.number = process_set, number
 
     def world_size(self):
@@ -58,11 +58,11 @@ class HorovodEngine:
     def rank(self):
         return self.process_set.rank()
 
-    def texts_name(self, purpose="configuration"):
+    def texts_name(self, purpose: str = "configuration") -> str:
         """Horovod's name of the operation that gathers texts."""
         return f"gcompress.{purpose}.{self.number}"
 
-    def gather_texts(self, text, purpose="configuration"):
+    def gather_texts(self, text: str, purpose: str = "configuration") -> list[str]:
         """See `Ranks`; texts of different purposes travel under different names."""
         name, payload = self.texts_name(purpose), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         length = torch.tensor([payload.numel()])

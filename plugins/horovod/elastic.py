@@ -2,9 +2,10 @@
 
 Horovod's elastic state broadcasts rank 0's to all, which would copy one rank's residuals to
 the others. Here each rank keeps its own while the ranks stay the same. When W ranks become
-W', every new rank gets the mean of what those of the old that are left owe to a mean (to a
-sum: their sum over W'), so that what is owed to the model stays what it was; and what the
-owners of pieces owe goes to the new owners. A rank that was killed takes along what it owed.
+W', every new rank gets the mean of the residuals of those old ranks that are still there (where
+results are sums, not means: the sum of the residuals, divided by W'). So the model still gets what
+it has not got yet. The residuals of the pieces' owners go to the new owners. The residual of a
+rank that was killed is lost.
 """
 
 import json
@@ -16,7 +17,10 @@ from horovod.torch import mpi_ops
 from horovod.torch.elastic import state as elastic_state
 
 from gcompress.errors import ExchangeError
+from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.hand_on import owed_by, put_back, take_over
+
+from .collectives import HorovodEngine
 
 
 class ResidualStateHandler(elastic_state.OptimizerStateHandler):
@@ -42,13 +46,13 @@ class ResidualStateHandler(elastic_state.OptimizerStateHandler):
         self.save()
 
 
-def state_of(optimizer):
+def state_of(optimizer: torch.optim.Optimizer) -> dict | None:
     """The state of the optimizer's exchange, or None if it compresses nothing; tensors in it never change."""
     exchange = getattr(optimizer, "_gcompress", None)
     return exchange.state_dict() if exchange is not None and exchange.policy else None
 
 
-def enter_world(optimizer):
+def enter_world(optimizer: torch.optim.Optimizer) -> None:
     """Hand residuals on if the ranks have changed: once after each `hvd.init()`, on all ranks, elastic or not."""
     exchange = getattr(optimizer, "_gcompress", None)
     if exchange is None or not exchange.policy or optimizer._gcompress_world is mpi_ops._handle_map:
@@ -73,13 +77,13 @@ def enter_world(optimizer):
     hand_on(exchange, state, old, name)
 
 
-def hand_on(exchange, state, old, name):
-    """Give every rank its part of what the `old` ranks of the present ones owe.
+def hand_on(exchange: GradientExchange, state: dict, old: list[int], name: str) -> None:
+    """Give every rank its part of the residuals of the present ranks that are `old`.
 
     Args:
         exchange: with a plan for the present ranks.
         state: what this rank had before.
-        old: ranks that have something to hand on; those that have not have it zero.
+        old: ranks that have something to hand on; the residual of the others is zero.
         name: of Horovod's operations.
     """
     owed = owed_by(exchange, state if hvd.rank() in old else None)
@@ -89,7 +93,7 @@ def hand_on(exchange, state, old, name):
     take_over(exchange, owed, len(old), memories, steps)
 
 
-def broadcast_shared(engine, state, root, name):
+def broadcast_shared(engine: HorovodEngine, state: dict, root: int, name: str) -> tuple[int, dict]:
     """(steps, memories) of one rank, on all: numbers as JSON, tensors as bytes."""
     tensors = {
         (parameter, key): value
@@ -110,7 +114,7 @@ def broadcast_shared(engine, state, root, name):
     return steps, memories
 
 
-def register():
+def register() -> None:
     """Make `hvd.elastic.TorchState` use the handler for every optimizer."""
     registry = [
         (kind, ResidualStateHandler if handler is elastic_state.OptimizerStateHandler else handler)

@@ -238,7 +238,7 @@ def adasum_init(self, params, named_parameters, compression, *arguments, **keywo
     _stock["adasum_init"](self, params, named_parameters, compression, *arguments, **keywords)
 
 
-def join(device=-1):
+def join(device: int = -1) -> int:
     """`hvd.join()`, once no rank has a packed exchange left to do.
 
     Horovod lets a joined rank take part in later operations with zeros, which an all-gather
@@ -265,7 +265,7 @@ def join(device=-1):
     return _stock["join"](device)
 
 
-def activate():
+def activate() -> None:
     """Make `hvd.DistributedOptimizer` accept compressors; a second call changes nothing."""
     if _stock:
         return

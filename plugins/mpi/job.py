@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Job:
     what before the first message.
     """
 
-    def __init__(self, servers=1, on_failure="end", comm=None):
+    def __init__(self, servers: int = 1, on_failure: str = "end", comm: MPI.Comm | None = None):
         self.world, self.servers, self.on_failure = comm or MPI.COMM_WORLD, servers, on_failure
         sys.excepthook = self._uncaught
         check_integer("servers", servers, 1)
@@ -88,22 +89,22 @@ class Job:
         self._next_look = 0.0
         atexit.register(self.close)
 
-    def serve(self):
+    def serve(self) -> tuple[int, int]:
         """Be a server until all workers have left; returns (bytes received, bytes sent)."""
         if not self.is_server:
             raise ConfigError(f"serve: got a call on worker {self.rank}, expected it on server ranks only")
         return serve(self)
 
-    def server_rank(self, server):
+    def server_rank(self, server: int) -> int:
         """The rank of a server's number."""
         return self.size + server
 
-    def send(self, payload, rank, tag):
+    def send(self, payload: np.ndarray, rank: int, tag: int) -> None:
         """Start sending a uint8 numpy array that nobody writes into any more."""
         self._sending.append((self.world.Isend([payload, MPI.BYTE], rank, tag), payload))
         self.progress()
 
-    def progress(self):
+    def progress(self) -> None:
         """Let MPI work, and forget what has been sent."""
         left = []
         for request, payload in self._sending:
@@ -114,11 +115,11 @@ class Job:
                 self.check_failure(error)  # to a dead worker, which needs nothing any more
         self._sending = left
 
-    def flush(self):
+    def flush(self) -> None:
         """Wait until all is sent."""
         self.wait(lambda: self.progress() or not self._sending, "sending")
 
-    def wait(self, ready, what):
+    def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Wait until `ready()` while MPI works; ExchangeError after the time-out, with what was waited for."""
 
         def ready_now():
@@ -130,13 +131,13 @@ class Job:
 
         wait_until(ready_now, what)
 
-    def check_failure(self, error):
+    def check_failure(self, error: MPI.Exception) -> None:
         """Re-raise an MPI error unless it only says that a process died."""
         died = [getattr(MPI, name, None) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")]
         if error.error_class not in died:
             raise ExchangeError(f"MPI: {error}") from error
 
-    def newly_dead(self):
+    def newly_dead(self) -> list[int]:
         """The ranks that have died since the last call; none where the launcher ends all anyway."""
         if not lets_the_rest_live():
             return []
@@ -148,7 +149,7 @@ class Job:
         self._known_dead.update(new)
         return new
 
-    def look_for_dead_servers(self):
+    def look_for_dead_servers(self) -> None:
         """ExchangeError on a worker that waits while a server has died, at most a hundred times a second."""
         if self.is_server or time.monotonic() < self._next_look:
             return
@@ -158,10 +159,10 @@ class Job:
         if dead or (self._known_dead and self.on_failure == "end"):
             raise ExchangeError(f"{self.describe(min(dead or self._known_dead))} died: this job ends")
 
-    def describe(self, rank):
+    def describe(self, rank: int) -> str:
         return f"worker {rank}" if rank < self.size else f"server {rank - self.size} (rank {rank})"
 
-    def broadcast(self, state):
+    def broadcast(self, state: dict[str, torch.Tensor]) -> None:
         """Give all workers worker 0's tensors; `state` is a dict as of `model.state_dict()`, changed in place."""
         for name, tensor in state.items():
             value = tensor.detach().cpu().contiguous()
@@ -169,7 +170,7 @@ class Job:
             self.wait(self.workers.Ibcast([buffer, MPI.BYTE]).Test, f"broadcasting {name!r}")
             tensor.detach().copy_(value)
 
-    def sum(self, values):
+    def sum(self, values: Sequence[float]) -> list[float]:
         """The sum over the workers of a list of numbers, in float64; over those alive if some have died.
 
         It goes through server 0, which knows who is left: a collective over the workers would
@@ -179,7 +180,7 @@ class Job:
             raise ConfigError("sum: got a call before a Worker or an optimizer was made, expected it afterwards")
         return self.connection.sum(values)
 
-    def close(self):
+    def close(self) -> None:
         """Leave the job; called at the end of the process, too."""
         atexit.unregister(self.close)
         if self.connection is not None:
@@ -210,7 +211,7 @@ class MpiRanks:
     def world_size(self):
         return self._job.world.size
 
-    def gather_texts(self, text):
+    def gather_texts(self, text: str) -> list[str]:
         job, own = self._job, np.frombuffer(text.encode(), dtype=np.uint8)
         lengths = np.zeros(self.world_size(), dtype=np.int64)
         what = "agreeing on the configuration (have all ranks made a Job, and do the last ones serve?)"

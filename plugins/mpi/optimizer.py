@@ -1,6 +1,7 @@
 """Any torch optimizer, stepping with the mean over the workers."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 
@@ -9,10 +10,19 @@ from gcompress.errors import ConfigError
 from gcompress.exchange.applied import holds_nothing
 from gcompress.policy import check_momentum
 
+from .job import Job
 from .worker import Worker
 
 
-def DistributedOptimizer(optimizer, named_parameters, job, compression=None, *, backward_passes_per_step=1, **options):
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    job: Job,
+    compression=None,
+    *,
+    backward_passes_per_step: int = 1,
+    **options,
+) -> torch.optim.Optimizer:
     """Make an optimizer exchange gradients with the servers before each step.
 
     Args:

@@ -27,7 +27,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between two looks at what 
 log = logging.getLogger("gcompress.plugins.mpi")
 
 
-def serve(job):
+def serve(job) -> tuple[int, int]:
     """Serve until all workers have left; returns (bytes received, bytes sent)."""
     server = ServerRank(job)
     pause = SHORTEST_PAUSE
@@ -65,7 +65,7 @@ class ServerRank:
         self.numbers = {}  # worker: what it gave to be summed
         self._last_message = self._next_look = time.monotonic()
 
-    def receive(self):
+    def receive(self) -> bool:
         """Take one message, if there is one; returns whether there was."""
         status = MPI.Status()
         try:

@@ -1,5 +1,7 @@
 """A worker's side: gradients out as payloads, means back in, a partition at a time."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import numpy as np
 import torch
 from mpi4py import MPI
@@ -82,7 +84,7 @@ class Worker(Results):
         for key in self._keys[name]:
             self._codec.carry_on(key)
 
-    def push(self, name, tensor, *, absent=False):
+    def push(self, name: str, tensor: torch.Tensor, *, absent: bool = False) -> None:
         """Encode a tensor part by part and start sending each; pull it before the next push of this name.
 
         absent: this worker has no gradient: `tensor` is only looked at for its shape and type.
@@ -109,7 +111,7 @@ class Worker(Results):
         if self._staleness:  # what is pushed is delivered, whatever becomes of this worker's step
             self._codec.settle(self._keys[name], True)
 
-    def pull(self, name):
+    def pull(self, name: str) -> Callable[[], torch.Tensor]:
         """Ask for the workers' mean of what was pushed; returns a function that waits for it and returns it."""
         if name not in self._pushed:
             raise ExchangeError(f"gradient {name!r}: pulled before it was pushed")
@@ -130,7 +132,7 @@ class Worker(Results):
 
         return finish
 
-    def push_pull(self, name, tensor, *, absent=False):
+    def push_pull(self, name: str, tensor: torch.Tensor, *, absent: bool = False) -> Callable[[], torch.Tensor]:
         """`push`, then `pull`."""
         self.push(name, tensor, absent=absent)
         return self.pull(name)
@@ -169,7 +171,7 @@ class Worker(Results):
             self._codec.decode(key, payload, total[part.start : part.start + part.numel])
         return not pending
 
-    def sum(self, values):
+    def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of a list of numbers over the workers that are left; see `Job.sum`."""
         own, total = np.array(values, dtype=np.float64), np.empty(len(values), dtype=np.float64)
         status, server = MPI.Status(), self.job.server_rank(0)
@@ -184,13 +186,13 @@ class Worker(Results):
             raise ExchangeError("summing over the workers: the servers have given this worker up for its silence")
         return total.tolist()
 
-    def leave(self):
+    def leave(self) -> None:
         """Tell the servers that this worker is done."""
         nothing = torch.empty(0, dtype=torch.uint8).numpy()
         for server in range(self.job.servers):
             self.job.send(nothing, self.job.server_rank(server), leave_tag(self.partitions))
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """This worker's memory and counts: save one per worker and load each on its own.
 
         Worker 0's has the memory of the servers too, unless `staleness` lets them be amid a
@@ -210,7 +212,7 @@ class Worker(Results):
             "servers": self._memory_of_servers() if self.job.rank == 0 and not self._staleness else {},
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict()`, or from what `merge_states` made of all workers', between steps.
 
         Raises:
@@ -285,7 +287,7 @@ class Worker(Results):
         return found
 
 
-def merge_states(states):
+def merge_states(states: Iterable[dict]) -> dict:
     """One state of those that all workers saved after one step, for every worker of a job of any size.
 
     Each worker then takes the mean of all residuals, which is what the mean over the new workers' residuals stays.

@@ -1,0 +1,54 @@
+"""A gradient whose payloads the engine itself adds up (a `summable` compressor): one rank's side of it."""
+
+from collections.abc import Generator
+
+import torch
+
+from ..compressors import Compressor
+from ..feedback import ErrorFeedback
+from ..memory import Memory
+from ..packing import to_type
+
+
+def sum_over_ranks(
+    name: str,
+    gradient: torch.Tensor,
+    compressor: Compressor,
+    feedback: ErrorFeedback | None,
+    memories: Memory,
+    *,
+    seed: int,
+    world_size: int,
+) -> Generator[tuple, torch.Tensor, torch.Tensor]:
+    """Yield each sum that is to be formed as ("allreduce", tensor, op), and be sent its result.
+
+    Args:
+        name: the parameter's.
+        gradient: of any shape.
+        feedback: keeps what the payloads lose of it; None: nothing does.
+        memories: what the compressor learns from step to step, a dict by parameter.
+        seed: the same on all ranks.
+
+    Returns:
+        The ranks' sum of what each encoded, 1-D float32.
+    """
+    if feedback:
+        corrected = feedback.corrected(name, gradient)
+    else:
+        corrected = to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
+    memory = dict(memories.get(name, {}))
+    rounds = compressor.sum_rounds(corrected, shape=gradient.shape, seed=seed, world_size=world_size, memory=memory)
+    result = None
+    while True:
+        try:
+            tensor, op = rounds.send(result)
+        except StopIteration as stop:
+            total, own = stop.value
+            break
+        result = yield "allreduce", tensor, op
+    if feedback:
+        feedback.keep(name, corrected, own, sparse=compressor.sparse)
+    # What is learned from gradients waits where no rank had one.
+    if bool(torch.isfinite(total).all()) and bool(total.any()):
+        memories.put(name, memory)
+    return total
