@@ -139,6 +139,20 @@ class ErrorFeedback:
         self.load_tensors(self.checked(state))
 
 
+class NoFeedback:
+    """What ErrorFeedback does, without memory."""
+
+    @staticmethod
+    def compress(name, gradient, compressor, *, seed=0):
+        """(payload, ctx) of the gradient alone."""
+        return compressor.compress(gradient, seed=seed)
+
+    @staticmethod
+    def corrected(name, gradient):
+        """The gradient, 1-D float32, contiguous; not a copy where it is that already."""
+        return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
+
+
 class MomentumCorrection(ErrorFeedback):
     """Error feedback of a velocity instead of the gradient: the momentum of SGD, taken before compression.
 
