@@ -32,7 +32,7 @@ from .errors import (
     RolledBack,
     ServerError,
 )
-from .exchange.hand_on import merge_states
+from .exchange.saved_state import merge_states
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"

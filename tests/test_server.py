@@ -316,7 +316,7 @@ def test_workers_that_do_not_step_alike_are_named():
         fleet.run(2)
 
 
-def test_under_staleness_what_was_not_applied_is_owed_again():
+def test_under_staleness_what_was_not_applied_is_sent_again():
     """A worker that skips steps gets all in the end, as those that skip none do."""
     fleet = Fleet(Policy("topk:sparsity=0.5"), staleness=2, seed=5)
     fleet.skipped = {(1, 2), (1, 3), (0, 5)}

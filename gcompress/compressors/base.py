@@ -191,7 +191,7 @@ class Compressor:
 
         Returns:
             (total, own): the decoded sum over ranks, the same on each, and what of it this rank
-            contributed, so that values - own is what it still owes; new 1-D float32 tensors.
+            contributed, so that values - own is its residual; new 1-D float32 tensors.
             If any rank's values are not finite, so is some entry of the total, on every rank.
         """
         raise NotImplementedError(f"{type(self).__name__}.sum_rounds")

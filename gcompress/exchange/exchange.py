@@ -14,7 +14,7 @@ from ..errors import ExchangeError
 from ..feedback import ErrorFeedback, new_memory
 from ..memory import Memory
 from ..policy import as_policy
-from . import hand_on
+from . import saved_state
 from .plan import Plan
 from .results import Results
 from .scaling import unscaled
@@ -234,16 +234,16 @@ class GradientExchange(Results):
 
         Of steps that were applied. For other numbers of ranks see `gcompress.merge_states`.
         """
-        return hand_on.of_rank(self)
+        return saved_state.of_rank(self)
 
     def full_state_dict(self):
         """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
-        return hand_on.of_all_ranks(self)
+        return saved_state.of_all_ranks(self)
 
     @property
     def all_ranks(self):
         """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
-        return hand_on.AllRanks(self)
+        return saved_state.AllRanks(self)
 
     def load_state_dict(self, saved):
         """Go on from a state: this rank's own, or all ranks' together.
@@ -252,7 +252,7 @@ class GradientExchange(Results):
             ConfigError: it is another rank's, another number of ranks', another policy's or another
                 model's, or holds what no state does. Nothing has changed then.
         """
-        hand_on.load(self, saved)
+        saved_state.load(self, saved)
 
 
 class _Bucket:

@@ -138,7 +138,7 @@ class BoundedStaleness:
 
     The sum of what a worker applies is that of all contributions, however they were cut into
     pulls: what one answer loses is in the error feedback of the next, and what a worker did not
-    apply is owed to it again. A contribution that is not finite reaches all as a NaN, once.
+    apply is given to it again. A contribution that is not finite reaches all as a NaN, once.
     """
 
     def __init__(self, codec, key, workers, momentum, staleness):
@@ -197,7 +197,7 @@ class BoundedStaleness:
             pending.add_(values)
 
     def _close_rounds(self):
-        """u = m u + mean as soon as all have pushed a round; m u is owed on top of what was passed on at once."""
+        """u = m u + mean as soon as all have pushed a round; m u is given on top of what was passed on at once."""
         while self._momentum and self._closed < self._slowest():
             mean = self._open.pop(self._closed, None)
             if self._velocity is not None:

@@ -1,4 +1,4 @@
-"""A server rank: receives, lets `gcompress.exchange.parameter_server.ParameterServer` compute, and sends what is ready."""
+"""A server rank: receives, lets a `ParameterServer` (gcompress/exchange/) compute, and sends what is ready."""
 
 import logging
 import time

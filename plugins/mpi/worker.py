@@ -9,9 +9,9 @@ from mpi4py import MPI
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.engine import agree
-from gcompress.exchange.hand_on import check_counts
 from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
+from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
