@@ -67,7 +67,7 @@ folders |= {f"gcompress.csrc.{part}": f"csrc/{part}" for part in ("arith", "cuda
 packages = [*find_packages(include=["gcompress", "gcompress.*"]), *list(folders)[1:]]
 packages += [f"gcompress.plugins.{name}" for name in find_packages("plugins")]
 
-headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/arith/*.h"))
+headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + ["csrc/kernels.def"])
 setup(
     packages=packages,
     package_dir=folders,

@@ -23,6 +23,7 @@ import sys
 import time
 
 import torch
+from example_specs import with_every_method
 
 from gcompress import TopK, backends, from_spec
 from gcompress.backends import gpu
@@ -99,7 +100,7 @@ def entries(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--specs", nargs="+", default=SPECS, metavar="SPEC", help="compressors to measure")
+    parser.add_argument("--specs", nargs="+", default=with_every_method(SPECS), metavar="SPEC", help="what to measure")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what to measure (default cpu)")
     parser.add_argument("--numel", type=int, help="entries of the tensor (default 2^23, on a GPU 2^26)")
     parser.add_argument(
@@ -169,7 +170,7 @@ def on_device(arguments):
     heads = ("encode", "decode", "add", "enc/copy", "dec/copy", "add/copy")
     print(f"{'compressor':40s} {'bits':>6s} " + " ".join(f"{head:>8s}" for head in heads))
     for compressor in map(from_spec, arguments.specs):
-        if backends.kernels(tensor, compressor.name) is None:
+        if backends.kernels(tensor, compressor) is None:
             print(f"{compressor!s:40s} has no kernels: the torch reference runs")
             continue
         payload, _ = compressor.compress(tensor)

@@ -196,7 +196,7 @@ class Training:
         return 100 * right / len(self.data.test_labels)
 
 
-def methods(policy):
+def methods_of(policy):
     """The names of all methods that a policy uses."""
     found, ahead = set(), [each.compressor for each in (*policy.rules, policy) if each.compressor]
     while ahead:
@@ -220,7 +220,7 @@ def main():
     arguments = parser.parse_args()
     policies = [gcompress.as_policy(policy) for policy in arguments.policies]
     if arguments.policies is POLICIES:  # a method that none of them uses is trained with its defaults
-        missing = set(gcompress.REGISTRY) - set().union(*map(methods, policies))
+        missing = set(gcompress.methods()) - set().union(*map(methods_of, policies))
         policies += map(gcompress.as_policy, sorted(missing))
     print("| policy | test accuracy | to uncompressed | bytes per step | in the last |")
     print("|---|---|---|---|---|", flush=True)

@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 import torch
+from example_specs import with_every_method
 
 from gcompress import from_spec
 
@@ -159,7 +160,7 @@ def plot(path, sources, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--specs", nargs="+", default=SPECS, metavar="SPEC", help="compressors to measure")
+    parser.add_argument("--specs", nargs="+", default=with_every_method(SPECS), metavar="SPEC", help="what to measure")
     parser.add_argument("--numel", type=int, default=2**20, help="entries drawn from a distribution (default 2^20)")
     parser.add_argument("--gradients", type=pathlib.Path, default=record_gradients.DEFAULT_PATH, metavar="FILE")
     parser.add_argument("--no-gradients", action="store_true", help="distributions only")

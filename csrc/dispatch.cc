@@ -10,7 +10,15 @@ extern const gc_kernels gc_kernels_avx2;
 extern const gc_kernels gc_kernels_avx512;
 #endif
 
-int gc_abi_version(void) { return GC_ABI_VERSION; }
+const gc_signature* gc_signatures(void) {
+    static const gc_signature signatures[] = {
+#define GC_KERNEL(result, name, parameters) {#result, #name, #parameters},
+#include "kernels.def"
+#undef GC_KERNEL
+        {0, 0, 0},
+    };
+    return signatures;
+}
 
 static int runs_avx2(void) {  // every processor with AVX2 has F16C, which is older
 #ifdef GC_X86

@@ -4,7 +4,7 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 `decompress` and an exact `nbytes`. `gcompress.plugins.horovod` gives them to Horovod.
 """
 
-from .compressors import REGISTRY, Compressor, Context, from_dict, from_spec
+from .compressors import Compressor, Context, from_dict, from_spec, methods
 from .compressors.casts import BF16, FP8, FP16, MXFP4
 from .compressors.combine import Chain, Hybrid
 from .compressors.eden import Eden
@@ -32,7 +32,7 @@ from .errors import (
     RolledBack,
     ServerError,
 )
-from .exchange.hand_on import merge_states
+from .exchange.saved_state import merge_states
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
@@ -43,7 +43,6 @@ __all__ = [
     "FP8",
     "MXFP4",
     "QSGD",
-    "REGISTRY",
     "Chain",
     "Compressor",
     "ConfigError",
@@ -77,5 +76,6 @@ __all__ = [
     "from_dict",
     "from_spec",
     "merge_states",
+    "methods",
     "parameter_groups",
 ]

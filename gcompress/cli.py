@@ -40,22 +40,29 @@ def doctor(arguments):
     argparse.ArgumentParser(prog="gcompress doctor", description=doctor.__doc__).parse_args(arguments)
     import torch
 
-    from . import REGISTRY, backends
+    from . import backends, methods
     from .backends import gpu
     from .backends.gpu.plans import DeviceKernels
 
     built = ", ".join(backends.available_backends())
     print(f"CPU    {backends.backend()} (there are: {built}; GCOMPRESS_BACKEND chooses)")
+    print_methods(backends.cpu_kernels(), methods())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(max(1, count)):
         active, reason = gpu.status(index)
         name = f"GPU {index}" if count else "GPU"
         print(f"{name:6} {'kernels' if active else 'torch reference' if count else 'none'}: {reason}")
-    kernels = sorted(DeviceKernels.methods)
-    print(f"       with kernels: {', '.join(kernels)}")
-    others = sorted(set(REGISTRY) - set(kernels))
-    if others:
-        print(f"       by the torch reference: {', '.join(others)}")
+    print_methods(DeviceKernels, methods())
+
+
+def print_methods(kernels, methods):
+    """Print which methods a table of kernels serves, and which run on the torch reference."""
+    from .backends import provides
+
+    served = {name for name, method in methods.items() if kernels is not None and provides(kernels, method)}
+    for what, names in (("with kernels", served), ("by the torch reference", set(methods) - served)):
+        if names:
+            print(f"       {what}: {', '.join(sorted(names))}")
 
 
 def run_example(name, arguments):

@@ -13,6 +13,7 @@ import dataclasses
 
 import torch
 
+from . import backends
 from .compressors import Context
 from .errors import ConfigError
 from .memory import Memory, checked_copies
@@ -53,9 +54,9 @@ class ErrorFeedback:
         """
         if self.fuses:
             residual = self._residual_for(name, gradient)
-            fused = compressor.compress_remembering(gradient, residual, seed=seed)
-            if fused:
-                payload, residual = fused
+            kernels = backends.kernels(gradient, compressor)
+            if kernels is not None and kernels.on_device and gradient.numel() > 0:
+                payload, residual = _compress_on_device(kernels, compressor, gradient, residual, seed)
                 self._residuals.put(name, residual)
                 return payload, Context(gradient.shape, gradient.dtype)
         corrected = self.corrected(name, gradient)
@@ -138,6 +139,20 @@ class ErrorFeedback:
         self.load_tensors(self.checked(state))
 
 
+class NoFeedback:
+    """What ErrorFeedback does, without memory."""
+
+    @staticmethod
+    def compress(name, gradient, compressor, *, seed=0):
+        """(payload, ctx) of the gradient alone."""
+        return compressor.compress(gradient, seed=seed)
+
+    @staticmethod
+    def corrected(name, gradient):
+        """The gradient, 1-D float32, contiguous; not a copy where it is that already."""
+        return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
+
+
 class MomentumCorrection(ErrorFeedback):
     """Error feedback of a velocity instead of the gradient: the momentum of SGD, taken before compression.
 
@@ -194,6 +209,32 @@ class MomentumCorrection(ErrorFeedback):
     def state_dict(self):
         """{"residual": {name: tensor}, "velocity": {name: tensor}}, this rank's own."""
         return self.tensors()
+
+
+def _compress_on_device(kernels, compressor, gradient, residual, seed):
+    """Encode gradient + residual and find what the payload loses of it, without waiting for the device.
+
+    Args:
+        kernels: a DeviceKernels with those of the compressor.
+        residual: 1-D float32 on the gradient's device, or None if there is none yet.
+
+    Returns:
+        (payload, the new residual). If gradient + residual is not finite, the new residual is the old one.
+    """
+    values = compressor.values_of(gradient).view(-1)
+    fresh, poisoned = torch.empty_like(values), torch.zeros(1, dtype=torch.int32, device=values.device)
+    before = 0 if residual is None else residual.data_ptr()
+    remembering = kernels.remembering(before, fresh.data_ptr(), poisoned.data_ptr())
+    if kernels.keeps_residual_with(compressor.device_kernels or compressor.kernels):
+        payload = compressor.encode_with(remembering, values, seed)
+    else:
+        corrected = values if residual is None else values + residual
+        payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
+        sent = torch.empty_like(values)
+        compressor.decode_into(payload, sent)
+        remembering.keep_residual(values.data_ptr(), values.numel(), sent.data_ptr())
+    kernels.feedback_restore(before, values.numel(), poisoned.data_ptr(), fresh.data_ptr())
+    return payload, fresh
 
 
 def new_memory(policy, at_once=True):

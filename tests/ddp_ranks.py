@@ -401,7 +401,7 @@ def results_that_nobody_ever_applies_are_warned_of():
 
 @scenario
 def checkpoints_of_torch_distributed():
-    """One checkpoint for all ranks: what they owe together is in it."""
+    """One checkpoint for all ranks: their residuals together are in it."""
     import torch.distributed.checkpoint as dcp
 
     policy = Policy("topk:sparsity=0.9", exchange="twophase")
@@ -417,8 +417,8 @@ def checkpoints_of_torch_distributed():
     dcp.load({"gcompress": other.exchange.all_ranks}, checkpoint_id=folder[0])
     assert other.exchange.steps == 3
     found = other.full_state_dict()
-    for name, owed in expected["owed"].items():
-        torch.testing.assert_close(found["owed"][name], owed)
+    for name, residuals in expected["sums"].items():
+        torch.testing.assert_close(found["sums"][name], residuals)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])

@@ -2,7 +2,7 @@
 
 Three ranks train with two-phase top-k. One kills itself, so that two go on from the last
 commit; then those ask for a third, and with it train to the end. Whoever enters a world, or
-commits, writes what it owes to FOLDER.
+commits, writes its residuals to FOLDER.
 """
 
 import os
@@ -21,10 +21,10 @@ KILLED_AT, ENLARGED_AT, LAST = 4, 8, 14
 
 
 def record(kind, state, exchange):
-    """What this rank owes, in a file that appears at once."""
-    owed = {"step": state.step, "rank": hvd.rank(), "size": hvd.size(), **exchange.state_dict()}
+    """This rank's residuals, in a file that appears at once."""
+    residuals = {"step": state.step, "rank": hvd.rank(), "size": hvd.size(), **exchange.state_dict()}
     partial = FOLDER / f"partial-{os.getpid()}"
-    torch.save(owed, partial)
+    torch.save(residuals, partial)
     partial.rename(FOLDER / f"{kind}{state.step}-{hvd.size()}-{os.getpid()}.pt")
 
 

@@ -40,7 +40,7 @@ def build(folder, races=False):
     races: whether it watches every access to shared memory, which takes a multiple of the time.
     """
     csrc = sources.folder()
-    modules = [csrc / "cuda" / f"{name}.cu" for name in sources.MODULES]
+    modules = [csrc / "cuda" / f"{name}.cu" for name in sources.modules()]
     inputs = [*modules, *csrc.glob("cuda/*.cuh"), *csrc.glob("arith/*.h"), *EMULATOR.iterdir()]
     digest = hashlib.sha256(repr((FLAGS, races)).encode() + b"".join(path.read_bytes() for path in sorted(inputs)))
     library = pathlib.Path(folder) / f"emulation-{digest.hexdigest()[:16]}.so"

@@ -86,14 +86,14 @@ class Mpi(Trainer):
     def state_of_all(self):
         return servers.merge_states(self.job.workers.allgather(self.exchange.state_dict()))
 
-    def owed_by_servers(self, name, numel):
-        owed = torch.zeros(numel)
+    def residuals_of_servers(self, name, numel):
+        residuals = torch.zeros(numel)
         for key, memory in self.exchange.state_dict()["servers"].items():
             part, head = self.exchange.partitions[key], memory[:24].clone().view(torch.int64)
             if part.name == name and head[1]:
                 residual = memory[24 : 24 + 4 * part.numel].clone().view(torch.float32)
-                owed[part.start : part.start + part.numel] = residual
-        return owed
+                residuals[part.start : part.start + part.numel] = residual
+        return residuals
 
 
 class Byteps(Trainer):

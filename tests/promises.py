@@ -73,11 +73,11 @@ class Trainer:
     def state_of_all(self):
         """One state for all ranks."""
         state = self.exchange.full_state_dict()
-        assert all(self.same(vector) for vector in state["owed"].values())
+        assert all(self.same(vector) for vector in state["sums"].values())
         return state
 
-    def owed_by_servers(self, name, numel):
-        """What this rank knows that servers owe to a parameter."""
+    def residuals_of_servers(self, name, numel):
+        """What this rank knows of the servers' residuals of a parameter."""
         return torch.zeros(numel)
 
     def memory(self):
@@ -223,32 +223,32 @@ def what_is_added_to_a_result_is_not_sent_twice(new):
             assert_nothing_is_lost(trainer, before, {name: p.grad for name, p in alone.named_parameters()})
 
 
-def owed_to_the_mean(trainer):
-    """{name: what all ranks, owners and servers owe to the mean}, of compressed parameters."""
-    memory, owed = trainer.memory(), {}
+def residuals_of_the_mean(trainer):
+    """{name: residuals of all ranks, owners and servers, as a part of the mean}, of compressed parameters."""
+    memory, residuals = trainer.memory(), {}
     for name, p in trainer.model.named_parameters():
         found = torch.zeros(p.numel())
         for key, value in memory.items():
             if key in (f"feedback/{name}", f"feedback/{name}/0", f"feedback/residual/{name}"):
                 found += value
-        owed[name] = trainer.mean(found)
+        residuals[name] = trainer.mean(found)
         pieces = torch.zeros(p.numel())
         for key, value in memory.items():
             if key.startswith(f"owner_feedback/{name}["):
                 start, stop = map(int, key.rpartition("[")[2][:-1].split(":"))
                 pieces[start:stop] = value
-        owed[name] += trainer.mean(pieces) * trainer.size
-        owed[name] += trainer.mean(trainer.owed_by_servers(name, p.numel())) * trainer.size
-    return owed
+        residuals[name] += trainer.mean(pieces) * trainer.size
+        residuals[name] += trainer.mean(trainer.residuals_of_servers(name, p.numel())) * trainer.size
+    return residuals
 
 
 def assert_nothing_is_lost(trainer, before, given):
-    """What `sgd` applied and what is owed must be the mean of {name: what each rank gave}; returns what is owed."""
-    owed = owed_to_the_mean(trainer)
+    """What `sgd` applied and the residuals must be the mean of {name: what each rank gave}; returns the residuals."""
+    residuals = residuals_of_the_mean(trainer)
     for name, p in trainer.model.named_parameters():
         applied = (before[name] - p.detach()).view(-1) / LEARNING_RATE
-        torch.testing.assert_close(applied + owed[name], trainer.mean(given[name]).view(-1), atol=1e-5, rtol=1e-4)
-    return owed
+        torch.testing.assert_close(applied + residuals[name], trainer.mean(given[name]).view(-1), atol=1e-5, rtol=1e-4)
+    return residuals
 
 
 class Product(torch.nn.Module):
@@ -277,8 +277,8 @@ def float16_gradients_stay_finite_and_arrive(new):
                 assert bool(holder.w.grad.isfinite().all()), spec
                 arrived += holder.w.grad
                 trainer.step()
-            owed = owed_to_the_mean(trainer)["w"]
-            total = arrived.view(-1) + owed
+            residuals = residuals_of_the_mean(trainer)["w"]
+            total = arrived.view(-1) + residuals
             assert ((total - 60003).abs() < 60003 * 0.01).all(), (spec, total.min(), total.max())
 
 
@@ -321,8 +321,8 @@ def a_state_that_is_not_this_ranks_is_refused(new):
             wrong["of foreign memories"] = {**state, "memories": {"x": {"basis": torch.zeros(3)}}}
             wrong["of no memories"] = {**state, "memories": {"0.weight": {"basis": "hello"}}}
             merged = {
-                "owed": {},
-                **{key: state[key] for key in gcompress.exchange.hand_on.MERGED_KEYS if key != "owed"},
+                "sums": {},
+                **{key: state[key] for key in gcompress.exchange.saved_state.MERGED_KEYS if key != "sums"},
             }
             wrong["of no ranks"] = {**merged, "world_size": 0}
         for what, each in wrong.items():
@@ -338,10 +338,10 @@ def the_state_of_all_ranks_is_one_that_any_rank_may_load(new):
     policy = Policy("topk:sparsity=0.9", exchange="twophase")
     with new(make_model(), policy) as trainer:
         train(trainer, steps=3)
-        owed = owed_to_the_mean(trainer)
+        residuals = residuals_of_the_mean(trainer)
         trainer.exchange.load_state_dict(trainer.state_of_all())
-        after = owed_to_the_mean(trainer)
-        for name, value in owed.items():
+        after = residuals_of_the_mean(trainer)
+        for name, value in residuals.items():
             torch.testing.assert_close(after[name], value, atol=1e-6, rtol=1e-5)
 
 

@@ -4,7 +4,7 @@ import torch
 
 import gcompress
 from gcompress import Policy
-from tests.promises import assert_nothing_is_lost, batch, make_model, owed_to_the_mean, promise, refused, weights
+from tests.promises import assert_nothing_is_lost, batch, make_model, promise, refused, residuals_of_the_mean, weights
 
 
 class Two(torch.nn.Module):
@@ -45,7 +45,7 @@ def what_is_added_to_where_a_rank_has_nothing_to_add_arrives_once(new):
 
 @promise("horovod", "ddp", "mpi")
 def a_result_of_nothing_is_not_taken_for_one_thrown_away(new):
-    """Nothing reaches the threshold: all of two passes is owed, and a look at other gradients changes nothing."""
+    """Nothing reaches the threshold: all of two passes stays in the residual, also if others look."""
     with new(make_model(), Policy("threshold:threshold=1e9")) as trainer:
         alone = make_model()
         trainer.optimizer.zero_grad()
@@ -56,11 +56,11 @@ def a_result_of_nothing_is_not_taken_for_one_thrown_away(new):
         output = trainer.model(batch(7, trainer.rank)).square().mean()
         torch.autograd.grad(output, list(trainer.model.parameters()))
         trainer.step()
-        owed = owed_to_the_mean(trainer)
+        residuals = residuals_of_the_mean(trainer)
         for name, p in trainer.model.named_parameters():
             if p.numel() >= 1024:
                 given = trainer.mean(alone.get_parameter(name).grad).view(-1)
-                torch.testing.assert_close(owed[name], given, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(residuals[name], given, atol=1e-6, rtol=1e-4)
 
 
 @promise("horovod", "mpi", "byteps")
@@ -84,8 +84,8 @@ def a_rank_without_a_batch_keeps_up_under_a_scaler(new):
 
 
 @promise("ddp")
-def a_rank_that_has_joined_keeps_what_it_owes(new):
-    """Uneven batches in `model.join()`: what a rank that is done still owes is not sent again in every step."""
+def a_rank_that_has_joined_keeps_its_residual(new):
+    """Uneven batches in `model.join()`: the residual of a rank that is done is not sent again in every step."""
     with new(make_model(), Policy("topk:sparsity=0.9")) as trainer:
         before, given = weights(trainer), {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
         alone = make_model()
@@ -120,7 +120,7 @@ class Turns(torch.nn.Module):
 
 @promise("horovod", "ddp", "mpi")
 def layers_used_in_turns_lose_nothing(new):
-    """What is owed to a parameter that nobody uses waits until somebody does."""
+    """The residual of a parameter that nobody uses waits until somebody does."""
     for exchange in ("allgather", "twophase"):
         with new(Turns(), Policy("topk:sparsity=0.9", exchange=exchange), unused=True) as trainer:
             given = {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
@@ -138,8 +138,8 @@ def layers_used_in_turns_lose_nothing(new):
                     given[name] += copy.grad
                 trainer.synchronize()
                 trainer.step()
-            owed = assert_nothing_is_lost(trainer, start, given)
-            assert all(value.any() or value.numel() < 1024 for value in owed.values())
+            residuals = assert_nothing_is_lost(trainer, start, given)
+            assert all(value.any() or value.numel() < 1024 for value in residuals.values())
 
 
 @promise()

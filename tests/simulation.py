@@ -21,7 +21,7 @@ class Simulation:
     def __init__(self, plan, average=True):
         self.plan, self.policy, self.average, self.step = plan, plan.policy, average, 0
         self.memories = [new_memory(plan.policy) for _ in range(plan.world_size)]
-        self.owed = {}  # (name, piece): what its owner still owes
+        self.residuals = {}  # (name, piece): its owner's residual
 
     def means(self, gradients):
         """{name: mean} of [{name: gradient} of each rank]."""
@@ -56,10 +56,10 @@ class Simulation:
         return mean.view(gradients[0].shape)
 
     def again(self, compressor, remembers, name, mean, piece, entry):
-        corrected = (mean + self.owed.get((name, piece), 0.0)).view(entry.shape_of(piece))
+        corrected = (mean + self.residuals.get((name, piece), 0.0)).view(entry.shape_of(piece))
         decoded = self.code(compressor, corrected, name, "mean", piece.start)
         if remembers:
-            self.owed[name, piece] = (corrected - decoded).view(-1)
+            self.residuals[name, piece] = (corrected - decoded).view(-1)
         return decoded
 
     def code(self, compressor, values, name, *what):

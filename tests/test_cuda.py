@@ -25,7 +25,7 @@ from tests.compressors import COMPRESSORS, SIZES, inputs, poisoned
 from tests.hostile import with_scales
 from tests.launching import REPOSITORY
 
-ON_DEVICE = [compressor for compressor in COMPRESSORS if compressor.name in DeviceKernels.methods]
+ON_DEVICE = [compressor for compressor in COMPRESSORS if backends.provides(DeviceKernels, compressor)]
 BUILD = REPOSITORY / "build"
 ARCHITECTURES = (70, 80, 90, 100)
 every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
@@ -54,7 +54,7 @@ def test_every_kernel_compiles_for(architecture):
         has = ", ".join(f"{major}.{minor}" for major, minor in (library.version for library in installed)) or "none"
         pytest.skip(f"no NVRTC for sm_{architecture} is installed (found: {has}): pip install nvidia-cuda-nvrtc-cu12")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        cubins = pool.map(lambda module: able[0].compile(module, architecture), sources.MODULES)
+        cubins = pool.map(lambda module: able[0].compile(module, architecture), sources.modules())
         assert all(cubin[:4] == b"\x7fELF" for cubin in cubins)
 
 

@@ -99,7 +99,7 @@ def test_a_tile_of_the_real_size(blocks, launcher, monkeypatch):
 
 def test_outliers_are_those_that_reach_their_limit(launcher):
     """Also by nothing."""
-    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.kernels(torch.zeros(1)))
+    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.cpu_kernels())
     values = torch.randint(-9, 10, (9000,), generator=torch.Generator().manual_seed(2)).float()
     layout = planning.Layout(9000, 9000, None, None)
     for floor in (5.0, 8.0, 9.0, 9.5):
@@ -122,7 +122,7 @@ def test_the_code_for_bits_uses_the_kernels(launcher):
 
 def test_sums_have_the_order_of_the_cpu(launcher):
     """Floats of very different sizes, whose sums show every other order."""
-    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.kernels(torch.zeros(1)))
+    backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.cpu_kernels())
     for shape in ((1, 7), (5, 16), (9, 300), (300, 17), (3, 4100)):
         values = torch.exp(5 * gauss(shape)).view(-1)
         for by_column in (False, True):

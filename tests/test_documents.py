@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import method_table
 from tests.launching import REPOSITORY
 
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gcompress", "plugins", "tests", "tools")
@@ -64,6 +65,12 @@ def test_every_test_that_is_named_exists():
     for _, (name, cut) in names:
         end = "" if cut else r"\b"
         assert re.search(rf"(?:class|def) {name}{end}", tests), name
+
+
+def test_the_table_of_methods_is_that_of_the_methods():
+    """`python tools/method_table.py` writes it."""
+    readme = REPOSITORY / "README.md"
+    assert method_table.written(readme.read_text()) == readme.read_text()
 
 
 def test_every_number_of_parameters_is_that_of_a_model():

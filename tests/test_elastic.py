@@ -15,7 +15,7 @@ if [ -e {folder}/enlarge ]; then echo localhost:3; else echo localhost:2; echo 1
 
 
 @pytest.fixture(scope="module")
-def owed(tmp_path_factory):
+def residuals(tmp_path_factory):
     """{kind and step: {world size: {process: what it wrote}}} of a job that loses a rank and gets another."""
     folder = tmp_path_factory.mktemp("elastic")
     script = folder / "discover.sh"
@@ -33,7 +33,7 @@ def owed(tmp_path_factory):
 
 
 def owners_vector(states):
-    """What the owners of pieces owe for the weight, put together."""
+    """The residuals of the weight's pieces, put together."""
     whole = torch.zeros(18000)
     for state in states:
         for key, residual in state["owner_feedback"].items():
@@ -44,7 +44,7 @@ def owners_vector(states):
 
 
 def check_handed_on(before, after):
-    """Every new rank owes the mean of what the old ones owed; the pieces went to their new owners."""
+    """Every new rank has the mean of the old ones' residuals; the pieces went to their new owners."""
     mean = sum(state["feedback"]["weight"] for state in before) / len(before)
     assert mean.norm() > 0
     for state in after:
@@ -54,19 +54,19 @@ def check_handed_on(before, after):
     assert owners_vector(after).norm() > 0
 
 
-def test_a_killed_rank_leaves_the_mean_of_the_others_to_them(owed):
+def test_a_killed_rank_leaves_the_mean_of_the_others_to_them(residuals):
     """What they committed together, less what was the killed rank's: its residual, and its pieces'."""
-    committed, entered = owed["commit4"][3], owed["enter4"][2]
+    committed, entered = residuals["commit4"][3], residuals["enter4"][2]
     assert len(committed) == 3 and len(entered) == 2
     check_handed_on([committed[process] for process in entered], list(entered.values()))
 
 
-def test_an_added_rank_gets_the_mean_and_its_pieces(owed):
-    committed, entered = owed["commit8"][2], owed["enter8"][3]
+def test_an_added_rank_gets_the_mean_and_its_pieces(residuals):
+    committed, entered = residuals["commit8"][2], residuals["enter8"][3]
     assert sorted(state["rank"] for state in entered.values()) == [0, 1, 2]
     check_handed_on(list(committed.values()), list(entered.values()))
 
 
-def test_the_ranks_train_on_with_residuals_of_their_own(owed):
-    ends = list(owed["end14"][3].values())
+def test_the_ranks_train_on_with_residuals_of_their_own(residuals):
+    ends = list(residuals["end14"][3].values())
     assert not torch.equal(ends[0]["feedback"]["weight"], ends[1]["feedback"]["weight"])

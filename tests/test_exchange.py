@@ -99,18 +99,18 @@ def test_a_rule_that_matches_nothing_is_warned_of(caplog):
 
 @pytest.mark.parametrize("exchange", ["allgather", "twophase"])
 def test_nothing_is_lost_over_many_steps(exchange):
-    """What all steps' means add up to, and what is still owed, is what all gradients add up to."""
+    """All steps' means and the residuals add up to what all gradients add up to."""
     steps, size, shapes = 12, 4, {"w": (9000,)}
     policy = Policy("topk:sparsity=0.9", exchange=exchange)
     ranks = train(policy, World(size), steps, shapes)
     given = sum(gradients(step, rank, shapes)["w"] for step in range(steps) for rank in range(size)) / size
     sent = sum(result["w"] for result in ranks[0][0])
-    owed = sum(state["feedback"]["w"] for _, _, state in ranks) / size
+    residuals = sum(state["feedback"]["w"] for _, _, state in ranks) / size
     for _, _, state in ranks:
         for key, residual in state["owner_feedback"].items():
             start, stop = map(int, key[2:-1].split(":"))
-            owed[start:stop] += residual
-    torch.testing.assert_close(sent + owed, given, atol=1e-4, rtol=1e-4)
+            residuals[start:stop] += residual
+    torch.testing.assert_close(sent + residuals, given, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(sent, given, atol=0.1)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gcompress import ConfigError, MaskSparse, Policy, Quantize, TopK, as_policy
-from gcompress.exchange.exchange import GradientExchange, decode_sum
+from gcompress.exchange.exchange import GradientExchange
+from gcompress.exchange.ways import decode_sum
 from gcompress.feedback import ErrorFeedback
 
 

@@ -56,8 +56,8 @@ def trained(policy, size, states=None, steps=4):
     return run_ranks(World(size), policy, run)
 
 
-def owed(states):
-    """{name: what ranks and owners owe to the mean}."""
+def residuals(states):
+    """{name: residuals of ranks and owners, as a part of the mean}."""
     found = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in SHAPES.items()}
     for state in states:
         feedback = state["feedback"]
@@ -72,13 +72,13 @@ def owed(states):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("exchange", ["allgather", "twophase", "auto"])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_what_four_ranks_owe_is_owed_by_any_number_of_ranks(size, exchange, momentum):
+def test_the_residuals_of_four_ranks_go_to_any_number_of_ranks(size, exchange, momentum):
     policy = Policy("topk:sparsity=0.9", exchange=exchange, momentum=momentum)
     before = [state for state, _ in trained(policy, 4)]
     merged = merge_states(copy.deepcopy(before))
-    expected = owed(before)
+    expected = residuals(before)
     loaded = [state for state, _ in trained(policy, size, merged, steps=0)]
-    for name, value in owed(loaded).items():
+    for name, value in residuals(loaded).items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
         assert value.abs().max() > 0
     assert {state["steps"] for state in loaded} == {4}
@@ -86,7 +86,7 @@ def test_what_four_ranks_owe_is_owed_by_any_number_of_ranks(size, exchange, mome
         after = trained(policy, size, merged, steps=3)
         for name in SHAPES:
             given = sum(gradients(step, rank)[name] for step in range(3) for rank in range(size)) / size
-            left = owed([state for state, _ in after])[name]
+            left = residuals([state for state, _ in after])[name]
             assert torch.allclose(after[0][1][name].view(-1) + left, given.view(-1) + expected[name], atol=1e-4)
 
 
@@ -138,8 +138,8 @@ def test_states_that_do_not_belong_together_are_not_merged():
     merged = merge_states(states)
     for wrong in (
         {**merged, "shapes": {"a": [7]}},
-        {**merged, "owed": {**merged["owed"], "residual/a": torch.full((1200,), torch.nan)}},
-        {**merged, "owed": {**merged["owed"], "residual/x": torch.zeros(3)}},
+        {**merged, "sums": {**merged["sums"], "residual/a": torch.full((1200,), torch.nan)}},
+        {**merged, "sums": {**merged["sums"], "residual/x": torch.zeros(3)}},
     ):
         with pytest.raises(ConfigError, match="state"):
             trained(policy, 2, wrong, steps=0)

@@ -66,7 +66,7 @@ def test_all_backends_make_the_same_bytes(block, information, blocks):
 
 
 def test_tables_are_odd():
-    """csrc/polar.h looks a sample up by its magnitude: the negative one has the inverted label."""
+    """csrc/polar/levels.h looks a sample up by its magnitude: the negative one has the inverted label."""
     samples = np.arange(1 + ERASED, -ERASED)
     for design in map(design_at, range(1, design_count() - 1)):
         for level in range(design.levels):

@@ -91,17 +91,17 @@ def test_warm_up_keeps_what_deep_gradient_compression_keeps():
 
 
 def test_momentum_correction_loses_nothing_and_masks_what_was_sent():
-    """The sum of what is sent and owed is that of plain momentum until entries are sent; those start again."""
+    """What is sent and the residual add up to plain momentum until entries are sent; those start again."""
     memory, compressor, numel = MomentumCorrection(momentum=0.5), TopK(sparsity=0.9), 1000
-    velocity, owed = torch.zeros(numel), torch.zeros(numel)
+    velocity, residuals = torch.zeros(numel), torch.zeros(numel)
     for step in range(10):
         gradient = torch.randn(numel, generator=torch.Generator().manual_seed(step))
         velocity = 0.5 * velocity + gradient
-        owed = owed + velocity
+        residuals = residuals + velocity
         sent = compressor.decompress(*memory.compress("w", gradient, compressor))
-        assert torch.equal(sent[sent != 0], owed[sent != 0])
-        velocity, owed = velocity * (sent == 0), owed - sent
-        torch.testing.assert_close(memory.residual("w"), owed)
+        assert torch.equal(sent[sent != 0], residuals[sent != 0])
+        velocity, residuals = velocity * (sent == 0), residuals - sent
+        torch.testing.assert_close(memory.residual("w"), residuals)
         torch.testing.assert_close(memory.velocity("w"), velocity)
 
 

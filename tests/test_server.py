@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gcompress import ConfigError, ExchangeError, PayloadError, Policy
-from gcompress.exchange.server import Codec, ParameterServer, partition
+from gcompress.exchange.parameter_server import ParameterServer
+from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.feedback import ErrorFeedback
 
 SIZES = {"a.weight": 5000, "a.bias": 60, "b.weight": 2100}
@@ -23,12 +24,12 @@ class Fleet:
 
     def __init__(self, policy, workers=3, servers=2, seed=0, partition_numel=2048, **options):
         self.parts = partition(SIZES, policy, servers, partition_numel)
-        self.codecs = [Codec(self.parts, policy, f"worker {worker}") for worker in range(workers)]
+        self.codecs = [PartitionCodec(self.parts, policy, f"worker {worker}") for worker in range(workers)]
         self.staleness = options.get("staleness", 0)
         self.skipped = set()  # (worker, its step) whose results are not applied
         self.applied = [0] * workers  # steps
         self.servers = [
-            ParameterServer(Codec(self.parts, policy, "server"), server, range(workers), **options)
+            ParameterServer(PartitionCodec(self.parts, policy, "server"), server, range(workers), **options)
             for server in range(servers)
         ]
         self.random = random.Random(seed)
@@ -315,7 +316,7 @@ def test_workers_that_do_not_step_alike_are_named():
         fleet.run(2)
 
 
-def test_under_staleness_what_was_not_applied_is_owed_again():
+def test_under_staleness_what_was_not_applied_is_sent_again():
     """A worker that skips steps gets all in the end, as those that skip none do."""
     fleet = Fleet(Policy("topk:sparsity=0.5"), staleness=2, seed=5)
     fleet.skipped = {(1, 2), (1, 3), (0, 5)}
@@ -330,7 +331,10 @@ def test_under_staleness_what_was_not_applied_is_owed_again():
 def test_a_key_that_no_worker_has_a_gradient_for_waits():
     policy = Policy("topk:sparsity=0.9")
     parts = partition({"w": 5000}, policy, 1, 1 << 20)
-    codec, server = Codec(parts, policy, "worker"), ParameterServer(Codec(parts, policy, "server"), 0, range(2))
+    codec, server = (
+        PartitionCodec(parts, policy, "worker"),
+        ParameterServer(PartitionCodec(parts, policy, "server"), 0, range(2)),
+    )
     nothing = torch.empty(0, dtype=torch.uint8)
     for worker in range(2):
         server.push(worker, 0, codec.encode(0, torch.randn(5000), 0))
@@ -374,7 +378,7 @@ def test_a_restart_with_the_saved_memory_goes_on_to_the_bit(spec, momentum):
 def test_misuse_is_refused_by_name():
     policy = Policy("topk:sparsity=0.9")
     parts = partition(SIZES, policy, 1, 1 << 20)
-    codec = Codec(parts, policy, "server")
+    codec = PartitionCodec(parts, policy, "server")
     for wrong in ({"momentum": 1.0}, {"momentum": True}, {"staleness": -1}, {"staleness": 1.5}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ParameterServer(codec, 0, range(2), **wrong)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
-from gcompress import REGISTRY, ConfigError, PayloadError, split
+from gcompress import ConfigError, PayloadError, methods, split
 from gcompress.compressors.base import LARGEST_DEPTH, LONGEST_SPEC  # noqa: E402
 from gcompress.split import wire  # noqa: E402
 from gcompress.split.agreement import Agreement  # noqa: E402
@@ -76,7 +76,7 @@ class TestSpecs:
 
     def test_mutated_ones_are_specs_or_refused_at_once(self):
         rng = random.Random(0)
-        names = [*REGISTRY, "chain:(topk:sparsity=0.99),(quantize:bits=4)", "hybrid:(threshold),(mask:bits=2)"]
+        names = [*methods(), "chain:(topk:sparsity=0.99),(quantize:bits=4)", "hybrid:(threshold),(mask:bits=2)"]
         for _ in range(trials(500, 50_000)):
             name = rng.choice(names)
             arguments = rng.sample(["bits", "rate", "rank", "sparsity", "bucket", "signed", "index"], rng.randrange(3))

@@ -40,8 +40,8 @@ struct MaskShape {
     int codes, half, steps, centre, sent;
 };
 
-GC_INLINE MaskShape mask_shape(int bits, bool is_signed) {
-    MaskShape shape;
+GC_INLINE constexpr MaskShape mask_shape(int bits, bool is_signed) {
+    MaskShape shape = {0, 0, 0, 0, 0};
     shape.codes = (1 << bits) - 1;
     shape.half = is_signed ? (shape.codes - 1) / 2 : shape.codes - 1;
     shape.steps = shape.half + 1;

@@ -1,4 +1,4 @@
-// Polar: what decides bytes in the sums, samples and limits of entries and in the nodes of the code (csrc/polar.h,
+// Polar: what decides bytes in the sums, samples and limits of entries and in the nodes of the code (csrc/polar/,
 // docs/FORMAT.md). Functions named four_… take four signed bytes in a word at once.
 #ifndef GCOMPRESS_ARITH_POLAR_H
 #define GCOMPRESS_ARITH_POLAR_H

@@ -1,4 +1,4 @@
-// Polar, unbiased: by what blocks of entries are multiplied when they are turned and turned back (csrc/polar_turn.h).
+// Polar, unbiased: by what blocks of entries are multiplied when they are turned and turned back (csrc/polar/turn.h).
 #ifndef GCOMPRESS_ARITH_POLAR_TURN_H
 #define GCOMPRESS_ARITH_POLAR_TURN_H
 

@@ -236,14 +236,14 @@ GC_INLINE void decode_buckets(const Method& method, int64_t n, int64_t bucket, i
 
 // The parameters that all encoders have, and the objects behind them.
 #define GC_BUCKET_PARAMETERS                                                                                      \
-    const float *x, const float *owed, float *fresh, uint32_t *poisoned, int64_t n, int64_t bucket, int64_t step, \
+    const float *x, const float *residual, float *fresh, uint32_t *poisoned, int64_t n, int64_t bucket, int64_t step, \
         int64_t stage, Partial *partials, void *scales, uint8_t *payload
 #define GC_ENCODE_BUCKETS(Method, method)                                                                        \
-    const Source source = {x, owed};                                                                             \
+    const Source source = {x, residual};                                                                             \
     const Feedback feedback = {fresh, poisoned};                                                                 \
     encode_buckets(method, n, bucket, source, feedback, step, stage, partials, (Method::Scale*)scales)
 #define GC_FINISH_BUCKETS(Method, method)                                  \
-    (void)x, (void)owed, (void)fresh, (void)poisoned, (void)step;          \
+    (void)x, (void)residual, (void)fresh, (void)poisoned, (void)step;          \
     finish_buckets(method, n, bucket, stage, partials, (Method::Scale*)scales)
 
 #endif

@@ -64,9 +64,9 @@ GC_CAST_KERNELS(fp8, CAST_FP8)
 GC_CAST_FINISH(fp8, CAST_FP8)
 GC_CAST_KERNELS(mxfp4, CAST_MXFP4)
 
-GC_KERNEL(bf16_encode)(const float* x, const float* owed, float* fresh, uint32_t* poisoned, int64_t n,
+GC_KERNEL(bf16_encode)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n,
                        uint8_t* payload) {
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t i = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     for (int64_t j = i; j < min64(n, i + 4); j += 2) {

@@ -60,7 +60,7 @@ GC_INLINE uint64_t load_bits(const uint8_t* p, int64_t first, int count) {
     return count == 64 ? word : word & ((1ull << count) - 1);
 }
 
-// Four neighbours at once, 128 bits where the address allows; a null `owed` adds nothing.
+// Four neighbours at once, 128 bits where the address allows; a null `residual` adds nothing.
 GC_INLINE void load_four(const float* x, bool aligned, float* four) {
     if (aligned) {
         const float4 all = *(const float4*)x;
@@ -81,19 +81,19 @@ GC_INLINE void store_four(float* x, bool aligned, const float* four) {
 // What an encoder reads: x, or x plus what error feedback owes.
 struct Source {
     const float* x;
-    const float* owed;
-    GC_INLINE float at(int64_t i) const { return owed ? x[i] + owed[i] : x[i]; }
+    const float* residual;
+    GC_INLINE float at(int64_t i) const { return residual ? x[i] + residual[i] : x[i]; }
 };
 
 // `count` entries from `first` on to shared memory; the caller puts a barrier behind it.
 GC_INLINE void load_tile(const Source& source, int64_t first, int count, float* tile) {
-    const bool aligned = is_aligned(source.x + first, 16), owed_aligned = is_aligned(source.owed + first, 16);
+    const bool aligned = is_aligned(source.x + first, 16), residual_aligned = is_aligned(source.residual + first, 16);
     for (int i = 4 * (int)threadIdx.x; i + 4 <= count; i += 4 * THREADS) {
-        float four[4], owed[4];
+        float four[4], residual[4];
         load_four(source.x + first + i, aligned, four);
-        if (source.owed) {
-            load_four(source.owed + first + i, owed_aligned, owed);
-            for (int j = 0; j < 4; ++j) four[j] = four[j] + owed[j];
+        if (source.residual) {
+            load_four(source.residual + first + i, residual_aligned, residual);
+            for (int j = 0; j < 4; ++j) four[j] = four[j] + residual[j];
         }
         store_four(tile + i, true, four);
     }
@@ -135,7 +135,7 @@ GC_INLINE uint32_t scanned(uint32_t value, ScanShared* shared, uint32_t* total) 
     return before + sum - value;
 }
 
-// Error feedback: what an entry still owes once it was sent, in the place of x plus what was owed.
+// Error feedback: the new residual of an entry, x + residual - sent, in the place of x + residual.
 struct Feedback {
     float* fresh;        // null: none is kept
     uint32_t* poisoned;  // set where the sum is not finite: then feedback_restore puts the old memory back

@@ -46,11 +46,11 @@ GC_INLINE uint8_t* packed_of(uint8_t* payload, int64_t n, int64_t block, int64_t
 
 }  // namespace
 
-GC_KERNEL(eden_encode)(const float* x, const float* owed, int64_t n, int64_t bits, int64_t size, int64_t sent,
+GC_KERNEL(eden_encode)(const float* x, const float* residual, int64_t n, int64_t bits, int64_t size, int64_t sent,
                        int64_t sent_tail, int64_t unbiased, int64_t seed, const float* levels, uint8_t* payload) {
     GC_DYNAMIC_SHARED(float, floats);
     GC_SHARED(EdenShared, shared);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Padded y = {floats};
     const EdenBlock block = eden_block(n, size, sent, sent_tail, (uint32_t)seed);
     const uint32_t classes = 1u << (bits - 1);

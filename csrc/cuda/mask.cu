@@ -48,7 +48,7 @@ GC_INLINE void add_warp(uint32_t sum, uint32_t members, uint64_t* all, uint32_t*
 }  // namespace
 
 // The fixed magnitudes of dropped entries, 16 of them a bin.
-GC_KERNEL(mask_histogram)(const float* x, const float* owed, int64_t n, int64_t is_signed, const Selection* selection,
+GC_KERNEL(mask_histogram)(const float* x, const float* residual, int64_t n, int64_t is_signed, const Selection* selection,
                           const uint32_t* above, const uint32_t* equal, uint32_t* histogram) {
     struct Shared {
         float tile[TILE];
@@ -56,7 +56,7 @@ GC_KERNEL(mask_histogram)(const float* x, const float* owed, int64_t n, int64_t 
         uint32_t bins[BINS];
     };
     GC_SHARED(Shared, shared);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const int64_t first = (int64_t)blockIdx.x * TILE;
     const int count = (int)min64(TILE, n - first);
     const MaskScale scale = mask_scale(selection->key);
@@ -122,11 +122,11 @@ GC_KERNEL(mask_lloyd)(const uint32_t* histogram, int64_t bits, int64_t is_signed
 GC_REGISTER(mask_lloyd)
 
 // Codes and kept values, and the sums behind the levels. A null `class_of_bin`: classes are linear.
-GC_KERNEL(mask_codes)(const float* x, const float* owed, int64_t n, int64_t k, int64_t bits, int64_t is_signed,
+GC_KERNEL(mask_codes)(const float* x, const float* residual, int64_t n, int64_t k, int64_t bits, int64_t is_signed,
                       const Selection* selection, const uint32_t* above, const uint32_t* equal,
                       const uint8_t* class_of_bin, uint64_t* sums, uint64_t* counts, uint8_t* payload) {
     GC_SHARED(MaskShared, shared);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const MaskShape shape = mask_shape((int)bits, is_signed != 0);
     const MaskScale scale = mask_scale(selection->key);
     const int64_t first = (int64_t)blockIdx.x * TILE;

@@ -31,21 +31,21 @@ GC_KERNEL(poison)(const uint32_t* wrong, int64_t n, float* out) {
 }
 GC_REGISTER(poison)
 
-// Error feedback behind an encoder that does not keep it: x + owed - sent.
-GC_KERNEL(feedback_left)(const float* x, const float* owed, const float* sent, int64_t n, uint32_t* poisoned,
+// Error feedback behind an encoder that does not keep it: x + residual - sent.
+GC_KERNEL(feedback_residual)(const float* x, const float* residual, const float* sent, int64_t n, uint32_t* poisoned,
                          float* fresh) {
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t first = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     for (int64_t i = first; i < min64(n, first + 4); ++i) feedback.keep(i, source.at(i), sent[i]);
 }
-GC_REGISTER(feedback_left)
+GC_REGISTER(feedback_residual)
 
 // If an entry of the corrected gradient was not finite, the memory stays what it was before the step (minus zeros if
 // there was none: they add nothing). Moves nothing as a rule.
-GC_KERNEL(feedback_restore)(const float* owed, int64_t n, const uint32_t* poisoned, float* fresh) {
+GC_KERNEL(feedback_restore)(const float* residual, int64_t n, const uint32_t* poisoned, float* fresh) {
     if (!*poisoned) return;
     const int64_t first = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-    for (int64_t i = first; i < min64(n, first + 4); ++i) fresh[i] = owed ? owed[i] : -0.0f;
+    for (int64_t i = first; i < min64(n, first + 4); ++i) fresh[i] = residual ? residual[i] : -0.0f;
 }
 GC_REGISTER(feedback_restore)

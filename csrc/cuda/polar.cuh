@@ -17,8 +17,10 @@ namespace {
 
 enum { LANE_GROUP = 8, ROW_SLOTS = 4, SUBTREE = 256 };
 
-// One tile (gcompress/compressors/polar/device.py writes them). `rank` counts uint16, `workspace` and `words` bytes.
-struct PolarTile {
+// One tile (gcompress/compressors/polar/device.py writes them). Other than PolarTile of polar/tile.h it has places in
+// arrays of the device in place of addresses, and its own, since blocks take tiles in any order. `rank` counts uint16,
+// `workspace` and `words` bytes.
+struct DeviceTile {
     int64_t rows, lanes, levels, real, start, slot, words, rank, workspace;
     const int8_t* tables;  // of a class with 2 to 7 levels
     int64_t free[MAX_LEVELS];
@@ -31,7 +33,7 @@ struct PolarClass {
 };
 
 // Where entries come from: x, all of one class, or samples that were gathered before.
-struct PolarSource {
+struct DeviceSource {
     const float* x;
     int64_t n;
     float scale;
@@ -82,7 +84,7 @@ struct PolarWarp {
 GC_INLINE int64_t code_words(int64_t rows) { return rows <= SUBTREE ? 1 : rows / SUBTREE; }
 
 // Bytes of a tile's workspace per group of lanes: see `group_workspace` in gcompress/compressors/polar/device.py.
-GC_INLINE PolarWarp polar_warp(const PolarTile& tile, int group, uint8_t* workspace, uint32_t* shared, bool lists) {
+GC_INLINE PolarWarp polar_warp(const DeviceTile& tile, int group, uint8_t* workspace, uint32_t* shared, bool lists) {
     const int64_t rows = tile.rows, code_bytes = 256 * code_words(rows);
     const int64_t parts = 16 * rows + (tile.levels > 1 ? 16 * rows : 0) + code_bytes;
     const int64_t all = parts + (lists ? 8 * rows + code_bytes : 0);
@@ -107,7 +109,7 @@ GC_INLINE int64_t first_row(const PolarWarp& own) { return (int64_t)reversed((ui
 
 // A thread's samples, word by word; `make` makes one from a row and its place among the tiles' entries.
 template <class Make>
-GC_INLINE void fill_words(const PolarWarp& own, const PolarTile& tile, uint32_t* words, const Make& make) {
+GC_INLINE void fill_words(const PolarWarp& own, const DeviceTile& tile, uint32_t* words, const Make& make) {
     const int64_t quarter = first_row(own), apart = own.rows / 16;
     const int64_t first = tile.start + own.group * LANE_GROUP + group_lane();
     for (int64_t v = 0; v < apart; ++v) {
@@ -121,7 +123,7 @@ GC_INLINE void fill_words(const PolarWarp& own, const PolarTile& tile, uint32_t*
 }
 
 // Inputs of a level of a code of several levels, from samples and the labels' lower bits.
-GC_INLINE void level_inputs(const PolarWarp& own, const PolarTile& tile, int level) {
+GC_INLINE void level_inputs(const PolarWarp& own, const DeviceTile& tile, int level) {
     const int64_t quarter = first_row(own), apart = own.rows / 16;
     const int8_t* table = tile.tables + 256 * ((1 << level) - 1);
     for (int64_t v = 0; v < apart; ++v) {
@@ -161,7 +163,7 @@ GC_INLINE void transform_own(const PolarWarp& own) {
 }
 
 // A level's words: the transform's bits at the `free` best positions, a byte of eight lanes each. Spoils the code.
-GC_INLINE void write_words(const PolarWarp& own, const PolarTile& tile, const uint16_t* rank, int64_t free,
+GC_INLINE void write_words(const PolarWarp& own, const DeviceTile& tile, const uint16_t* rank, int64_t free,
                            uint8_t* words) {
     const int64_t stride = tile.lanes / LANE_GROUP;
     transform_own(own);
@@ -201,7 +203,7 @@ GC_INLINE void add_products(uint64_t* products, int64_t slot, int64_t dot, int64
 
 // Adds <samples, points of their labels> and <points, points> of every class, over the samples that matter; with one
 // level the sum of samples, each by the sign of its bit. To be called before the last level's code is spoilt.
-GC_INLINE void label_products(const PolarWarp& own, const PolarTile& tile, const PolarClass* classes,
+GC_INLINE void label_products(const PolarWarp& own, const DeviceTile& tile, const PolarClass* classes,
                               uint64_t* products) {
     const int64_t quarter = first_row(own), end = min64(quarter + own.rows / 4, tile.real);
     int64_t slot = tile.slot, dot = 0, norm = 0;
@@ -239,11 +241,11 @@ GC_INLINE void label_products(const PolarWarp& own, const PolarTile& tile, const
 // All of a tile, or a block's of `parts` parts of it: `encode(types, own)` makes the codeword `own.code` of the inputs
 // `own.inputs`. All threads call it.
 template <class Encode>
-GC_INLINE void encode_tile(const PolarTile* tiles, int64_t parts, const PolarSource& source,
+GC_INLINE void encode_tile(const DeviceTile* tiles, int64_t parts, const DeviceSource& source,
                            const PolarClass* classes, const uint16_t* ranks, bool lists, uint8_t* workspace,
                            uint32_t* shared, uint8_t* types, uint8_t* words, uint64_t* products, const Encode& encode) {
     tiles += blockIdx.x / parts;
-    const PolarTile tile = *tiles;
+    const DeviceTile tile = *tiles;
     const int warps = WARPS / (int)parts, group = (int)(blockIdx.x % parts) * warps + warp();
     const PolarWarp own = polar_warp(tile, group, workspace, shared, lists);
     const bool active = warp() < warps && group < tile.lanes / LANE_GROUP, signs = tile.levels == 1;

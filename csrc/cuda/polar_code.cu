@@ -147,12 +147,12 @@ struct Cancellation {
 }  // namespace
 
 // A block a tile, or a part of one. Dynamic shared memory: the types of its subtrees, as many bytes as rows.
-GC_KERNEL(polar_encode)(const float* x, int64_t n, double scale, const int8_t* samples, const PolarTile* tiles,
+GC_KERNEL(polar_encode)(const float* x, int64_t n, double scale, const int8_t* samples, const DeviceTile* tiles,
                         const PolarClass* classes, const uint16_t* ranks, uint8_t* workspace, uint8_t* words,
                         uint64_t* products, int64_t parts) {
     GC_DYNAMIC_SHARED(uint8_t, types);
     GC_SHARED(PolarShared, shared);
-    const PolarSource source = {x, n, (float)scale, samples};
+    const DeviceSource source = {x, n, (float)scale, samples};
     const Cancellation encode = {};
     encode_tile(tiles, parts, source, classes, ranks, false, workspace, shared.words[warp()], types, words, products,
                 encode);
@@ -199,11 +199,11 @@ GC_INLINE void spread_words(const uint8_t* words, int64_t stride, const uint16_t
 }  // namespace
 
 // A block eight lanes of a tile. The levels' bits lie in dynamic shared memory, or in `workspace` where they are many.
-GC_KERNEL(polar_decode)(const uint8_t* words, const PolarTile* tiles, const PolarClass* classes, const uint16_t* ranks,
+GC_KERNEL(polar_decode)(const uint8_t* words, const DeviceTile* tiles, const PolarClass* classes, const uint16_t* ranks,
                         const float* values, int64_t stride, uint8_t* workspace, int64_t n, int64_t add, float* out) {
     GC_DYNAMIC_SHARED(uint8_t, bytes);
     GC_SHARED(DecodeShared, shared);
-    const PolarTile tile = tiles[blockIdx.x / LANE_GROUP];
+    const DeviceTile tile = tiles[blockIdx.x / LANE_GROUP];
     const int64_t* free = tiles[blockIdx.x / LANE_GROUP].free;
     const int group = (int)blockIdx.x % LANE_GROUP, rows = (int)tile.rows, bits = log_of(rows);
     const int64_t bytes_apart = tile.lanes / LANE_GROUP;

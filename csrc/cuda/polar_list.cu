@@ -261,12 +261,12 @@ struct ListCancellation {
 }  // namespace
 
 // As polar_encode, for tiles of less than 8 levels.
-GC_KERNEL(polar_encode_list)(const float* x, int64_t n, double scale, const int8_t* samples, const PolarTile* tiles,
+GC_KERNEL(polar_encode_list)(const float* x, int64_t n, double scale, const int8_t* samples, const DeviceTile* tiles,
                              const PolarClass* classes, const uint16_t* ranks, uint8_t* workspace, uint8_t* words,
                              uint64_t* products, int64_t parts, int64_t list_size) {
     GC_DYNAMIC_SHARED(uint8_t, types);
     GC_SHARED(PolarShared, shared);
-    const PolarSource source = {x, n, (float)scale, samples};
+    const DeviceSource source = {x, n, (float)scale, samples};
     const ListCancellation encode = {(int)list_size};
     encode_tile(tiles, parts, source, classes, ranks, true, workspace, shared.words[warp()], types, words, products,
                 encode);

@@ -42,11 +42,11 @@ GC_INLINE void publish(HistogramShared* shared, uint32_t* histogram) {
 }  // namespace
 
 // Blocks go through tiles in turn: `tiles` of them altogether.
-GC_KERNEL(select_histogram)(const float* x, const float* owed, int64_t n, int64_t is_signed, int64_t tiles,
+GC_KERNEL(select_histogram)(const float* x, const float* residual, int64_t n, int64_t is_signed, int64_t tiles,
                             uint32_t* histogram) {
     GC_SHARED(HistogramShared, shared);
-    const Source source = {x, owed};
-    const bool aligned = is_aligned(x, 16) && !owed;
+    const Source source = {x, residual};
+    const bool aligned = is_aligned(x, 16) && !residual;
     clear(&shared);
     Digits digits = {shared.counts, 0, 0};
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -87,7 +87,7 @@ GC_KERNEL(select_digit)(uint32_t* histogram, int64_t bits, int64_t k, Selection*
 GC_REGISTER(select_digit)
 
 // The entries that may be among the largest, in order, and the second digits of those in doubt.
-GC_KERNEL(select_survivors)(const float* x, const float* owed, float* fresh, uint32_t* poisoned, int64_t n,
+GC_KERNEL(select_survivors)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n,
                             int64_t is_signed, const Selection* selection, uint16_t* list, uint32_t* counts,
                             uint32_t* histogram) {
     struct Shared {
@@ -96,7 +96,7 @@ GC_KERNEL(select_survivors)(const float* x, const float* owed, float* fresh, uin
         ScanShared scan;
     };
     GC_SHARED(Shared, shared);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t first = (int64_t)blockIdx.x * TILE;
     clear(&shared.histogram);
@@ -123,10 +123,10 @@ GC_KERNEL(select_survivors)(const float* x, const float* owed, float* fresh, uin
 GC_REGISTER(select_survivors)
 
 // The last digits of the survivors whose first two are right.
-GC_KERNEL(select_refine)(const float* x, const float* owed, int64_t n, int64_t is_signed, const Selection* selection,
+GC_KERNEL(select_refine)(const float* x, const float* residual, int64_t n, int64_t is_signed, const Selection* selection,
                          const uint16_t* list, const uint32_t* counts, uint32_t* histogram) {
     GC_SHARED(HistogramShared, shared);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Candidates candidates = {list, counts, n};
     clear(&shared);
     Digits digits = {shared.counts, 0, 0};
@@ -140,10 +140,10 @@ GC_KERNEL(select_refine)(const float* x, const float* owed, int64_t n, int64_t i
 GC_REGISTER(select_refine)
 
 // How many of a tile are above the k-th largest key, and how many equal to it. `list` null: of all entries.
-GC_KERNEL(select_count)(const float* x, const float* owed, int64_t n, int64_t is_signed, const Selection* selection,
+GC_KERNEL(select_count)(const float* x, const float* residual, int64_t n, int64_t is_signed, const Selection* selection,
                         const uint16_t* list, const uint32_t* counts, uint32_t* above, uint32_t* equal) {
     GC_SHARED(ScanShared, scan);
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Candidates candidates = {list, counts, n};
     uint32_t own_above = 0, own_equal = 0, total_above, total_equal;
     for (int place = (int)threadIdx.x; place < candidates.count(); place += THREADS) {

@@ -23,8 +23,8 @@ GC_INLINE Fields fields_of(int64_t word, int64_t n, int fields) {
 
 // The largest magnitude of every bucket, as its bit pattern, where zeros stand at first; infinity if an entry is not
 // finite. A warp takes 4096 entries of a bucket.
-GC_KERNEL(shared_scales)(const float* x, const float* owed, int64_t n, int64_t bucket, uint32_t* scales) {
-    const Source source = {x, owed};
+GC_KERNEL(shared_scales)(const float* x, const float* residual, int64_t n, int64_t bucket, uint32_t* scales) {
+    const Source source = {x, residual};
     const int64_t chunks = (bucket + TILE - 1) / TILE, unit = (int64_t)blockIdx.x * WARPS + warp();
     const int64_t number = unit / chunks, start = number * bucket + (unit - number * chunks) * TILE;
     if (start >= n) return;
@@ -42,10 +42,10 @@ GC_KERNEL(shared_scales)(const float* x, const float* owed, int64_t n, int64_t b
 }
 GC_REGISTER(shared_scales)
 
-GC_KERNEL(shared_encode)(const float* x, const float* owed, float* fresh, uint32_t* poisoned, int64_t n, int64_t bucket,
+GC_KERNEL(shared_encode)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n, int64_t bucket,
                          int64_t limit, int64_t width, int64_t stochastic, int64_t seed, const float* scales,
                          int64_t words, uint8_t* payload) {
-    const Source source = {x, owed};
+    const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t number = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (number >= words) return;

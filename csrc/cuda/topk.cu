@@ -26,7 +26,7 @@ struct KeyAt {
 }  // namespace
 
 // `low`, `high`: words of the index, zeros at first; `bitmap`: the index itself where it is one.
-GC_KERNEL(topk_output)(const float* x, const float* owed, float* fresh, int64_t n, int64_t form, int64_t width,
+GC_KERNEL(topk_output)(const float* x, const float* residual, float* fresh, int64_t n, int64_t form, int64_t width,
                        const Selection* selection, const uint16_t* list, const uint32_t* counts, const uint32_t* above,
                        const uint32_t* equal, uint8_t* values, uint8_t* bitmap, uint32_t* low, uint32_t* high) {
     struct Shared {
@@ -34,7 +34,7 @@ GC_KERNEL(topk_output)(const float* x, const float* owed, float* fresh, int64_t 
         uint32_t bitmap[TILE_WORDS + 1];
     };
     GC_SHARED(Shared, shared);
-    const KeyAt key_at = {{x, owed}, {list, counts, n}};
+    const KeyAt key_at = {{x, residual}, {list, counts, n}};
     const Candidates& candidates = key_at.candidates;
     if (threadIdx.x <= TILE_WORDS) shared.bitmap[threadIdx.x] = 0;
     const uint32_t equal_before = equal ? equal[blockIdx.x] : 0;

@@ -1,16 +1,20 @@
-"""Which kernels work on a tensor: the C++ ones on the CPU (cpu.py), CuPy's on a GPU (gpu/), or none.
+"""Which kernels work on a tensor: the C++ ones on the CPU (cpu.py), those of csrc/cuda/ on a GPU (gpu/), or none.
 
-`kernels(tensor)` returns them when they are built, wanted and can read the tensor; otherwise None, and the caller
-runs its torch reference. `GCOMPRESS_BACKEND=reference` or `use_backend("reference")` turns them off;
-`GCOMPRESS_ISA=portable|avx2|avx512`, or the same names given to `use_backend`, choose an instruction set. All give
-the same bytes.
+`kernels(tensor, method)` returns them when they are built, wanted, can read the tensor and have all that the method
+needs; otherwise None, and the caller runs its torch reference. `GCOMPRESS_BACKEND=reference` or
+`use_backend("reference")` turns them off; `GCOMPRESS_ISA=portable|avx2|avx512`, or the same names given to
+`use_backend`, choose an instruction set. All give the same bytes.
 """
 
 import contextlib
+import functools
+import logging
 import os
 
 from ..errors import ConfigError
 from . import cpu, gpu
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("native", "reference", *cpu.ISAS)
 
@@ -55,12 +59,38 @@ _name = os.environ.get("GCOMPRESS_BACKEND") or os.environ.get("GCOMPRESS_ISA") o
 _kernels = _select(_name)
 
 
-def kernels(tensor, method=None):
-    """The kernels to use on `tensor` for a compressor's name, or None where the torch reference must run."""
+def cpu_kernels():
+    """The C++ kernels in use, or None."""
+    return _kernels
+
+
+def kernels(tensor, method):
+    """The kernels to use on `tensor` for a method, or None where its torch reference must run.
+
+    Args:
+        tensor: decides by its device.
+        method: a compressor or its class: `name`, `kernels` and `device_kernels` say what it needs.
+    """
     if tensor.device.type == "cpu":
         found = _kernels
     elif tensor.device.type == "cuda" and _name != "reference":
         found = gpu.kernels(tensor.device)
     else:
+        found = None
+    if found is None:
         return None
-    return found if method is None or method in getattr(found, "methods", (method,)) else None
+    if provides(found, method):
+        return found
+    _say_once(method.name, tensor.device.type)
+    return None
+
+
+def provides(found, method):
+    """Whether a table of kernels, cpu.CpuKernels or gpu.DeviceKernels, has all that a method needs."""
+    names = method.device_kernels if found.on_device and method.device_kernels is not None else method.kernels
+    return names is not None and found.has(names)
+
+
+@functools.cache
+def _say_once(name, device):
+    log.warning("%s has no kernels for %s, the slower torch reference is in use", name, device)

@@ -3,10 +3,10 @@
 import importlib
 import pkgutil
 
-from .base import REGISTRY, Compressor, Context
-from .spec import from_dict, from_spec
+from .base import Compressor, Context
+from .spec import from_dict, from_spec, methods
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["REGISTRY", "Compressor", "Context", "from_dict", "from_spec"]
+__all__ = ["Compressor", "Context", "from_dict", "from_spec", "methods"]

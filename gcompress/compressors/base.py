@@ -53,6 +53,12 @@ class Compressor:
     """
 
     name: ClassVar[str]
+    # Specs of this method: laws, golden bytes and benchmarks run on them. The first is what tables show.
+    examples: ClassVar[tuple] = ()
+    # The C++ kernels that `_encode_native` and `_decode_native` call; None: there is the reference alone.
+    kernels: ClassVar[tuple | None] = None
+    # The same on a GPU, where they differ.
+    device_kernels: ClassVar[tuple | None] = None
     # Fields that a spec always shows; others are shown when they are not at their default.
     shown: ClassVar[tuple] = ()
     # Fields that hold other compressors, in the order in which a spec has them.
@@ -109,49 +115,23 @@ class Compressor:
             raise ConfigError(
                 f"compression: Horovod has {self}, expected `import gcompress.plugins.horovod` before that"
             )
-        values = self._values_of(tensor)
+        values = self.values_of(tensor)
         ctx = Context(tensor.shape, tensor.dtype)
         if values.numel() == 0:
             return torch.empty(0, dtype=torch.uint8, device=values.device), ctx
-        kernels = backends.kernels(values, self.name)
+        kernels = backends.kernels(values, self)
         if kernels is None:
             return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
+        return self.encode_with(kernels, values, seed), ctx
+
+    def encode_with(self, kernels, values, seed):
+        """The payload of a tensor's `values_of` by kernels that a backend has for this method."""
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         size = self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
         # A slice would keep the memory of the largest possible payload.
-        return (payload if self.fixed_size else payload[:size].clone()), ctx
+        return payload if self.fixed_size else payload[:size].clone()
 
-    def compress_remembering(self, tensor, owed, *, seed=0):
-        """Encode tensor + owed, and find what the payload loses of it, where a backend's kernels do that.
-
-        Args:
-            tensor, seed: see `compress`.
-            owed: the residual, 1-D float32 on the tensor's device, or None if there is none yet.
-
-        Returns:
-            (payload, the new residual), or None where no backend does. If tensor + owed is not finite the
-            new residual is the old one, found out without waiting for the device.
-        """
-        kernels = backends.kernels(tensor, self.name)
-        if not hasattr(kernels, "remembering") or tensor.numel() == 0:
-            return None
-        values = self._values_of(tensor).view(-1)
-        fresh, poisoned = torch.empty_like(values), torch.zeros(1, dtype=torch.int32, device=values.device)
-        before = 0 if owed is None else owed.data_ptr()
-        remembering = kernels.remembering(before, fresh.data_ptr(), poisoned.data_ptr())
-        if self.name in kernels.remembers:
-            payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
-            self._encode_native(remembering, values, payload, seed & 0xFFFFFFFF)
-        else:
-            corrected = values if owed is None else values + owed
-            payload, _ = self.compress(corrected.view(tensor.shape), seed=seed)
-            sent = torch.empty_like(values)
-            self.decode_into(payload, sent)
-            remembering.keep_left(values.data_ptr(), values.numel(), sent.data_ptr())
-        kernels.feedback_restore(before, values.numel(), poisoned.data_ptr(), fresh.data_ptr())
-        return payload, fresh
-
-    def _values_of(self, tensor):
+    def values_of(self, tensor):
         """The entries as contiguous float32; ConfigError if they are not floats of a dense tensor."""
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
@@ -186,7 +166,7 @@ class Compressor:
             )
         if out.numel() == 0:
             return
-        kernels = backends.kernels(out, self.name)
+        kernels = backends.kernels(out, self)
         if kernels is None:
             values = self._decode_reference(payload, out.numel())
             out.add_(values) if add else out.copy_(values)
@@ -211,7 +191,7 @@ class Compressor:
 
         Returns:
             (total, own): the decoded sum over ranks, the same on each, and what of it this rank
-            contributed, so that values - own is what it still owes; new 1-D float32 tensors.
+            contributed, so that values - own is its residual; new 1-D float32 tensors.
             If any rank's values are not finite, so is some entry of the total, on every rank.
         """
         raise NotImplementedError(f"{type(self).__name__}.sum_rounds")
@@ -303,6 +283,11 @@ def check_scales(what, payload, count, nan=False):
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
+def selection_words(numel, k):
+    """32-bit words of scratch memory for the C++ selection of k: room for what a sampled bound lets through."""
+    return min(numel, 2 * k) + 16384
+
+
 def selection_workspace(numel, k, device):
-    """Scratch memory for the C++ selection: room for the candidates that a sampled bound lets through."""
-    return torch.empty(min(numel, 2 * k) + 16384, dtype=torch.int32, device=device)
+    """Scratch memory for the C++ selection, int32."""
+    return torch.empty(selection_words(numel, k), dtype=torch.int32, device=device)

@@ -16,11 +16,13 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice
 from .base import Compressor, bucket_of
 
 # Below it the largest magnitude of a bucket is not scaled up further: both factors stay normal numbers.
 SMALLEST_EXPONENT = 15
+CAST_NAMES = ("fp16", "fp8", "mxfp4")  # by form
 
 
 class _Cast(Compressor):
@@ -31,6 +33,7 @@ class _Cast(Compressor):
     magnitude's bit pattern decides where its exponent counts as the next one.
     """
 
+    kernels: ClassVar[tuple] = ("cast_encode", "cast_decode")
     form: ClassVar[int]
     width: ClassVar[int]
     mantissa: ClassVar[int]
@@ -118,7 +121,7 @@ def _bytes_integer(packed, width):
 
 @dataclasses.dataclass(frozen=True)
 class FP16(_Cast):
-    """IEEE half precision behind a power of two for every bucket, so that nothing overflows or fades.
+    """IEEE half precision behind a power of two per bucket, so that nothing overflows or fades.
 
     Args:
         bucket: entries that share a power of two, a multiple of 64; 0: the whole tensor.
@@ -133,6 +136,10 @@ class FP16(_Cast):
     """
 
     name: ClassVar[str] = "fp16"
+    examples: ClassVar[tuple] = (
+        "fp16",
+        "fp16:bucket=0",
+    )
     shown: ClassVar[tuple] = ("bucket",)
     form: ClassVar[int] = 0
     width: ClassVar[int] = 16
@@ -149,7 +156,7 @@ class FP16(_Cast):
 
 @dataclasses.dataclass(frozen=True)
 class FP8(_Cast):
-    """8-bit floats, E4M3, behind a power of two for every bucket.
+    """8-bit floats (E4M3) behind a power of two per bucket.
 
     Args:
         bucket: entries that share a power of two, a multiple of 64; 0: the whole tensor.
@@ -163,6 +170,10 @@ class FP8(_Cast):
     """
 
     name: ClassVar[str] = "fp8"
+    examples: ClassVar[tuple] = (
+        "fp8",
+        "fp8:bucket=64",
+    )
     form: ClassVar[int] = 1
     width: ClassVar[int] = 8
     mantissa: ClassVar[int] = 3
@@ -178,7 +189,7 @@ class FP8(_Cast):
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4(_Cast):
-    """4-bit floats, E2M1, that share a power of two in blocks of 32 (block floating point).
+    """4-bit floats (E2M1) that share a power of two in blocks of 32 (block floating point).
 
     Args:
         bucket: entries that share a power of two: 16, 32 or 64.
@@ -194,6 +205,10 @@ class MXFP4(_Cast):
     """
 
     name: ClassVar[str] = "mxfp4"
+    examples: ClassVar[tuple] = (
+        "mxfp4",
+        "mxfp4:bucket=16",
+    )
     form: ClassVar[int] = 2
     width: ClassVar[int] = 4
     mantissa: ClassVar[int] = 1
@@ -210,7 +225,9 @@ class MXFP4(_Cast):
 
 @dataclasses.dataclass(frozen=True)
 class BF16(Compressor):
-    """The upper half of float32: its range, 8 bits of precision; rounded to nearest, ties to even.
+    """The upper half of every float32 (bfloat16): its range, with 8 bits of precision.
+
+    Rounded to nearest, ties to even.
 
     Saturating: what is finite stays finite. Not-a-number and infinity stay what they are. Biased
     (rounds to nearest), a contraction.
@@ -221,6 +238,8 @@ class BF16(Compressor):
     """
 
     name: ClassVar[str] = "bf16"
+    examples: ClassVar[tuple] = ("bf16",)
+    kernels: ClassVar[tuple] = ("bf16_encode", "bf16_decode")
 
     def nbytes(self, numel):
         return 2 * numel
@@ -241,3 +260,26 @@ class BF16(Compressor):
 
     def _decode_reference(self, payload, numel):
         return (_bytes_integer(payload, 16) << 16).to(torch.int32).view(torch.float32)
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def cast_encode(gpu, x, n, form, bucket, payload):
+    gpu.encode_buckets("cast", CAST_NAMES[form], x, n, bucket, payload)
+
+
+@device_kernel
+def cast_decode(gpu, payload, n, form, bucket, add, out):
+    gpu.launch("cast", f"{CAST_NAMES[form]}_decode", ceil_div(n, FOUR), payload, n, bucket, add, out)
+
+
+@device_kernel(keeps_residual=True)
+def bf16_encode(gpu, x, n, payload):
+    gpu.launch("cast", "bf16_encode", ceil_div(n, FOUR), x, *gpu.feedback, n, payload)
+
+
+@device_kernel
+def bf16_decode(gpu, payload, n, add, out):
+    gpu.launch("cast", "bf16_decode", ceil_div(n, FOUR), payload, n, add, out)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from .. import backends
+from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..errors import ConfigError
 from .base import Compressor
 from .quantize import Quantize
@@ -46,7 +47,7 @@ class _Combination(Compressor):
 
 @dataclasses.dataclass(frozen=True)
 class Chain(_Combination):
-    """The float32 values that `first` sends, coded by `then`.
+    """The float32 values that one compressor sends, coded by another.
 
     Args:
         first: a compressor of fixed size that sends float32 values: the entries kept by topk,
@@ -62,6 +63,14 @@ class Chain(_Combination):
     """
 
     name: ClassVar[str] = "chain"
+    examples: ClassVar[tuple] = (
+        "chain:(topk:sparsity=0.99),(quantize:bits=4)",
+        "chain:(topk:sparsity=0.5),(entropy:(quantize:bits=2))",
+        "chain:(mask:sparsity=0.9,bits=2),(quantize:bits=8,bucket=0)",
+        "chain:(quantize:bits=4,bucket=64),(quantize:bits=8)",
+        "chain:(randomk:sparsity=0.9,unbiased=true),(quantize:bits=2,rounding=stochastic)",
+    )
+    kernels: ClassVar[tuple] = ()
     parts: ClassVar[tuple] = ("first", "then")
 
     first: Compressor = TopK()
@@ -126,7 +135,7 @@ class Chain(_Combination):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(_Combination):
-    """The entries that `outliers` keeps exactly, and all others by `rest`.
+    """Outliers exactly by one compressor, all other entries by another.
 
     Args:
         outliers: topk or threshold.
@@ -141,6 +150,12 @@ class Hybrid(_Combination):
     """
 
     name: ClassVar[str] = "hybrid"
+    examples: ClassVar[tuple] = (
+        "hybrid:(topk:sparsity=0.999),(quantize:bits=2)",
+        "hybrid:(threshold:threshold=3.0),(quantize:bits=1)",
+        "hybrid:(topk:sparsity=0.99),(chain:(topk:sparsity=0.5),(quantize:bits=3,rounding=stochastic))",
+    )
+    kernels: ClassVar[tuple] = ("hybrid_split", "hybrid_merge")
     parts: ClassVar[tuple] = ("outliers", "rest")
 
     outliers: Compressor = TopK(sparsity=0.999)
@@ -175,7 +190,7 @@ class Hybrid(_Combination):
         payload, _ = self.outliers.compress(values, seed=seed)
         remaining = torch.empty_like(values)
         self.outliers.decode_into(payload, remaining)
-        kernels = backends.kernels(values)
+        kernels = backends.kernels(values, self)
         if kernels:
             kernels.hybrid_split(values.data_ptr(), values.numel(), remaining.data_ptr())
         else:
@@ -188,10 +203,23 @@ class Hybrid(_Combination):
         kept, decoded = torch.empty_like(out), torch.empty_like(out) if add else out
         self.rest.decode_into(payload[first:], decoded)
         self.outliers.decode_into(payload[:first], kept)
-        kernels = backends.kernels(out)
+        kernels = backends.kernels(out, self)
         if kernels:
             kernels.hybrid_merge(kept.data_ptr(), kept.numel(), decoded.data_ptr())
         else:
             torch.where(kept == 0, decoded, kept, out=decoded)
         if add:
             out.add_(decoded)
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def hybrid_split(gpu, x, n, outliers):
+    gpu.launch("topk", "hybrid_split", ceil_div(n, THREADS), x, n, outliers)
+
+
+@device_kernel
+def hybrid_merge(gpu, outliers, n, rest):
+    gpu.launch("topk", "hybrid_merge", ceil_div(n, THREADS), outliers, n, rest)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import ceil_div, device_kernel
 from ..checks import check_choice, check_power_of_two, shown
 from ..errors import ConfigError
 from .base import Compressor
@@ -32,7 +33,7 @@ PRIMES = (16411, 16417, 16421, 16427, 16433, 16447, 16451, 16453)
 
 @dataclasses.dataclass(frozen=True)
 class Eden(Compressor):
-    """Random rotation, Lloyd-Max levels, a scale per block.
+    """A random rotation, then the best levels for Gaussian entries (Lloyd-Max) and a scale per block.
 
     Args:
         bits: bits per entry: an integer from 1 to 8, or a fraction from 0.01 to below 1.
@@ -50,6 +51,17 @@ class Eden(Compressor):
     """
 
     name: ClassVar[str] = "eden"
+    examples: ClassVar[tuple] = (
+        "eden:bits=1",
+        "eden:bits=1,scale=unbiased",
+        "eden:bits=2,block=1024",
+        "eden:bits=4",
+        "eden:bits=5,block=16384",
+        "eden:bits=8,block=64",
+        "eden:bits=0.5",
+        "eden:bits=0.1,scale=unbiased,block=256",
+    )
+    kernels: ClassVar[tuple] = ("eden_encode", "eden_decode")
     shown: ClassVar[tuple] = ("bits",)
 
     bits: float = 1
@@ -230,3 +242,29 @@ def _rotate_back(rows, first, seed):
     last = _flip(_hadamard(rows[:, width - part :]) * root, first // 32 + TAIL_WORDS, seed)
     rows = torch.cat([rows[:, : width - part], last], 1)
     return torch.cat([_hadamard(rows[:, :part]) * root, rows[:, part:]], 1)
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def eden_encode(gpu, x, n, bits, block, sent, sent_tail, unbiased, seed, levels, payload):
+    residual, fresh, _ = gpu.feedback
+    shape = n, bits, block, sent, sent_tail
+    places = x, residual, *shape, unbiased, seed, levels, payload
+    gpu.launch("eden", "eden_encode", ceil_div(n, block), *places, shared=_eden_shared(block))
+    if fresh:
+        decoded = gpu.launcher.empty(4 * n)
+        eden_decode(gpu, payload, *shape, levels, False, decoded.data_ptr())
+        gpu.keep_residual(x, n, decoded.data_ptr())
+
+
+@device_kernel
+def eden_decode(gpu, payload, n, bits, block, sent, sent_tail, levels, add, out):
+    places = payload, n, bits, block, sent, sent_tail, levels, add, out
+    gpu.launch("eden", "eden_decode", ceil_div(n, block), *places, shared=_eden_shared(block))
+
+
+def _eden_shared(block):
+    """Bytes: the entries, with a gap behind every 32, and their codes."""
+    return 4 * (block + block // 32) + block

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..errors import ConfigError, PayloadError
 from ..packing import read_u32, u32_bytes
 from .base import Compressor
@@ -30,11 +31,12 @@ TOTAL = 1 << PROBABILITY_BITS
 LOWEST_STATE = 1 << 15
 MAX_PLANES = 128
 SMALLEST_CODED = 64
+STATE_BYTES, CHUNK = 176, 1 << 16  # on the GPU: of its coder, and bytes that a block counts or copies
 
 
 @dataclasses.dataclass(frozen=True)
 class Entropy(Compressor):
-    """A compressor of fixed size, its payload entropy-coded: what decodes is the same.
+    """The payload of a compressor of fixed size, entropy-coded without loss.
 
     Args:
         inner: the compressor. Codes of few bits gain much (quantize, mask, ternary; those of 3, 5,
@@ -49,6 +51,14 @@ class Entropy(Compressor):
     """
 
     name: ClassVar[str] = "entropy"
+    examples: ClassVar[tuple] = (
+        "entropy:(quantize:bits=4)",
+        "entropy:(quantize:bits=3,bucket=0,rounding=stochastic)",
+        "entropy:(topk:sparsity=0.9)",
+        "entropy:(hybrid:(topk:sparsity=0.99),(mask:sparsity=0.99,bits=5))",
+    )
+    kernels: ClassVar[tuple] = ("entropy_encode", "entropy_decode")
+    device_kernels: ClassVar[tuple] = ("entropy_payload", "entropy_inner")
     parts: ClassVar[tuple] = ("inner",)
     fixed_size: ClassVar[bool] = False
 
@@ -103,7 +113,7 @@ class Entropy(Compressor):
 
     def _encode_native(self, kernels, values, payload, seed):
         inner, _ = self.inner.compress(values, seed=seed)
-        if hasattr(kernels, "entropy_payload"):
+        if kernels.on_device:
             sections = [section[:2] for section in self.inner.sections(values.numel())]
             return kernels.entropy_payload(inner.data_ptr(), inner.numel(), sections, payload.data_ptr())
         workspace = torch.empty(inner.numel() + 2 * LANES, dtype=torch.uint8)
@@ -112,7 +122,7 @@ class Entropy(Compressor):
 
     def _decode_native(self, kernels, payload, out, add):
         inner = torch.empty(self.inner.nbytes(out.numel()), dtype=torch.uint8, device=out.device)
-        if hasattr(kernels, "entropy_inner"):
+        if kernels.on_device:
             return self._decode_device(kernels, payload, inner, out, add)
         sections, count = self._native_sections(out.numel())
         if kernels.entropy_decode(payload.data_ptr(), payload.numel(), sections, count, inner.data_ptr()):
@@ -288,3 +298,51 @@ def _decode(data, planes):
 def _little_endian(numbers, width):
     shifts = 8 * torch.arange(width)
     return (numbers.unsqueeze(1) >> shifts & 255).to(torch.uint8).view(-1)
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def entropy_payload(gpu, inner, size, sections, payload):
+    """Encode `size` bytes; returns the payload's, for which it waits for the device, once."""
+    planes, count, blocks = _planes_on_device(gpu, sections)
+    histograms, frequencies = gpu.launcher.zeros(8 * 256 * count), gpu.launcher.empty(2 * 256 * count)
+    state, capacity = gpu.launcher.zeros(STATE_BYTES), size + 2 * LANES
+    words, places = gpu.launcher.empty(capacity), gpu.launcher.empty(8 * count)
+    modes, which, at = payload + 4, (planes.data_ptr(), count), state.data_ptr()
+    codes = frequencies.data_ptr()
+
+    def launch(kernel, blocks, *arguments):
+        gpu.launch("entropy", kernel, blocks, *arguments)
+
+    launch("entropy_histogram", blocks, inner, *which, histograms.data_ptr())
+    launch("entropy_plan", 1, *which, histograms.data_ptr(), codes, at, modes)
+    launch("entropy_code", 1, inner, *which, modes, codes, words.data_ptr(), capacity, at)
+    launch("entropy_layout", 1, *which, size, codes, places.data_ptr(), at, payload)
+    launch("entropy_raw", blocks, inner, *which, modes, places.data_ptr(), at, 0, payload)
+    launch("entropy_words", ceil_div(capacity, FOUR), words.data_ptr(), capacity, at, payload)
+    return gpu.launcher.read(state)[8] & 0xFFFFFFFF
+
+
+@device_kernel
+def entropy_inner(gpu, payload, size, sections, inner):
+    """Decode to the bytes of the inner payload; returns a memo for `poison` of whether they are any."""
+    planes, count, blocks = _planes_on_device(gpu, sections)
+    frequencies, places = gpu.launcher.empty(2 * 256 * count), gpu.launcher.empty(8 * count)
+    state = gpu.launcher.zeros(STATE_BYTES)
+    which, codes, at = (planes.data_ptr(), count), frequencies.data_ptr(), state.data_ptr()
+    gpu.launch("entropy", "entropy_parse", 1, payload, size, *which, codes, places.data_ptr(), at)
+    gpu.launch("entropy", "entropy_raw", blocks, inner, *which, payload + 4, places.data_ptr(), at, 1, payload)
+    gpu.launch("entropy", "entropy_decode", 1, payload, size, *which, codes, at, inner)
+    return state[4:8]
+
+
+def _planes_on_device(gpu, sections):
+    """(offset, stride, bytes) of every plane of (bytes, stride) sections: a tensor, their number, the blocks."""
+    planes, offset = [], 0
+    for nbytes, stride in sections:
+        planes += [(offset + p, stride, ceil_div(nbytes - p, stride)) for p in range(min(stride, nbytes))]
+        offset += nbytes
+    longest = max(count for _, _, count in planes)
+    return gpu.launcher.numbers(tuple(planes)), len(planes), len(planes) * ceil_div(longest, CHUNK)

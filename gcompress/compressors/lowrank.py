@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from .. import backends, packing
+from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..checks import check_choice, check_integer
 from .base import Compressor, Section
 
@@ -27,7 +28,7 @@ DEPENDENT = 1e-5  # a column that keeps less of its length beside the others cou
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Compressor):
-    """A matrix of low rank in place of the gradient.
+    """A matrix as the product of two thin ones (PowerSGD).
 
     Args:
         rank: columns of each factor, at least 1.
@@ -45,6 +46,11 @@ class LowRank(Compressor):
     """
 
     name: ClassVar[str] = "lowrank"
+    examples: ClassVar[tuple] = (
+        "lowrank:rank=4",
+        "lowrank:rank=1",
+    )
+    kernels: ClassVar[tuple] = ("lowrank_decode",)
     shown: ClassVar[tuple] = ("rank",)
     summable: ClassVar[bool] = True
 
@@ -184,7 +190,7 @@ def product(left, right, numel):
     """
     left, right = left.contiguous(), right.contiguous()
     out = torch.empty(numel, dtype=torch.float32, device=left.device)
-    kernels = backends.kernels(left)
+    kernels = backends.kernels(left, LowRank)
     if kernels:
         rows, rank = left.shape
         kernels.lowrank_decode(
@@ -201,3 +207,11 @@ def product(left, right, numel):
             wide += left[:, k : k + 1].double() * right[k].double()
         total = torch.where(overflowed, packing.to_type(wide, torch.float32), total)
     return out.copy_(total.view(-1)[:numel])
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def lowrank_decode(gpu, left, right, rows, columns, rank, n, add, out):
+    gpu.launch("shared", "lowrank_decode", ceil_div(n, THREADS), left, right, columns, rank, n, add, out)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import TILE, ceil_div, device_kernel
 from ..checks import check_choice, check_integer, check_sparsity
 from ..errors import PayloadError
 from .base import Compressor, Section, check_scales, code_section, kept_count, selection_workspace
@@ -29,7 +30,7 @@ BINS = 4096  # of 16 such integers each, for Lloyd-Max
 
 @dataclasses.dataclass(frozen=True)
 class MaskSparse(Compressor):
-    """Keep the largest entries exactly and code the others in `bits` bits.
+    """The largest entries exactly, a few bits for each of the others; the mask of these bits is the index.
 
     Args:
         sparsity: fraction not kept, 0 <= sparsity < 1 (the paper's ratio).
@@ -49,6 +50,20 @@ class MaskSparse(Compressor):
     """
 
     name: ClassVar[str] = "mask"
+    examples: ClassVar[tuple] = (
+        "mask:sparsity=0.99,bits=2",
+        "mask:sparsity=0.99,bits=1",
+        "mask:sparsity=0.9,bits=3",
+        "mask:sparsity=0.5,bits=5",
+        "mask:sparsity=0.99,bits=8",
+        "mask:sparsity=0.0,bits=2",
+        "mask:sparsity=0.99,bits=2,signed=false",
+        "mask:sparsity=0.9,bits=4,signed=false",
+        "mask:sparsity=0.99,bits=2,levels=lloyd",
+        "mask:sparsity=0.9,bits=3,signed=false,levels=lloyd",
+        "mask:sparsity=0.9,bits=6,levels=lloyd",
+    )
+    kernels: ClassVar[tuple] = ("mask_encode", "mask_decode")
     shown: ClassVar[tuple] = ("sparsity", "bits")
 
     sparsity: float = 0.99
@@ -70,12 +85,11 @@ class MaskSparse(Compressor):
     @property
     def _largest_class(self):
         """Dropped entries fall into classes of magnitude 0 .. this."""
-        return (self._codes - 1) // 2 if self.signed else self._codes - 1
+        return sent_levels(self.bits, self.signed) - (not self.signed)
 
     @property
     def _sent_levels(self):
-        """The signed form's class 0 is zero and is not sent."""
-        return self._largest_class if self.signed else self._codes
+        return sent_levels(self.bits, self.signed)
 
     def nbytes(self, numel):
         if numel == 0:
@@ -175,8 +189,57 @@ class MaskSparse(Compressor):
         return out
 
 
+def sent_levels(bits, signed):
+    """Levels in a payload: of all 2^bits - 1 codes, or of the half above zero in the signed form."""
+    codes = 2**bits - 1
+    return (codes - 1) // 2 if signed else codes
+
+
 def _usable_threshold(key):
     """The threshold as float32, or 0 where nothing can be said about dropped entries: too small or not finite."""
     threshold = torch.tensor(key, dtype=torch.int32).view(torch.float32)
     usable = key < packing.INFINITY_KEY and threshold >= packing.SMALLEST_FIXED
     return threshold if usable else torch.zeros(())
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def mask_encode(gpu, x, n, k, bits, signed, lloyd, workspace, capacity, payload):
+    residual, fresh, _ = gpu.feedback
+    selected = gpu.select(x, n, k, signed, (residual, 0, 0))
+    selection, _, _, above, equal = selected.places()
+    chosen = selection, above, equal
+    classes = _lloyd_on_device(gpu, x, residual, n, bits, signed, selected.tiles, chosen) if lloyd else None
+    sums, counts = gpu.launcher.zeros(8 * 256), gpu.launcher.zeros(8 * 256)
+    totals = sums.data_ptr(), counts.data_ptr()
+    class_of_bin = classes.data_ptr() if lloyd else 0
+    arguments = x, residual, n, k, bits, signed, *chosen, class_of_bin, *totals, payload
+    gpu.launch("mask", "mask_codes", selected.tiles, *arguments)
+    gpu.launch("mask", "mask_levels", 1, *totals, bits, signed, selection, payload)
+    if fresh:  # what a level stands for is known only now
+        sent = gpu.launcher.empty(4 * n)
+        mask_decode(gpu, payload, n, k, bits, signed, False, sent.data_ptr())
+        gpu.keep_residual(x, n, sent.data_ptr())
+
+
+def _lloyd_on_device(gpu, x, residual, n, bits, signed, tiles, chosen):
+    histogram, classes = gpu.launcher.zeros(4 * BINS), gpu.launcher.empty(BINS)
+    below = gpu.launcher.empty(2 * 8 * (BINS + 1))
+    places = histogram.data_ptr(), bits, signed, below.data_ptr(), below.data_ptr() + 8 * (BINS + 1)
+    gpu.launch("mask", "mask_histogram", tiles, x, residual, n, signed, *chosen, histogram.data_ptr())
+    gpu.launch("mask", "mask_lloyd", 1, *places, classes.data_ptr())
+    return classes
+
+
+@device_kernel
+def mask_decode(gpu, payload, n, k, bits, signed, add, out):
+    """A mask that does not keep k entries makes all of `out` NaN."""
+    wrong, tiles = gpu.launcher.zeros(4), ceil_div(n, TILE)
+    packed = payload + 4 * sent_levels(bits, signed) + 4 * k
+    before, selection = gpu.counted("mask", "mask_count", tiles, packed, n, bits)
+    places = before.data_ptr(), selection.data_ptr(), add, wrong.data_ptr(), out
+    gpu.launch("mask", "mask_decode", tiles, payload, n, k, bits, signed, *places)
+    gpu.poison(wrong, n, out)
+    return 0

@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from .base import Compressor
 
 
 @dataclasses.dataclass(frozen=True)
 class Natural(Compressor):
-    """A sign and the exponent of a power of two for every entry: 9 bits.
+    """Every entry rounded at random to a power of two: a sign and an exponent, 9 bits.
 
     Unbiased for magnitudes up to 2^127; the expected squared error is at most 1/8 of the entry's
     square. Zeros stay zeros. An entry that is not finite decodes to NaN.
@@ -29,6 +30,8 @@ class Natural(Compressor):
     """
 
     name: ClassVar[str] = "natural"
+    examples: ClassVar[tuple] = ("natural",)
+    kernels: ClassVar[tuple] = ("natural_encode", "natural_decode")
 
     @property
     def unbiased(self):
@@ -55,3 +58,16 @@ class Natural(Compressor):
         pattern = payload[signs:].to(torch.int32) << 23
         magnitude = torch.where(payload[signs:] == 255, float("nan"), pattern.view(torch.float32))
         return torch.where(packing.unpack_bits(payload[:signs], numel, 1) == 1, -magnitude, magnitude)
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def natural_encode(gpu, x, n, seed, payload):
+    gpu.launch("natural", "natural_encode", ceil_div(n, FOUR), x, n, seed, payload)
+
+
+@device_kernel
+def natural_decode(gpu, payload, n, add, out):
+    gpu.launch("natural", "natural_decode", ceil_div(n, FOUR), payload, n, add, out)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, check_integer
 from .base import Compressor, bucket_of
 
@@ -20,7 +21,7 @@ LARGEST_NORM = 3.4e38  # s steps of it stay finite
 
 @dataclasses.dataclass(frozen=True)
 class QSGD(Compressor):
-    """Unbiased: x becomes a multiple of norm / s, the next lower or higher at random.
+    """Every entry rounded at random to a multiple of its bucket's norm / s, the next lower or higher.
 
     Args:
         bits: bits per entry, 2 to 8.
@@ -36,6 +37,12 @@ class QSGD(Compressor):
     """
 
     name: ClassVar[str] = "qsgd"
+    examples: ClassVar[tuple] = (
+        "qsgd:bits=4",
+        "qsgd:bits=2,bucket=0",
+        "qsgd:bits=8,bucket=64,norm=max",
+    )
+    kernels: ClassVar[tuple] = ("qsgd_encode", "qsgd_decode")
     shown: ClassVar[tuple] = ("bits",)
 
     bits: int = 4
@@ -93,3 +100,16 @@ class QSGD(Compressor):
         step = packing.bytes_to_float(payload[: 4 * buckets]).unsqueeze(1)
         codes = packing.unpack_bits(payload[4 * buckets :], numel, self.bits).to(torch.int32) - levels
         return (packing.rows_of(codes.to(torch.float32), bucket) * step).view(-1)[:numel]
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def qsgd_encode(gpu, x, n, bits, bucket, largest_norm, seed, payload):
+    gpu.encode_buckets("qsgd", "qsgd", x, n, bucket, payload, bits, largest_norm, seed)
+
+
+@device_kernel
+def qsgd_decode(gpu, payload, n, bits, bucket, add, out):
+    gpu.launch("qsgd", "qsgd_decode", ceil_div(n, FOUR), payload, n, bits, bucket, add, out)

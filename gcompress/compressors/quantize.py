@@ -14,13 +14,16 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, check_integer
 from .base import Compressor, Section, bucket_of, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Compressor):
-    """Uniform quantization: value = (code - zero) * step, a step and a zero per bucket.
+    """Uniform quantization to 2^bits levels, with a step and a zero per bucket.
+
+    An entry's value is (code - zero) * step.
 
     Args:
         bits: bits per entry, 1 to 8. With 1 bit the two values are plus and minus the
@@ -40,6 +43,18 @@ class Quantize(Compressor):
     """
 
     name: ClassVar[str] = "quantize"
+    examples: ClassVar[tuple] = (
+        "quantize:bits=4",
+        "quantize:bits=1",
+        "quantize:bits=2,rounding=stochastic",
+        "quantize:bits=1,rounding=stochastic",
+        "quantize:bits=3,bucket=8",
+        "quantize:bits=5,bucket=0",
+        "quantize:bits=6,bucket=136",
+        "quantize:bits=7",
+        "quantize:bits=8,bucket=0,rounding=stochastic",
+    )
+    kernels: ClassVar[tuple] = ("quantize_encode", "quantize_decode")
     shown: ClassVar[tuple] = ("bits",)
 
     bits: int = 4
@@ -153,3 +168,17 @@ def _mean_magnitude(rows, largest, numel):
     counts[-1] = numel - rows.shape[1] * (len(rows) - 1)
     mean = sums.double() / counts.double() * (largest.double() / 65535.0)
     return torch.where(usable, mean.to(torch.float32), 0.0)
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def quantize_encode(gpu, x, n, bits, bucket, stochastic, seed, payload):
+    stages = 2 if bits == 1 and not stochastic else 1
+    gpu.encode_buckets("quantize", "quantize", x, n, bucket, payload, bits, stochastic, seed, stages=stages)
+
+
+@device_kernel
+def quantize_decode(gpu, payload, n, bits, bucket, add, out):
+    gpu.launch("quantize", "quantize_decode", ceil_div(n, FOUR), payload, n, bits, bucket, add, out)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, THREADS, ceil_div, device_kernel
 from ..checks import check_choice, check_sparsity
 from ..errors import ConfigError
 from .base import Compressor, Section, kept_count
@@ -22,7 +23,9 @@ from .base import Compressor, Section, kept_count
 
 @dataclasses.dataclass(frozen=True)
 class RandomK(Compressor):
-    """Keep k = max(1, round(n (1 - sparsity))) entries that a seed chooses; the rest is zero.
+    """Entries that a seed chooses, the same on all ranks; the rest is zero.
+
+    It keeps k = max(1, round(n (1 - sparsity))) of n.
 
     Args:
         sparsity: fraction set to zero, 0 <= sparsity < 1.
@@ -38,6 +41,13 @@ class RandomK(Compressor):
     """
 
     name: ClassVar[str] = "randomk"
+    examples: ClassVar[tuple] = (
+        "randomk:sparsity=0.99",
+        "randomk:sparsity=0.4",
+        "randomk:sparsity=0.0",
+        "randomk:sparsity=0.9,unbiased=true",
+    )
+    kernels: ClassVar[tuple] = ("randomk_encode", "randomk_decode")
     shown: ClassVar[tuple] = ("sparsity",)
     summable: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
@@ -105,3 +115,21 @@ def drawn(numel, k, seed, device):
     borders = torch.arange(k + 1, device=device) * numel // k
     first, length = borders[:-1], borders.diff()
     return first + (packing.hashed(torch.arange(k, device=device), seed) * length >> 32), length
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def randomk_encode(gpu, x, n, k, unbiased, seed, payload):
+    poisoned = gpu.launcher.zeros(4)
+    gpu.launch("randomk", "find_poison", ceil_div(n, FOUR), x, n, poisoned.data_ptr())
+    places = poisoned.data_ptr(), payload
+    gpu.launch("randomk", "randomk_encode", ceil_div(k, THREADS), x, n, k, unbiased, seed, *places)
+
+
+@device_kernel
+def randomk_decode(gpu, payload, n, k, add, out):
+    if not add:
+        gpu.zeros_into(out, 4 * n)
+    gpu.launch("randomk", "randomk_decode", ceil_div(k, THREADS), payload, n, k, add, out)

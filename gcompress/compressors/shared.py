@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from .. import backends, packing
+from ..backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
 from ..checks import check_choice, check_integer
 from ..errors import ConfigError
 from .base import Compressor, Section, bucket_of
@@ -28,7 +29,9 @@ MAX_WIDTH = 24
 
 @dataclasses.dataclass(frozen=True)
 class SharedScale(Compressor):
-    """Symmetric uniform quantization, value = code * largest / L, that sums on the way.
+    """Integers on a scale that all ranks share, which an all-reduce adds exactly.
+
+    An entry's value is code * largest / L: symmetric uniform quantization.
 
     Args:
         bits: bits of one rank's integer, 2 to 8 (2: minus one, zero, one). On the wire of N
@@ -47,6 +50,13 @@ class SharedScale(Compressor):
     """
 
     name: ClassVar[str] = "shared"
+    examples: ClassVar[tuple] = (
+        "shared:bits=4",
+        "shared:bits=2,bucket=100",
+        "shared:bits=7,bucket=0,rounding=stochastic",
+        "shared:bits=8",
+    )
+    kernels: ClassVar[tuple] = ("shared_scales", "shared_encode", "shared_decode")
     shown: ClassVar[tuple] = ("bits",)
     summable: ClassVar[bool] = True
 
@@ -104,7 +114,7 @@ class SharedScale(Compressor):
         return total, own
 
     def _scales(self, values):
-        kernels = backends.kernels(values)
+        kernels = backends.kernels(values, self)
         bucket = self._bucket(values.numel())
         if kernels:
             scales = torch.empty(self._buckets(values.numel()), device=values.device)
@@ -115,7 +125,7 @@ class SharedScale(Compressor):
         return torch.where(torch.isfinite(largest), largest, float("inf"))
 
     def _words(self, values, scales, width, seed):
-        kernels, numel = backends.kernels(values), values.numel()
+        kernels, numel = backends.kernels(values, self), values.numel()
         if kernels:
             words = torch.empty(word_count(numel, width), dtype=torch.int64, device=values.device)
             kernels.shared_encode(
@@ -132,7 +142,7 @@ class SharedScale(Compressor):
         return pack_fields(codes, width)
 
     def _add_words(self, words, scales, width, out, add):
-        kernels, numel = backends.kernels(out), out.numel()
+        kernels, numel = backends.kernels(out, self), out.numel()
         if kernels:
             kernels.shared_decode(
                 words.data_ptr(), numel, self._bucket(numel), self._limit, width, scales.data_ptr(), add, out.data_ptr()
@@ -211,3 +221,27 @@ def unpack_fields(words, numel, width):
     head, tail = biased[: whole // fields].view(-1, 1, BLOCK_WORDS), biased[whole // fields :].view(1, last)
     parts = [(head >> shifts).reshape(-1), (tail >> shifts).reshape(-1)]
     return (torch.cat(parts)[:numel] & ((1 << width) - 1)) - half
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def shared_scales(gpu, x, n, bucket, scales):
+    gpu.zeros_into(scales, 4 * ceil_div(n, bucket))
+    warps = ceil_div(n, bucket) * ceil_div(bucket, TILE)
+    gpu.launch("shared", "shared_scales", ceil_div(warps, THREADS // 32), x, gpu.feedback[0], n, bucket, scales)
+
+
+@device_kernel(keeps_residual=True)
+def shared_encode(gpu, x, n, bucket, limit, width, stochastic, seed, scales, payload):
+    words = word_count(n, width)
+    arguments = x, *gpu.feedback, n, bucket, limit, width, stochastic, seed, scales, words, payload
+    gpu.launch("shared", "shared_encode", ceil_div(words, THREADS), *arguments)
+
+
+@device_kernel
+def shared_decode(gpu, payload, n, bucket, limit, width, scales, add, out):
+    words = word_count(n, width)
+    arguments = payload, n, bucket, limit, width, scales, words, add, out
+    gpu.launch("shared", "shared_decode", ceil_div(words, THREADS), *arguments)

@@ -15,13 +15,14 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket
 from .base import Compressor, bucket_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign(Compressor):
-    """Signs, and the mean magnitude of every bucket.
+    """Signs, and the mean magnitude of each bucket.
 
     Args:
         bucket: entries that share a mean, a multiple of 64; 0: one mean for the tensor, as
@@ -36,6 +37,12 @@ class Sign(Compressor):
     """
 
     name: ClassVar[str] = "sign"
+    examples: ClassVar[tuple] = (
+        "sign",
+        "sign:bucket=64",
+        "sign:bucket=4160",
+    )
+    kernels: ClassVar[tuple] = ("sign_encode", "sign_decode")
     means: ClassVar[int] = 1
 
     bucket: int = 0
@@ -80,7 +87,7 @@ class Sign(Compressor):
 
 @dataclasses.dataclass(frozen=True)
 class OneBit(Sign):
-    """Signs, and two means of every bucket: of the entries without and with a minus sign.
+    """Signs, and two means per bucket: of the entries without and with a minus sign.
 
     Args:
         bucket: entries that share their means, a multiple of 64; 0: the whole tensor. (The
@@ -96,6 +103,10 @@ class OneBit(Sign):
     """
 
     name: ClassVar[str] = "onebit"
+    examples: ClassVar[tuple] = (
+        "onebit",
+        "onebit:bucket=0",
+    )
     means: ClassVar[int] = 2
 
     bucket: int = 1024
@@ -107,3 +118,16 @@ def _mean(values, ones):
     mean = (packing.ordered_sum(values) / counts.clamp(min=1.0)).to(torch.float32)
     mean = torch.where(mean >= packing.SMALLEST_NORMAL, mean, 0.0 * mean)  # 0 x non-finite is NaN
     return torch.where(torch.isfinite(mean), mean, float("nan"))
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def sign_encode(gpu, x, n, bucket, means, payload):
+    gpu.encode_buckets("sign", "sign", x, n, bucket, payload, means)
+
+
+@device_kernel
+def sign_decode(gpu, payload, n, bucket, means, add, out):
+    gpu.launch("sign", "sign_decode", ceil_div(n, FOUR), payload, n, bucket, means, add, out)

@@ -1,10 +1,41 @@
 """A compressor's text and dict: `from_spec` and `from_dict` read what `Compressor.spec` and `to_dict` write."""
 
 import dataclasses
+import functools
+import importlib.metadata
+import logging
 
 from ..checks import shown
 from ..errors import ConfigError
 from .base import LARGEST_DEPTH, LONGEST_SPEC, REGISTRY, Compressor
+
+ENTRY_POINTS = "gcompress.compressors"  # the group by which other packages add methods: name = package.module:Class
+
+log = logging.getLogger(__name__)
+
+
+def methods():
+    """{name: class} of all methods, those of other packages among them."""
+    _load_entry_points()
+    return dict(REGISTRY)
+
+
+@functools.cache
+def _load_entry_points():
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            method = point.load()
+            if REGISTRY.get(point.name) is not method:
+                raise ConfigError(f"got {method!r}, expected a Compressor of the name {point.name!r}")
+        except Exception as error:  # whatever is wrong with another package, this one works
+            log.warning("the compressor %r of %s is left out: %s", point.name, point.value, error)
+
+
+def _method(name):
+    """The class of a method, or None."""
+    if name not in REGISTRY:
+        _load_entry_points()
+    return REGISTRY.get(name)
 
 
 def from_dict(configuration):
@@ -14,13 +45,14 @@ def from_dict(configuration):
     _check_depth(configuration)
     arguments = dict(configuration)
     name = arguments.pop("name", None)
-    if not isinstance(name, str) or name not in REGISTRY:
-        raise ConfigError(f"compressor: got {shown(name)}, expected one of {', '.join(sorted(REGISTRY))}")
-    known = [field.name for field in dataclasses.fields(REGISTRY[name])]
+    method = _method(name) if isinstance(name, str) else None
+    if method is None:
+        raise ConfigError(f"compressor: got {shown(name)}, expected one of {', '.join(sorted(methods()))}")
+    known = [field.name for field in dataclasses.fields(method)]
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise ConfigError(f"{name}: got the argument {shown(unknown[0])}, expected some of {', '.join(known)}")
-    return REGISTRY[name](**arguments)
+    return method(**arguments)
 
 
 def _check_depth(configuration):
@@ -49,7 +81,7 @@ def from_spec(spec):
         raise ConfigError(f"compressor: got {shown(spec)}, expected a spec of at most {LONGEST_SPEC} characters")
     name, _, rest = spec.strip().partition(":")
     arguments = {"name": name.strip()}
-    parts = iter(getattr(REGISTRY.get(arguments["name"]), "parts", ()))
+    parts = iter(getattr(_method(arguments["name"]), "parts", ()))
     for item in split_outside_parentheses(rest, spec):
         if item.startswith("("):
             key, equals, value = next(parts, ""), "=", item

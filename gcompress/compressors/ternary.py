@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, is_number, shown
 from ..errors import ConfigError
 from .base import Compressor, bucket_of
@@ -23,7 +24,7 @@ GROUP = 320  # entries whose trits lie in 64 bytes
 
 @dataclasses.dataclass(frozen=True)
 class Ternary(Compressor):
-    """Trits and a scale per bucket, 1.6 bits an entry.
+    """Minus, zero or plus one scale per bucket: 1.6 bits an entry.
 
     Args:
         rounding: "stochastic" (TernGrad) or "nearest" (least error: use error feedback).
@@ -40,6 +41,12 @@ class Ternary(Compressor):
     """
 
     name: ClassVar[str] = "ternary"
+    examples: ClassVar[tuple] = (
+        "ternary",
+        "ternary:clip=0.0,bucket=64",
+        "ternary:rounding=nearest,bucket=1024",
+    )
+    kernels: ClassVar[tuple] = ("ternary_encode", "ternary_decode")
 
     rounding: str = "stochastic"
     clip: float = 2.5
@@ -131,3 +138,22 @@ def _unpack_trits(packed, numel):
         rows = packed[first // 5 : first // 5 + -(-count // 5)].to(torch.int64).view(-1, 1, width)
         parts.append((rows // weights % 3).view(-1)[:count])
     return torch.cat(parts)
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def ternary_encode(gpu, x, n, bucket, stochastic, clip, seed, payload):
+    stages = 1 if stochastic else 2
+    extra = stochastic, float(clip)
+    scales = gpu.encode_buckets("ternary", "ternary", x, n, bucket, payload, *extra, stages=stages, codes=False)
+    places = x, *gpu.feedback, n, bucket, scales.data_ptr()
+    blocks = ceil_div(ceil_div(n, 5), THREADS)
+    gpu.launch("ternary", "ternary_trits", blocks, *places, stochastic, seed, payload)
+
+
+@device_kernel
+def ternary_decode(gpu, payload, n, bucket, add, out):
+    blocks = ceil_div(ceil_div(n, 5), THREADS)
+    gpu.launch("ternary", "ternary_decode", blocks, payload, n, bucket, add, out)

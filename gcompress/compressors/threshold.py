@@ -15,16 +15,17 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import FOUR, SELECTION_BYTES, TILE, Selected, ceil_div, device_kernel
 from ..checks import check_choice, is_number, shown
 from ..errors import ConfigError, PayloadError
 from ..packing import read_u32, u32_bytes
 from .base import Compressor
-from .topk import FORMS, decode_kept, encode_kept, index_layout
+from .topk import FORMS, decode_kept, encode_kept, index_layout, send_kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Compressor):
-    """Keep the entries whose magnitude is at least a threshold, exactly; the rest is zero.
+    """Every entry of at least a given magnitude, exactly; the rest is zero.
 
     Args:
         threshold: positive, in units of the gradient, or of its largest magnitude.
@@ -40,6 +41,13 @@ class Threshold(Compressor):
     """
 
     name: ClassVar[str] = "threshold"
+    examples: ClassVar[tuple] = (
+        "threshold:threshold=2.0",
+        "threshold:threshold=1e-05",
+        "threshold:threshold=0.3,relative=true",
+    )
+    kernels: ClassVar[tuple] = ("largest_key", "count_keys", "keys_encode", "topk_decode")
+    device_kernels: ClassVar[tuple] = ("count_large", "large_encode", "topk_decode")
     shown: ClassVar[tuple] = ("threshold",)
     fixed_size: ClassVar[bool] = False
     sparse: ClassVar[bool] = True
@@ -78,7 +86,7 @@ class Threshold(Compressor):
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()
-        if hasattr(kernels, "count_large"):
+        if kernels.on_device:
             return self._encode_device(kernels, values, payload)
         key = self._key(kernels.largest_key(values.data_ptr(), numel) if self.relative else 0)
         k = kernels.count_keys(values.data_ptr(), numel, key)
@@ -127,3 +135,31 @@ class Threshold(Compressor):
             return torch.zeros(numel, device=payload.device)
         form, width, _ = index_layout(numel, k)
         return decode_kept(payload[4:], numel, k, form, width)
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def count_large(gpu, x, n, threshold, relative):
+    """How many entries reach a threshold (see Threshold), and a memo of them for `large_encode`.
+
+    Waits for the device, once: nobody knew the size of the payload.
+    """
+    tiles, empty = ceil_div(n, TILE), gpu.launcher.empty
+    largest, selection = gpu.launcher.zeros(4), gpu.launcher.zeros(SELECTION_BYTES)
+    above, equal = empty(4 * tiles), empty(4 * tiles)
+    if relative:
+        gpu.launch("select", "largest_key", ceil_div(n, FOUR), x, n, largest.data_ptr())
+    places = largest.data_ptr(), float(threshold), relative, selection.data_ptr()
+    gpu.launch("select", "threshold_key", 1, *places)
+    selected = Selected(tiles, selection, None, None, above, equal)
+    gpu.launch("select", "select_count", tiles, x, 0, n, True, *selected.places())
+    gpu.launch("select", "select_scan", 1, above.data_ptr(), equal.data_ptr(), tiles, selection.data_ptr())
+    return gpu.launcher.read(selection)[4] & 0xFFFFFFFF, selected
+
+
+@device_kernel
+def large_encode(gpu, x, n, k, selected, form, width, payload):
+    """Values and index of the k entries that `count_large` found."""
+    send_kept(gpu, x, n, k, form, width, selected, payload)

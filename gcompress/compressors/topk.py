@@ -16,16 +16,20 @@ from typing import ClassVar
 import torch
 
 from .. import packing
+from ..backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
 from ..checks import check_choice, check_sparsity
 from ..errors import ConfigError, PayloadError
 from .base import Compressor, Section, kept_count, selection_workspace
 
 FORMS = ("bitmap", "fixed", "gaps")
+BITMAP, FIXED, GAPS = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Compressor):
-    """Keep the k = max(1, round(n (1 - sparsity))) entries of largest magnitude, exactly; the rest is zero.
+    """The largest entries by magnitude, exactly, and the smallest of three codings of their index; the rest is zero.
+
+    It keeps k = max(1, round(n (1 - sparsity))) of n.
 
     Args:
         sparsity: fraction set to zero, 0 <= sparsity < 1.
@@ -40,6 +44,16 @@ class TopK(Compressor):
     """
 
     name: ClassVar[str] = "topk"
+    examples: ClassVar[tuple] = (
+        "topk:sparsity=0.99",
+        "topk:sparsity=0.9999",
+        "topk:sparsity=0.5",
+        "topk:sparsity=0.0",
+        "topk:sparsity=0.9,index=fixed",
+        "topk:sparsity=0.9,index=bitmap",
+        "topk:sparsity=0.5,index=gaps",
+    )
+    kernels: ClassVar[tuple] = ("topk_encode", "topk_decode")
     shown: ClassVar[tuple] = ("sparsity",)
     sparse: ClassVar[bool] = True
     exact: ClassVar[bool] = True
@@ -98,8 +112,8 @@ def index_layout(numel, k, index="auto"):
         ("fixed", fixed, packing.packed_bytes(k, fixed)),
         ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
     ]
-    allowed = [c for c in candidates if index in ("auto", c[0])]
-    return min(allowed, key=lambda candidate: candidate[2])
+    allresidual = [c for c in candidates if index in ("auto", c[0])]
+    return min(allresidual, key=lambda candidate: candidate[2])
 
 
 def encode_kept(values, kept, form, width):
@@ -128,3 +142,49 @@ def decode_kept(payload, numel, k, form, width):
     out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
     out[indices] = packing.bytes_to_float(payload[: 4 * k])
     return out
+
+
+# What the GPU launches.
+
+
+@device_kernel(keeps_residual=True)
+def topk_encode(gpu, x, n, k, form, width, workspace, capacity, payload):
+    send_kept(gpu, x, n, k, form, width, gpu.select(x, n, k, True, gpu.feedback), payload)
+
+
+def send_kept(gpu, x, n, k, form, width, selected, payload):
+    """Values and index of what is selected. The bits of an index are put together in words, then copied."""
+    residual, fresh, _ = gpu.feedback
+    index, low_bytes = payload + 4 * k, ceil_div(k * width, 8)
+    high_bytes = ceil_div(k + (n - 1 >> width), 8) if form == GAPS else 0
+    low_words = ceil_div(low_bytes, 4) * 4 + 4
+    words = gpu.launcher.zeros(0 if form == BITMAP else low_words + high_bytes + 4)
+    low, high = words.data_ptr(), words.data_ptr() + low_words
+    places = *selected.places(), payload, index, low, high
+    gpu.launch("topk", "topk_output", selected.tiles, x, residual, fresh, n, form, width, *places)
+    if form != BITMAP:
+        gpu.copy(low, low_bytes, index)
+        gpu.copy(high, high_bytes, index + low_bytes)
+
+
+@device_kernel
+def topk_decode(gpu, payload, n, k, form, width, add, out):
+    """An index that is not k increasing places below n makes all of `out` NaN."""
+    wrong, places = gpu.launcher.zeros(4), gpu.launcher.empty(4 * k)
+    index, low_bytes, selection = payload + 4 * k, ceil_div(k * width, 8), None
+    if not add:
+        gpu.zeros_into(out, 4 * n)
+    if form == FIXED:
+        gpu.launch("topk", "fixed_places", ceil_div(k, THREADS), index, k, width, places.data_ptr())
+    else:
+        bitmap = index + (low_bytes if form == GAPS else 0)
+        nbytes = ceil_div(k + (n - 1 >> width) if form == GAPS else n, 8)
+        before, selection = gpu.counted("topk", "bitmap_count", ceil_div(8 * nbytes, TILE), bitmap, nbytes)
+        low = index, width, form == GAPS, k, places.data_ptr()
+        blocks = ceil_div(8 * nbytes, TILE)
+        gpu.launch("topk", "bitmap_places", blocks, bitmap, nbytes, before.data_ptr(), *low)
+    total = selection.data_ptr() if selection is not None else 0
+    arguments = payload, places.data_ptr(), n, k, total, add, wrong.data_ptr(), out
+    gpu.launch("topk", "topk_place", ceil_div(k, THREADS), *arguments)
+    gpu.poison(wrong, n, out)
+    return 0

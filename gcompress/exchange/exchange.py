@@ -1,13 +1,4 @@
-"""The mean (or sum) over ranks of compressed gradients, for any engine (see engine.py).
-
-allgather: every rank receives every other's payload, and decodes and adds them all. One
-    round, one encoding; a rank sends N - 1 payloads.
-twophase: every parameter is cut into pieces, each owned by a rank, as if the ranks were each
-    other's parameter servers. All-to-all: every rank sends its encoded pieces to their owners,
-    which decode and add them in float32 and encode the mean again, with an error feedback of
-    their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
-    Parameters travel in buckets, each on its way as soon as its last gradient is there.
-summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
+"""One rank's side of the mean (or sum) over ranks of compressed gradients, for any engine (see engine.py).
 
 What is remembered changes when a step is applied, not when it is exchanged (memory.py, applied.py),
 and is in the units of the true gradient, whatever the loss scale (scaling.py). A rank on which a
@@ -16,23 +7,19 @@ parameter got no gradient contributes zeros to it and keeps what it remembers of
 
 import functools
 import logging
-import zlib
-
-import torch
 
 from .. import packing
 from ..compressors import Context
-from ..errors import ExchangeError, PayloadError
+from ..errors import ExchangeError
 from ..feedback import ErrorFeedback, new_memory
 from ..memory import Memory
-from ..packing import u32_bytes
 from ..policy import as_policy
-from . import hand_on
+from . import saved_state
 from .plan import Plan
 from .results import Results
 from .scaling import unscaled
 from .schedule import Schedule
-from .summed import sum_over_ranks
+from .ways import Ways
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +45,14 @@ class GradientExchange(Results):
         # False: results are not looked at before they are waited for, since the ranks have yet to compare
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
-        self._schedule = Schedule()
+        self._schedule, self._ways = Schedule(), Ways(self)
         self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
         self._tasks = {}  # bucket number: its task of this step
         self.feedback = new_memory(self.policy, at_once=False) if self.policy else None
         self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
-        self._absent = set()  # names without a gradient on this rank in this step
-        self._carried = {}  # name: how many results in a row its gradient contains
+        self.absent = set()  # names without a gradient on this rank in this step
+        self.carried = {}  # name: how many results in a row its gradient contains
 
     def compressor_for(self, name, numel):
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
@@ -75,10 +62,10 @@ class GradientExchange(Results):
         for memory, keys in self._memories_of(names):
             memory.apply(keys) if applied else memory.discard(keys)
         for name in names:
-            self._carried.pop(name, None)
+            self.carried.pop(name, None)
 
     def _continue(self, name):
-        self._carried[name] = self._carried.get(name, 0) + 1
+        self.carried[name] = self.carried.get(name, 0) + 1
         for memory, keys in self._memories_of({name}):
             for key in keys:
                 memory.carry_on(key)
@@ -141,9 +128,9 @@ class GradientExchange(Results):
         if entry.exchange == "twophase":
             self._fill_bucket(name, values, entry.bucket)
         elif entry.exchange == "summed":
-            task = self._schedule.start(self.engine, name, self._summed(name, values))
+            task = self._schedule.start(self.engine, name, self._ways.summed(name, values))
         else:
-            task = self._schedule.start(self.engine, name, self._all_gather({name: values}))
+            task = self._schedule.start(self.engine, name, self._ways.all_gather({name: values}))
         if self.agreed:
             self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
@@ -174,14 +161,14 @@ class GradientExchange(Results):
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
-                steps = {name: self._summed(name, gradient) for name, gradient in members.items()}
+                steps = {name: self._ways.summed(name, gradient) for name, gradient in members.items()}
             elif way == "twophase":
-                encoded = {name: self._encoded_pieces(name, gradient) for name, gradient in members.items()}
-                steps = {f"twophase.{first}": self._two_phase(encoded)}
+                encoded = {name: self._ways.encoded_pieces(name, gradient) for name, gradient in members.items()}
+                steps = {f"twophase.{first}": self._ways.two_phase(encoded)}
             elif way == "allgather":
-                steps = {f"allgather.{first}": self._all_gather(members)}
+                steps = {f"allgather.{first}": self._ways.all_gather(members)}
             else:
-                steps = {f"allreduce.{first}": self._uncompressed(members)}
+                steps = {f"allreduce.{first}": self._ways.all_reduce(members)}
             tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
         self._schedule.advance(self.engine)
         return _Bucket(self._schedule, self.engine, tasks, results)
@@ -189,7 +176,7 @@ class GradientExchange(Results):
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
         self._open(name)
-        (self._absent.add if absent else self._absent.discard)(name)
+        (self.absent.add if absent else self.absent.discard)(name)
         return self.loss_scale()
 
     def _result(self, name, mean, ctx, scale):
@@ -202,17 +189,17 @@ class GradientExchange(Results):
         if compressor and not compressor.fixed_size:
             self._note_empty(name, mean)
         result, beyond = packing.saturated(mean, ctx.dtype)
-        if beyond is not None and compressor and self._remembers(compressor, name):
+        if beyond is not None and compressor and self._ways.remembers(compressor, name):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
         return result.view(ctx.shape)
 
     def _fill_bucket(self, name, gradient, number):
         members, waiting = self.plan.buckets[number], self._waiting.setdefault(number, {})
-        waiting[name] = self._encoded_pieces(name, gradient)
+        waiting[name] = self._ways.encoded_pieces(name, gradient)
         if len(waiting) == len(members):
             encoded = {member: waiting[member] for member in members}
             del self._waiting[number]
-            steps = self._two_phase(encoded)
+            steps = self._ways.two_phase(encoded)
             self._tasks[number] = self._schedule.start(self.engine, self.first_name(name), steps)
 
     def _task_of(self, name, number):
@@ -225,141 +212,6 @@ class GradientExchange(Results):
         """The engine's name of the first operation in which a parameter travels."""
         entry = self.plan.entries[name]
         return f"bucket.{entry.bucket}.{self.plan.buckets[entry.bucket][0]}" if entry.bucket >= 0 else name
-
-    def _seed(self, name, *what):
-        """32 bits that differ from step to step, and for what differs."""
-        again = [f"again {self._carried[name]}"] if name in self._carried else []
-        return zlib.crc32("/".join(map(str, (name, self.steps, *what, *again))).encode())
-
-    def _remembers(self, compressor, name):
-        return self.policy.feedback_for(compressor) and name not in self._absent
-
-    def _memory_for(self, compressor, name):
-        return self.feedback if self._remembers(compressor, name) else None
-
-    def _all_gather(self, gradients):
-        """All-gather of {name: gradient} in one payload."""
-        world_size, compressors, payloads = self.engine.world_size(), {}, []
-        for name, gradient in gradients.items():
-            compressor = compressors[name] = self.compressor_for(name, gradient.numel())
-            coder = (self._memory_for(compressor, name) or _Forgetful).compress
-            payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self.engine.rank()))
-            self.report.add_all_gather(gradient.numel(), payload.numel(), world_size)
-            payloads.append(payload)
-        payload = torch.cat(payloads) if len(payloads) > 1 else payloads[0]
-        sizes = [payload.numel()] * world_size
-        if not all(compressor.fixed_size for compressor in compressors.values()):
-            lengths = yield "allgather", u32_bytes(payload.numel(), payload.device), [4] * world_size
-            sizes = packing.unpack_bits(lengths, world_size, 32).tolist()
-            self._check_sizes(sizes, gradients, compressors)
-            self.report.add_all_gather(0, 4, world_size)
-        gathered = yield "allgather", payload, sizes
-        rows = _rows(gathered, sizes, f"gradients {', '.join(gradients)}")
-        means = {}
-        for name, gradient in gradients.items():
-            means[name], rows = decode_sum(compressors[name], rows, gradient.numel(), name)
-            if self.average:
-                means[name].mul_(1.0 / world_size)
-        _check_used(rows, f"gradients {', '.join(gradients)}")
-        return means
-
-    def _check_sizes(self, sizes, gradients, compressors):
-        most = sum(compressors[name].nbytes(gradient.numel()) for name, gradient in gradients.items())
-        if max(sizes) > most:
-            raise PayloadError(
-                f"gradients {', '.join(gradients)}: a rank announces {max(sizes)} bytes, expected at most {most}: "
-                "do all ranks have the same model?"
-            )
-
-    def _uncompressed(self, gradients):
-        """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
-        parts = [_as_real(gradient.detach()).reshape(-1) for gradient in gradients.values()]
-        exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        flat = torch.cat([part.to(exact) for part in parts])
-        self.report.add_all_reduce(flat.numel(), flat.numel() * flat.element_size(), self.engine.world_size())
-        total = yield "allreduce", flat, "sum"
-        if self.average:
-            total.mul_(1.0 / self.engine.world_size())
-        totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
-        return {
-            name: torch.view_as_complex(part.view(-1, 2)) if gradient.is_complex() else part
-            for (name, gradient), part in totals
-        }
-
-    def _summed(self, name, gradient):
-        world_size, compressor = self.engine.world_size(), self.compressor_for(name, gradient.numel())
-        self.report.add_all_reduce(gradient.numel(), compressor.summed_nbytes(gradient.shape, world_size), world_size)
-        total = yield from sum_over_ranks(
-            name,
-            gradient,
-            compressor,
-            self._memory_for(compressor, name),
-            self.memories,
-            seed=self._seed(name),
-            world_size=world_size,
-        )
-        return {name: total.mul_(1.0 / world_size) if self.average else total}
-
-    def _encoded_pieces(self, name, gradient):
-        """(compressor, payloads of the pieces); what they lost is remembered as for the whole."""
-        compressor = self.compressor_for(name, gradient.numel())
-        feedback = self._memory_for(compressor, name)
-        corrected = (feedback or _Forgetful).corrected(name, gradient)
-        decoded = torch.empty_like(corrected) if feedback else None
-        entry, payloads = self.plan.entries[name], []
-        for piece in entry.pieces:
-            part = corrected[piece.start : piece.stop].view(entry.shape_of(piece))
-            payload, _ = compressor.compress(part, seed=self._seed(name, self.engine.rank(), piece.start))
-            payloads.append(payload)
-            if feedback:
-                compressor.decode_into(payload, decoded[piece.start : piece.stop])
-        if feedback:
-            feedback.keep(name, corrected, decoded, sparse=compressor.sparse)
-        return compressor, payloads
-
-    def _two_phase(self, encoded):
-        """All-to-all and all-gather of {name: (compressor, payloads of its pieces)}."""
-        world_size, rank = self.engine.world_size(), self.engine.rank()
-        owned = [[] for _ in range(world_size)]  # (name, piece, compressor) in the order in which they travel
-        outgoing = [[] for _ in range(world_size)]
-        for name, (compressor, payloads) in encoded.items():
-            for piece, payload in zip(self.plan.entries[name].pieces, payloads, strict=True):
-                owned[piece.owner].append((name, piece, compressor))
-                outgoing[piece.owner].append(payload)
-        sizes = [sum(payload.numel() for payload in payloads) for payloads in outgoing]
-        self._count_two_phase(encoded, sizes)
-        what = f"gradients {', '.join(encoded)}"
-        packed = torch.cat([payload for payloads in outgoing for payload in payloads])
-        received = yield "alltoall", packed, sizes, [sizes[rank]] * world_size
-        rows = _rows(received, [sizes[rank]] * world_size, what)
-        again = [packed[:0]]
-        for name, piece, compressor in owned[rank]:
-            total, rows = decode_sum(compressor, rows, piece.numel, name)
-            again.append(self._encoded_mean(name, piece, compressor, total))
-        gathered = yield "allgather", torch.cat(again), sizes
-        means = {name: packed.new_empty(self.plan.entries[name].numel, dtype=torch.float32) for name in encoded}
-        for pieces, row in zip(owned, _rows(gathered, sizes, what), strict=True):
-            for name, (_, start, stop), compressor in pieces:
-                size = compressor.nbytes(stop - start)
-                compressor.decode_into(row[:size], means[name][start:stop])
-                row = row[size:]
-        return means
-
-    def _encoded_mean(self, name, piece, compressor, total):
-        """The payload of the mean (or sum) of a piece that this rank owns."""
-        if self.average:
-            total.mul_(1.0 / self.engine.world_size())
-        # What is owed waits if no rank had a gradient; this one having had one is enough to know otherwise.
-        remembers = self.policy.feedback_for(compressor) and not (name in self._absent and not bool(total.any()))
-        total = total.view(self.plan.entries[name].shape_of(piece))
-        coder = (self.owner_feedback if remembers else _Forgetful).compress
-        payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
-        return payload
-
-    def _count_two_phase(self, encoded, sizes):
-        world_size, own = self.engine.world_size(), sizes[self.engine.rank()]
-        numel = sum(self.plan.entries[name].numel for name in encoded)
-        self.report.add(numel, sum(sizes) + own, sum(sizes) - own + (world_size - 1) * own, world_size)
 
     def advance(self):
         """Move the exchanges under way as far as they go without waiting; returns whether any moved."""
@@ -382,16 +234,16 @@ class GradientExchange(Results):
 
         Of steps that were applied. For other numbers of ranks see `gcompress.merge_states`.
         """
-        return hand_on.of_rank(self)
+        return saved_state.of_rank(self)
 
     def full_state_dict(self):
         """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
-        return hand_on.of_all_ranks(self)
+        return saved_state.of_all_ranks(self)
 
     @property
     def all_ranks(self):
         """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
-        return hand_on.AllRanks(self)
+        return saved_state.AllRanks(self)
 
     def load_state_dict(self, saved):
         """Go on from a state: this rank's own, or all ranks' together.
@@ -400,7 +252,7 @@ class GradientExchange(Results):
             ConfigError: it is another rank's, another number of ranks', another policy's or another
                 model's, or holds what no state does. Nothing has changed then.
         """
-        hand_on.load(self, saved)
+        saved_state.load(self, saved)
 
 
 class _Bucket:
@@ -418,52 +270,3 @@ class _Bucket:
         for task in self._tasks:
             means.update(self._schedule.wait(self._engine, task))
         return {name: result(means[name]) for name, result in self._results.items()}
-
-
-class _Forgetful:
-    """What ErrorFeedback does, without memory."""
-
-    @staticmethod
-    def compress(name, gradient, compressor, *, seed):
-        return compressor.compress(gradient, seed=seed)
-
-    @staticmethod
-    def corrected(name, gradient):
-        return packing.to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
-
-
-def _as_real(tensor):
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _rows(tensor, sizes, what):
-    """The ranks' parts of what lies one after the other."""
-    if tensor.numel() != sum(sizes):
-        raise PayloadError(
-            f"{what}: got {tensor.numel()} bytes from {len(sizes)} ranks, expected {sum(sizes)}: "
-            "do all ranks have the same model?"
-        )
-    return tensor.split(sizes)
-
-
-def _check_used(rows, what):
-    for rank, row in enumerate(rows):
-        if row.numel():
-            raise PayloadError(f"{what} from rank {rank}: {row.numel()} bytes are left over: have all the same model?")
-
-
-def decode_sum(compressor, rows, numel, name):
-    """Decode a payload at the start of every rank's row.
-
-    Returns:
-        Their float32 sum, added in rank order, and what follows them in each row.
-    """
-    total, rest = torch.empty(numel, dtype=torch.float32, device=rows[0].device), []
-    for rank, row in enumerate(rows):
-        try:
-            size = compressor.payload_nbytes(row, numel)
-            compressor.decode_into(row[:size], total, add=rank > 0)
-        except PayloadError as error:
-            raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None
-        rest.append(row[size:])
-    return total, rest

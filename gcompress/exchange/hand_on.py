@@ -1,11 +1,7 @@
-"""What the ranks of an exchange remember, as something that can be saved.
+"""What ranks remember goes on when they become others, or more, or fewer, or when the plan changes.
 
-A rank's own state goes on to the bit, on that rank, with as many ranks. All ranks' states
-together (`merge_states`, or `full_state_dict` while they run) go on with any number of ranks:
-every rank then takes the same part of what all owed together, and the owners of pieces theirs.
-
-What ranks owe to a mean is the mean of their residuals, and to a sum their sum; a merged state
-holds the sum over its ranks of each parameter's residual, velocity and owners' residuals.
+What is missing from a mean is the mean of the ranks' residuals, and from a sum their sum. So memory is added up over
+the ranks that were; then every rank that is takes the same part of it, and the owners of pieces take their pieces.
 """
 
 import re
@@ -15,104 +11,18 @@ import torch
 from ..errors import ConfigError
 from ..feedback import new_memory
 from ..memory import checked_copies
-from ..policy import as_policy
-
-KEYS = ("rank", "world_size", "policy", "shapes", "report", "steps", "feedback", "owner_feedback", "memories")
-MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "owed", "memories")
 
 
-def of_rank(exchange):
-    """A rank's own state: tensors (not copies, and never changed in place), numbers and strings."""
-    return {
-        "rank": exchange.engine.rank() if exchange.engine else 0,
-        "world_size": exchange.engine.world_size() if exchange.engine else 1,
-        **_of_any_rank(exchange),
-        "feedback": exchange.feedback.state_dict() if exchange.feedback else {},
-        "owner_feedback": exchange.owner_feedback.state_dict(),
-    }
+def memory_sums(exchange, saved):
+    """What a rank's state holds (zeros if it is None), a float32 vector for each kind and parameter.
 
-
-def _of_any_rank(exchange):
-    return {
-        "policy": exchange.policy.to_dict() if exchange.policy else None,
-        "shapes": {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {},
-        "report": exchange.report.as_dict(),
-        "steps": exchange.steps,
-        "memories": {name: dict(memory) for name, memory in exchange.memories.values().items()},
-    }
-
-
-def of_all_ranks(exchange):
-    """The merged state, summed by the engine: every rank must call it, and gets the same."""
-    if exchange.plan is None:
-        raise ConfigError("state: nothing was planned yet, expected a call after the model's parameters are known")
-    owed = owed_by(exchange, of_rank(exchange))
-    for name, vector in owed.items():
-        handle = exchange.engine.allreduce(f"state.{name}", 0, vector, "sum")
-        owed[name] = handle.wait()
-    return {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "owed": owed}
-
-
-class AllRanks:
-    """An exchange's merged state as an object that others save and load: the same for every rank.
-
-    For what saves one file for all ranks: `accelerator.register_for_checkpointing(exchange.all_ranks)`,
-    a Lightning callback's `state_dict`, `torch.distributed.checkpoint.save({"gcompress": exchange.all_ranks})`.
-    Every rank must take part in saving.
+    "residual/NAME", with momentum correction "velocity/NAME", and "owner/NAME" for the residuals of
+    the owners of pieces. All ranks of one model and policy have the same keys, so that they can be added.
     """
-
-    def __init__(self, exchange):
-        self._exchange = exchange
-
-    def state_dict(self):
-        """See `GradientExchange.full_state_dict`."""
-        return of_all_ranks(self._exchange)
-
-    def load_state_dict(self, saved):
-        """See `GradientExchange.load_state_dict`."""
-        load(self._exchange, saved)
+    return sums_of(exchange.policy, {name: entry.numel for name, entry in exchange.plan.entries.items()}, saved)
 
 
-def merge_states(states):
-    """One state of the `state_dict()`s that all ranks of a run saved, for `load_state_dict` on any number of ranks.
-
-    Args:
-        states: one of each rank, in any order, saved after the same step.
-
-    Raises:
-        ConfigError: some rank's is missing or there twice, or they are of different runs.
-    """
-    states = list(states)
-    for saved in states:
-        _check_keys(saved, KEYS)
-    ranks = sorted(saved["rank"] for saved in states)
-    if not states or ranks != list(range(states[0]["world_size"])):
-        raise ConfigError(
-            f"states: got those of ranks {ranks}, expected one of each of "
-            f"{states[0]['world_size'] if states else 'at least one'} rank(s)"
-        )
-    first = min(states, key=lambda saved: saved["rank"])
-    for key in ("world_size", "policy", "shapes", "steps"):
-        if any(saved[key] != first[key] for saved in states):
-            raise ConfigError(f"states: got ranks that differ in {key}, expected states of one run after one step")
-    policy, sizes, owed = as_policy(first["policy"]), _sizes(first["shapes"]), {}
-    for saved in states:
-        for name, vector in _owed(policy, sizes, saved).items():
-            owed[name] = owed[name] + vector if name in owed else vector
-    shared = {key: first[key] for key in ("world_size", "policy", "shapes", "report", "steps", "memories")}
-    return {**shared, "owed": owed}
-
-
-def owed_by(exchange, saved):
-    """What a rank's state owes (nothing if None), as one float32 vector for each kind and parameter.
-
-    "residual/NAME", with momentum correction "velocity/NAME", and "owner/NAME" for what owners
-    of pieces owe. All ranks of one model and policy have the same keys.
-    """
-    return _owed(exchange.policy, {name: entry.numel for name, entry in exchange.plan.entries.items()}, saved)
-
-
-def _owed(policy, sizes, saved):
+def sums_of(policy, sizes, saved):
     feedback = new_memory(policy)
     tensors = feedback.checked(saved["feedback"], sizes) if feedback and saved is not None else {}
     device = next((tensor.device for values in tensors.values() for tensor in values.values()), None)
@@ -141,24 +51,24 @@ def _piece_of(key):
     return found[1], int(found[2]), int(found[3])
 
 
-def take_over(exchange, owed, ranks, memories, steps):
-    """Let this rank take its part of what `ranks` ranks owed together, and what all of them share.
+def take_over(exchange, sums, ranks, memories, steps):
+    """Let this rank take its part of what `ranks` ranks remembered together, and what all of them share.
 
     Args:
         exchange: with a plan for the ranks that there are now.
-        owed: {name: sum over the earlier ranks} as of `owed_by`.
+        sums: {name: sum over the earlier ranks} as of `sums_by`.
         ranks: how many ranks' sum that is.
         memories, steps: what all had alike.
     """
     shares = ranks if exchange.average else exchange.engine.world_size()
     kinds = {kind: {} for kind in (exchange.feedback.kinds if exchange.feedback else ())}
     pieces = {}
-    for key, vector in owed.items():
+    for key, vector in sums.items():
         kind, _, name = key.partition("/")
         if kind in kinds:
             kinds[kind][name] = vector / shares
     for name, entry in exchange.plan.entries.items():
-        owner = owed.get(f"owner/{name}")
+        owner = sums.get(f"owner/{name}")
         if owner is None:
             continue
         if not entry.pieces:  # it no longer travels by two phases
@@ -174,118 +84,15 @@ def take_over(exchange, owed, ranks, memories, steps):
 
 
 def replan(exchange, shapes):
-    """Plan other parameters, on all ranks between the same steps; what owners of pieces owe goes to the new owners."""
-    owed = owed_by(exchange, of_rank(exchange))
+    """Plan other parameters, on all ranks between the same steps; the residuals of pieces go to their new owners."""
+    sums = memory_sums(exchange, exchange.state_dict())
     exchange.prepare(shapes)
     pieces = {}
     for name, entry in exchange.plan.entries.items():
-        if f"owner/{name}" not in owed or not entry.pieces:
+        if f"owner/{name}" not in sums or not entry.pieces:
             continue
-        owner = exchange.engine.allreduce(f"replan.{name}", 0, owed[f"owner/{name}"], "sum").wait()
+        owner = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum").wait()
         for piece in entry.pieces:
             if piece.owner == exchange.engine.rank():
                 pieces[piece.key(name)] = owner[piece.start : piece.stop].clone()
     exchange.owner_feedback.load_tensors({"residual": pieces})
-
-
-def load(exchange, saved):
-    """`GradientExchange.load_state_dict`: everything is checked before anything changes."""
-    merged = isinstance(saved, dict) and "owed" in saved
-    _check_keys(saved, MERGED_KEYS if merged else KEYS)
-    policy = exchange.policy.to_dict() if exchange.policy else None
-    if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
-        raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
-    check_counts(saved)
-    _check_shapes(exchange, saved["shapes"])
-    memories = _checked_memories(saved["memories"], saved["shapes"])
-    if merged:
-        expected = owed_by(exchange, None)
-        owed = checked_copies("state", saved["owed"], {name: vector.numel() for name, vector in expected.items()})
-        exchange.discard()
-        take_over(exchange, {**expected, **owed}, saved["world_size"], memories, saved["steps"])
-    else:
-        tensors, pieces = _checked_own(exchange, saved)
-        _put(exchange, tensors, pieces, memories, saved["steps"])
-    exchange.report.load(saved["report"])
-
-
-def put_back(exchange, saved):
-    """Return to what `of_rank` gave in this process, whatever rank it has become since."""
-    feedback = exchange.feedback.checked(saved["feedback"]) if exchange.feedback else {}
-    _put(exchange, feedback, {"residual": saved["owner_feedback"]}, saved["memories"], saved["steps"])
-    exchange.report.load(saved["report"])
-
-
-def _put(exchange, feedback, pieces, memories, steps):
-    exchange.discard()
-    if exchange.feedback:
-        exchange.feedback.load_tensors(feedback)
-    exchange.owner_feedback.load_tensors(pieces)
-    exchange.memories.load({name: dict(memory) for name, memory in memories.items()})
-    exchange.steps = steps
-
-
-def _check_keys(saved, keys):
-    if not isinstance(saved, dict):
-        raise ConfigError(f"state: got {type(saved).__name__}, expected what state_dict() returned")
-    missing = [key for key in keys if key not in saved]
-    if missing:
-        raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
-
-
-def check_counts(saved):
-    """ConfigError unless a state's numbers are numbers."""
-    for key, least in (("steps", 0), ("world_size", 1)):
-        if type(saved[key]) is not int or saved[key] < least:
-            raise ConfigError(f"state: got {key}={saved[key]!r}, expected an integer of at least {least}")
-    report = saved["report"]
-    if not isinstance(report, dict) or not all(isinstance(value, (int, float)) for value in report.values()):
-        raise ConfigError(f"state: got the report {report!r}, expected numbers by name")
-
-
-def _check_shapes(exchange, shapes):
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, (list, tuple)) and all(type(size) is int and size >= 0 for size in shape)
-        for shape in shapes.values()
-    ):
-        raise ConfigError("state: its shapes are no lists of sizes by parameter")
-    if exchange.plan is None and exchange.policy and shapes:
-        exchange.prepare({name: torch.Size(shape) for name, shape in shapes.items()})
-    own = {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {}
-    for name in [*own, *shapes]:
-        if own.get(name) != shapes.get(name):
-            raise ConfigError(
-                f"state: got {name!r} of shape {shapes.get(name)}, expected {own.get(name)}: it is another model's"
-            )
-
-
-def _checked_own(exchange, saved):
-    """(feedback's tensors, the owner's) of this rank's own state."""
-    rank, world_size = (exchange.engine.rank(), exchange.engine.world_size()) if exchange.engine else (0, 1)
-    if (saved["rank"], saved["world_size"]) != (rank, world_size):
-        raise ConfigError(
-            f"state: got that of rank {saved['rank']} of {saved['world_size']}, expected one that rank {rank} of "
-            f"{world_size} saved; for another number of ranks merge those of all: gcompress.merge_states"
-        )
-    entries = exchange.plan.entries if exchange.plan else {}
-    sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
-    tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
-    owned = exchange.owned_pieces() if exchange.plan else {}
-    return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
-
-
-def _checked_memories(memories, shapes):
-    if not isinstance(memories, dict) or not all(isinstance(memory, dict) for memory in memories.values()):
-        raise ConfigError("state: memories are no dict of dicts by parameter")
-    for name, memory in memories.items():
-        if name not in shapes:
-            raise ConfigError(f"state: got memories of {name!r}, which is none of its parameters")
-        for key, value in memory.items():
-            plain = isinstance(value, (bool, int, float))
-            if not plain and not (isinstance(value, torch.Tensor) and bool(torch.isfinite(value).all())):
-                raise ConfigError(f"state: {key!r} of {name!r} is {type(value).__name__}, expected finite numbers")
-    return memories
-
-
-def _sizes(shapes):
-    return {name: torch.Size(shape).numel() for name, shape in shapes.items()}

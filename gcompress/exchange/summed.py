@@ -5,9 +5,8 @@ from collections.abc import Generator
 import torch
 
 from ..compressors import Compressor
-from ..feedback import ErrorFeedback
+from ..feedback import ErrorFeedback, NoFeedback
 from ..memory import Memory
-from ..packing import to_type
 
 
 def sum_over_ranks(
@@ -32,10 +31,7 @@ def sum_over_ranks(
     Returns:
         The ranks' sum of what each encoded, 1-D float32.
     """
-    if feedback:
-        corrected = feedback.corrected(name, gradient)
-    else:
-        corrected = to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
+    corrected = (feedback or NoFeedback).corrected(name, gradient)
     memory = dict(memories.get(name, {}))
     rounds = compressor.sum_rounds(corrected, shape=gradient.shape, seed=seed, world_size=world_size, memory=memory)
     result = None

@@ -174,7 +174,7 @@ class Partition : public Compressor {
         bool remembers = feedback_;
 #ifdef BYTEPS_BUILDING_SERVER
         if (!feedback_) settle(true);
-        remembers = feedback_ && any(values);  // else no worker had a gradient: what is owed waits
+        remembers = feedback_ && any(values);  // else no worker had a gradient: the residual waits
 #else
         const Told said = told_of(tensor_);
         settle(said.applied);

@@ -3,8 +3,6 @@
 import ctypes
 import pathlib
 
-import torch
-
 from gcompress import backends
 from gcompress.errors import ConfigError
 
@@ -15,12 +13,12 @@ HERE = pathlib.Path(__file__).parent
 
 def load() -> ctypes.CDLL:
     """Load a worker's compressors into BytePS's library, and give them the kernels."""
-    path, kernels = HERE / "_worker.so", backends.kernels(torch.empty(0))
+    path, kernels = HERE / "_worker.so", backends.cpu_kernels()
     if not path.exists():
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is not built: run tools/build_byteps.py")
     if kernels is None:
         raise ConfigError("gcompress.plugins.byteps: the C++ kernels are needed, got the reference backend")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if library.gcompress_byteps_use(ctypes.byref(kernels), codec) != ctypes.sizeof(kernels):
+    if library.gcompress_byteps_use(ctypes.c_void_p(kernels.table), codec) != kernels.nbytes:
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is of another release: run tools/build_byteps.py")
     return library

@@ -6,7 +6,7 @@ kernel, is called in Python from BytePS's threads, by its spec (callback.py).
 """
 
 from gcompress import BF16, FP8, FP16, MXFP4, OneBit, Sign
-from gcompress.compressors.base import Compressor, kept_count
+from gcompress.compressors.base import Compressor, kept_count, selection_words
 from gcompress.compressors.mask import MaskSparse
 from gcompress.compressors.quantize import Quantize
 from gcompress.compressors.randomk import RandomK
@@ -93,7 +93,7 @@ def parameters(number: int, compressor: Compressor, lengths: list[int], feedback
 
 
 def workspace(compressor: Compressor, numel: int) -> int:
-    """Words of scratch memory that a selection of the largest takes; see csrc/gcompress.h."""
+    """Words of scratch memory that a selection of the largest takes."""
     if type(compressor) not in METHODS or not hasattr(compressor, "sparsity"):
         return 0
-    return min(numel, 2 * kept_count(numel, compressor.sparsity)) + 16384
+    return selection_words(numel, kept_count(numel, compressor.sparsity))

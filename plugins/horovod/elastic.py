@@ -18,7 +18,8 @@ from horovod.torch.elastic import state as elastic_state
 
 from gcompress.errors import ExchangeError
 from gcompress.exchange.exchange import GradientExchange
-from gcompress.exchange.hand_on import owed_by, put_back, take_over
+from gcompress.exchange.hand_on import memory_sums, take_over
+from gcompress.exchange.saved_state import put_back
 
 from .collectives import HorovodEngine
 
@@ -86,11 +87,11 @@ def hand_on(exchange: GradientExchange, state: dict, old: list[int], name: str) 
         old: ranks that have something to hand on; the residual of the others is zero.
         name: of Horovod's operations.
     """
-    owed = owed_by(exchange, state if hvd.rank() in old else None)
-    for key, vector in owed.items():
-        owed[key] = hvd.allreduce(vector, op=hvd.Sum, name=f"{name}.{key}")
+    sums = memory_sums(exchange, state if hvd.rank() in old else None)
+    for key, vector in sums.items():
+        sums[key] = hvd.allreduce(vector, op=hvd.Sum, name=f"{name}.{key}")
     steps, memories = broadcast_shared(exchange.engine, state, old[0], name)
-    take_over(exchange, owed, len(old), memories, steps)
+    take_over(exchange, sums, len(old), memories, steps)
 
 
 def broadcast_shared(engine: HorovodEngine, state: dict, root: int, name: str) -> tuple[int, dict]:

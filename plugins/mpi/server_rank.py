@@ -1,4 +1,4 @@
-"""A server rank: receives, lets `gcompress.exchange.server.ParameterServer` compute, and sends what is ready."""
+"""A server rank: receives, lets a `ParameterServer` (gcompress/exchange/) compute, and sends what is ready."""
 
 import logging
 import time
@@ -9,7 +9,8 @@ from mpi4py import MPI
 
 from gcompress.errors import ExchangeError
 from gcompress.exchange.engine import agree, timeout_seconds
-from gcompress.exchange.server import Codec, ParameterServer, partition
+from gcompress.exchange.parameter_server import ParameterServer
+from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.policy import as_policy
 
 from .messages import (
@@ -56,7 +57,7 @@ class ServerRank:
         agreed = agree(job.all_ranks, job.settings)
         policy = as_policy(agreed["compression"]) if agreed["compression"] else None
         self.partitions = partition(dict(agreed["sizes"]), policy, job.servers, agreed["partition_numel"])
-        codec = Codec(self.partitions, policy, "server")
+        codec = PartitionCodec(self.partitions, policy, "server")
         self.state = ParameterServer(
             codec, job.rank, range(job.size), staleness=agreed["staleness"], momentum=agreed["momentum"]
         )

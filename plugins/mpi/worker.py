@@ -9,10 +9,10 @@ from mpi4py import MPI
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.engine import agree
-from gcompress.exchange.hand_on import check_counts
+from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
+from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
-from gcompress.exchange.server import Codec, partition
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
@@ -31,7 +31,7 @@ class Worker(Results):
         compression: what `gcompress.as_policy` takes, or None to send float32.
         partition_bytes: tensors are cut into parts of that many bytes of float32; None: so that each
             server gets about four, of 256 KiB to 4 MiB.
-        staleness, momentum: see `gcompress.exchange.server.ParameterServer`.
+        staleness, momentum: see `gcompress.exchange.parameter_server.ParameterServer`.
         scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     All workers must give the same; ConfigMismatchError on every rank otherwise.
@@ -68,7 +68,7 @@ class Worker(Results):
             raise ConfigError(f"partition_bytes: {len(self.partitions)} partitions are more than MPI has tags for")
         job.connection = self
         self._sizes = dict(sizes)
-        self._codec = Codec(self.partitions, self.policy, f"worker {job.rank}")
+        self._codec = PartitionCodec(self.partitions, self.policy, f"worker {job.rank}")
         self._keys = {name: [] for name in sizes}  # an empty tensor has none
         for key, part in enumerate(self.partitions):
             self._keys[part.name].append(key)

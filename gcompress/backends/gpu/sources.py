@@ -4,10 +4,6 @@ import functools
 import pathlib
 import re
 
-MODULES = (
-    "cast", "eden", "entropy", "mask", "memory", "natural", "polar_code", "polar_list", "polar_scan",
-    "polar_turn", "qsgd", "quantize", "randomk", "select", "shared", "sign", "ternary", "topk",
-)  # fmt: skip
 # No fused multiply-add and nothing approximate: bytes must be those of the CPU.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
@@ -17,6 +13,11 @@ def folder():
     package = pathlib.Path(__file__).resolve().parents[2]
     installed, checkout = package / "csrc", package.parent / "csrc"
     return installed if installed.is_dir() else checkout
+
+
+def modules():
+    """The names of all modules, csrc/cuda/MODULE.cu."""
+    return sorted(path.stem for path in (folder() / "cuda").glob("*.cu"))
 
 
 @functools.cache

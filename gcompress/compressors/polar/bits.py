@@ -13,6 +13,7 @@ from ...checks import check_integer, check_power_of_two
 from ...errors import ConfigError, PayloadError
 from . import planning, reference
 from .device import backend_of
+from .method import Polar
 from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK
 
 LARGEST_CODE = 65536
@@ -114,7 +115,7 @@ class PolarCode:
         )
 
     def _backend(self, tensor):
-        kernels = backends.kernels(tensor) if self.block <= LARGEST_BLOCK else None
+        kernels = backends.kernels(tensor, Polar) if self.block <= LARGEST_BLOCK else None
         return reference if kernels is None else backend_of(kernels)
 
 

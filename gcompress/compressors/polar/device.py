@@ -7,7 +7,7 @@ classes, products of codewords, how many outliers there are. Entries, samples an
 import numpy as np
 import torch
 
-from ...backends.gpu.plans import THREADS, ceil_div
+from ...backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
 from . import outliers, planning, turning
 from .native import NativePolar
 from .tables import ERASED, MAX_LEVELS, design_at, rank
@@ -21,8 +21,8 @@ TURN_SHARED = 4 * (turning.BLOCK + turning.BLOCK // 32)
 
 
 def backend_of(kernels):
-    """The backend for codec.py behind a table of kernels."""
-    return DevicePolar(kernels) if hasattr(kernels, "launcher") else NativePolar(kernels)
+    """The backend for coding.py behind a table of kernels."""
+    return DevicePolar(kernels) if kernels.on_device else NativePolar(kernels)
 
 
 class DevicePolar:
@@ -152,7 +152,7 @@ class DevicePolar:
         )
 
     def _tiles(self, spending, workspace_bytes):
-        """(PolarTile of csrc/cuda/polar.cuh for every tile, the ranks they point into, bytes of workspace)."""
+        """(DeviceTile of csrc/cuda/polar.cuh for every tile, the ranks they point into, bytes of workspace)."""
         groups = planning.groups_of(spending.classes)
         fields, kinds, ranks, at = [], {}, [], [0, 0, 0]  # at: among entries, words, bytes of workspace
         for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
@@ -240,3 +240,20 @@ def _section_starts(spending, classes, run_codes, run_lengths):
     there = (of_class > 0) & (of_class <= planning.CODES)
     entries = rows @ np.where(there, lengths[np.clip(of_class, 0, planning.CODES)], 0)
     return starts + np.cumsum(entries, 0) - entries
+
+
+# What the GPU launches.
+
+
+@device_kernel
+def polar_beyond(gpu, n, *where):
+    """The places of entries that reach their limits, int64, rising; `where`: as polar_count_beyond takes them.
+
+    Waits for the device, once: nobody knew how many there are.
+    """
+    tiles = ceil_div(n, TILE)
+    before, selection = gpu.counted("polar_scan", "polar_count_beyond", tiles, *where)
+    places = gpu.launcher.empty(8 * (gpu.launcher.read(selection)[4] & 0xFFFFFFFF)).view(torch.int64)
+    if len(places):
+        gpu.launch("polar_scan", "polar_beyond", tiles, *where, before.data_ptr(), places.data_ptr())
+    return places

@@ -17,11 +17,14 @@ from ...checks import check_choice, check_integer, check_number, check_power_of_
 from ..base import Compressor
 from . import coding, planning, products, reference, turning
 from .device import backend_of
+from .native import KERNELS
 
 
 @dataclasses.dataclass(frozen=True)
 class Polar(Compressor):
-    """A polar source code with scales by row and column, a rate for every variance and the strongest products apart.
+    """A polar source code of any rate, with scales by row and column and the strongest outer products apart.
+
+    Every variance gets the rate that serves the whole.
 
     Args:
         rate: bits per entry, everything included: any number from 0.05 to 4.
@@ -54,6 +57,21 @@ class Polar(Compressor):
     """
 
     name: ClassVar[str] = "polar"
+    examples: ClassVar[tuple] = (
+        "polar:rate=0.5",
+        "polar:rate=0.1,block=1024,scales=tensor,floor=0",
+        "polar:rate=1.0,scales=chunk",
+        "polar:rate=2.5,allocation=flat",
+        "polar:rate=4,block=256",
+        "polar:rate=1.0,block=256,list_size=4",
+        "polar:rate=0.3,block=256,list_size=8,floor=0",
+        "polar:rate=0.5,outliers=0.0,floor=0",
+        "polar:rate=2.0,block=1024,outliers=0.02",
+        "polar:rate=1.0,unbiased=true",
+        "polar:rate=0.2,block=512,unbiased=true,floor=0",
+    )
+    kernels: ClassVar[tuple] = KERNELS
+    device_kernels: ClassVar[tuple] = ("polar_beyond",)
     shown: ClassVar[tuple] = ("rate",)
     uses_shape: ClassVar[bool] = True
 

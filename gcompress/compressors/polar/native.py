@@ -1,4 +1,4 @@
-"""The same functions as reference.py by the C++ kernels (csrc/polar.h)."""
+"""The same functions as reference.py by the C++ kernels (csrc/polar/)."""
 
 import ctypes
 import threading
@@ -9,12 +9,26 @@ import torch
 from . import outliers, planning, turning
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
-WORKSPACE = (8 * LANES + 29) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
+WORKSPACE = (8 * LANES + 25) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
 _local = threading.local()
+
+KERNELS = (
+    "polar_beyond",
+    "polar_decode",
+    "polar_encode",
+    "polar_encode_vector",
+    "polar_energies",
+    "polar_gather",
+    "polar_scatter",
+    "polar_sums",
+    "polar_turn",
+    "polar_turn_back",
+    "polar_turn_scales",
+)
 
 
 class _Layout(ctypes.Structure):
-    """PolarLayout of csrc/polar.h."""
+    """PolarLayout of csrc/polar/scan.h."""
 
     _fields_ = [
         (name, ctypes.c_int64)

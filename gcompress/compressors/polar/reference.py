@@ -1,6 +1,6 @@
-"""The polar code in plain torch: the readable definition of the bytes that csrc/polar.h makes.
+"""The polar code in plain torch: the readable definition of the bytes that csrc/polar/ makes.
 
-Rows of lanes, one block of the code a lane, as in csrc/polar.h.
+Rows of lanes, one block of the code a lane, as in csrc/polar/.
 """
 
 import numpy as np

@@ -1,25 +1,23 @@
 // MaskSparse: the mask is the index (gcompress/compressors/mask.py).
-#ifndef GCOMPRESS_MASK_H
-#define GCOMPRESS_MASK_H
+#ifndef GCOMPRESS_CPU_MASK_H
+#define GCOMPRESS_CPU_MASK_H
 
-#include "arith/mask.h"
-#include "gcompress.h"
+#include "../arith/mask.h"
+#include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
+#include "for_bits.h"
 
 namespace {
 
 const int64_t CHUNK = 1024;
 
-// The classes of magnitude of dropped entries. Linear: thresholds at the half steps of
+// The classes of dropped entries, known when compiling. Linear: thresholds at the half steps of
 // threshold / classes. Lloyd-Max: a table from the top 12 bits of the fixed magnitude.
 template <int bits, bool is_signed>
 struct MaskClasses {
-    static const int codes = (1 << bits) - 1;                   // codes for dropped entries
-    static const int half = is_signed ? (codes - 1) / 2 : codes - 1;  // the largest class
-    static const int steps = half + 1;
-    static const int centre = is_signed ? half : 0;
-    static const int sent = is_signed ? half : codes;  // levels in the payload
+    static constexpr MaskShape shape = mask_shape(bits, is_signed);
+    static const int codes = shape.codes, half = shape.half, steps = shape.steps, centre = shape.centre, sent = shape.sent;
     static int32_t linear(int32_t fixed) { return linear_class(fixed, steps, half); }
 };
 
@@ -206,6 +204,31 @@ int mask_decode_form(const uint8_t* payload, int64_t n, int64_t k, float* out) {
         if (block < 64) memcpy(out + i, tail, (size_t)block * sizeof(float));
     }
     return values == values_end ? GC_OK : GC_BAD_COUNT;
+}
+
+void mask_encode(const float* x, int64_t n, int64_t k, int bits, int is_signed, int lloyd, uint32_t* workspace,
+                 int64_t capacity, uint8_t* payload) {
+    if (is_signed && lloyd)
+        GC_FOR_BITS(bits, (mask_encode_form<B, true, true>(x, n, k, workspace, capacity, payload)))
+    else if (is_signed)
+        GC_FOR_BITS(bits, (mask_encode_form<B, true, false>(x, n, k, workspace, capacity, payload)))
+    else if (lloyd)
+        GC_FOR_BITS(bits, (mask_encode_form<B, false, true>(x, n, k, workspace, capacity, payload)))
+    else
+        GC_FOR_BITS(bits, (mask_encode_form<B, false, false>(x, n, k, workspace, capacity, payload)))
+}
+
+int mask_decode(const uint8_t* payload, int64_t n, int64_t k, int bits, int is_signed, int add, float* out) {
+    int result = GC_OK;
+    if (is_signed && add)
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, true, true>(payload, n, k, out)))
+    else if (is_signed)
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, true, false>(payload, n, k, out)))
+    else if (add)
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, false, true>(payload, n, k, out)))
+    else
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, false, false>(payload, n, k, out)))
+    return result;
 }
 
 }  // namespace

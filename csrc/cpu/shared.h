@@ -1,9 +1,9 @@
 // SharedScale: integers that add up in 64-bit words (gcompress/compressors/shared.py).
-#ifndef GCOMPRESS_SHARED_H
-#define GCOMPRESS_SHARED_H
+#ifndef GCOMPRESS_CPU_SHARED_H
+#define GCOMPRESS_CPU_SHARED_H
 
-#include "arith/lowrank.h"
-#include "arith/shared.h"
+#include "../arith/lowrank.h"
+#include "../arith/shared.h"
 #include "quantize.h"
 #include "select.h"
 #include "simd.h"

@@ -1,7 +1,7 @@
 // The Hadamard transform of 2^k floats in place, not normalised: strides 1, 2, 4, … in turn, so that every instruction
 // set rounds alike. A butterfly makes (a + b, a - b) of (a, b).
-#ifndef GCOMPRESS_HADAMARD_H
-#define GCOMPRESS_HADAMARD_H
+#ifndef GCOMPRESS_CPU_HADAMARD_H
+#define GCOMPRESS_CPU_HADAMARD_H
 
 #include "simd.h"
 

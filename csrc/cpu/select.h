@@ -1,6 +1,6 @@
 // The k largest of n without sorting: exact, ties to the lowest index, one pass as a rule.
-#ifndef GCOMPRESS_SELECT_H
-#define GCOMPRESS_SELECT_H
+#ifndef GCOMPRESS_CPU_SELECT_H
+#define GCOMPRESS_CPU_SELECT_H
 
 #include "simd.h"
 

@@ -2,14 +2,14 @@
 // kernels.cc are compiled several times with different flags, so everything in them must
 // have internal linkage and no template of the C++ library may be instantiated: the linker
 // would keep one copy of it, perhaps the one this processor cannot run.
-#ifndef GCOMPRESS_SIMD_H
-#define GCOMPRESS_SIMD_H
+#ifndef GCOMPRESS_CPU_SIMD_H
+#define GCOMPRESS_CPU_SIMD_H
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "arith/base.h"
+#include "../arith/base.h"
 
 namespace {
 

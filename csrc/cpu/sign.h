@@ -1,9 +1,9 @@
 // Sign and OneBit: a bit an entry, one or two means a bucket (gcompress/compressors/sign.py).
-#ifndef GCOMPRESS_SIGN_H
-#define GCOMPRESS_SIGN_H
+#ifndef GCOMPRESS_CPU_SIGN_H
+#define GCOMPRESS_CPU_SIGN_H
 
-#include "arith/sign.h"
-#include "gcompress.h"
+#include "../arith/sign.h"
+#include "../gcompress.h"
 #include "sums.h"
 
 namespace {

@@ -1,8 +1,8 @@
 // TopK: the largest entries and three codings of their indices (gcompress/compressors/topk.py).
-#ifndef GCOMPRESS_TOPK_H
-#define GCOMPRESS_TOPK_H
+#ifndef GCOMPRESS_CPU_TOPK_H
+#define GCOMPRESS_CPU_TOPK_H
 
-#include "gcompress.h"
+#include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
 
@@ -144,6 +144,11 @@ int topk_decode_form(const uint8_t* payload, int64_t n, int64_t k, int form, int
         }
     }
     return taken == k ? GC_OK : GC_BAD_COUNT;
+}
+
+int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out) {
+    return add ? topk_decode_form<true>(payload, n, k, form, width, out)
+               : topk_decode_form<false>(payload, n, k, form, width, out);
 }
 
 }  // namespace

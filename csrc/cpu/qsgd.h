@@ -1,11 +1,12 @@
 // QSGD: random rounding to multiples of norm / s (gcompress/compressors/qsgd.py).
-#ifndef GCOMPRESS_QSGD_H
-#define GCOMPRESS_QSGD_H
+#ifndef GCOMPRESS_CPU_QSGD_H
+#define GCOMPRESS_CPU_QSGD_H
 
-#include "arith/qsgd.h"
-#include "gcompress.h"
+#include "../arith/qsgd.h"
+#include "../gcompress.h"
 #include "quantize.h"
 #include "sums.h"
+#include "for_bits.h"
 
 namespace {
 
@@ -88,6 +89,18 @@ void qsgd_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* 
         else
             memcpy(out + i, values, (size_t)size * sizeof(float));
     }
+}
+
+void qsgd_encode(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
+                 uint8_t* payload) {
+    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(x, n, bucket, largest_norm != 0, seed, payload)))
+}
+
+void qsgd_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, true>(payload, n, bucket, out)))
+    else
+        GC_FOR_BITS(bits, (qsgd_decode_bits<B, false>(payload, n, bucket, out)))
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Ternary: minus, zero or plus one scale, five trits a byte (gcompress/compressors/ternary.py).
-#ifndef GCOMPRESS_TERNARY_H
-#define GCOMPRESS_TERNARY_H
+#ifndef GCOMPRESS_CPU_TERNARY_H
+#define GCOMPRESS_CPU_TERNARY_H
 
-#include "arith/ternary.h"
-#include "gcompress.h"
+#include "../arith/ternary.h"
+#include "../gcompress.h"
 #include "qsgd.h"
 #include "select.h"
 #include "sums.h"

@@ -1,9 +1,9 @@
 // Casts to 16, 8 and 4 bit floats (gcompress/compressors/casts.py).
-#ifndef GCOMPRESS_CAST_H
-#define GCOMPRESS_CAST_H
+#ifndef GCOMPRESS_CPU_CAST_H
+#define GCOMPRESS_CPU_CAST_H
 
-#include "arith/cast.h"
-#include "gcompress.h"
+#include "../arith/cast.h"
+#include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
 

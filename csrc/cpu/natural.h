@@ -1,9 +1,9 @@
 // Natural: a sign and a randomly rounded exponent (gcompress/compressors/natural.py).
-#ifndef GCOMPRESS_NATURAL_H
-#define GCOMPRESS_NATURAL_H
+#ifndef GCOMPRESS_CPU_NATURAL_H
+#define GCOMPRESS_CPU_NATURAL_H
 
-#include "arith/natural.h"
-#include "gcompress.h"
+#include "../arith/natural.h"
+#include "../gcompress.h"
 #include "sign.h"
 
 namespace {

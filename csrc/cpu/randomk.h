@@ -1,8 +1,8 @@
 // RandomK: one entry of each of k runs, drawn by a seed (gcompress/compressors/randomk.py).
-#ifndef GCOMPRESS_RANDOMK_H
-#define GCOMPRESS_RANDOMK_H
+#ifndef GCOMPRESS_CPU_RANDOMK_H
+#define GCOMPRESS_CPU_RANDOMK_H
 
-#include "arith/randomk.h"
+#include "../arith/randomk.h"
 #include "select.h"
 #include "simd.h"
 

@@ -2,8 +2,8 @@
 #ifndef GCOMPRESS_POLAR_TURN_H
 #define GCOMPRESS_POLAR_TURN_H
 
-#include "arith/polar_turn.h"
-#include "eden.h"
+#include "../arith/polar_turn.h"
+#include "../cpu/eden.h"
 
 namespace {
 

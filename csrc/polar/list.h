@@ -7,11 +7,11 @@
 #ifndef GCOMPRESS_POLAR_LIST_H
 #define GCOMPRESS_POLAR_LIST_H
 
-#include "polar.h"
+#include "encoder.h"
 
 namespace {
 
-// Vectors of 16-bit values, and what Bytes need beyond polar.h. Shuffles stay within 16 bytes.
+// Vectors of 16-bit values, and what Bytes need beyond lanes.h. Shuffles stay within 16 bytes.
 #if defined(__AVX512BW__)
 typedef int16_t Shorts __attribute__((vector_size(64)));
 inline Shorts least(Shorts a, Shorts b) { return (Shorts)_mm512_min_epi16((__m512i)a, (__m512i)b); }

@@ -1,10 +1,11 @@
 // Quantize: a grid per bucket, codes of 1 to 8 bits (gcompress/compressors/quantize.py).
-#ifndef GCOMPRESS_QUANTIZE_H
-#define GCOMPRESS_QUANTIZE_H
+#ifndef GCOMPRESS_CPU_QUANTIZE_H
+#define GCOMPRESS_CPU_QUANTIZE_H
 
-#include "arith/quantize.h"
+#include "../arith/quantize.h"
 #include "select.h"
 #include "simd.h"
+#include "for_bits.h"
 
 namespace {
 
@@ -117,6 +118,18 @@ void quantize_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, flo
         else
             dequantize_bucket<bits, add, false>(packed, first, end, n, zero, step, out);
     }
+}
+
+void quantize_encode(const float* x, int64_t n, int bits, int64_t bucket, int stochastic, uint32_t seed,
+                     uint8_t* payload) {
+    GC_FOR_BITS(bits, (quantize_encode_bits<B>(x, n, bucket, stochastic != 0, seed, payload)))
+}
+
+void quantize_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (quantize_decode_bits<B, true>(payload, n, bucket, out)))
+    else
+        GC_FOR_BITS(bits, (quantize_decode_bits<B, false>(payload, n, bucket, out)))
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 // Eden: random rotation of blocks, Lloyd-Max levels, a scale per block (gcompress/compressors/eden.py).
-#ifndef GCOMPRESS_EDEN_H
-#define GCOMPRESS_EDEN_H
+#ifndef GCOMPRESS_CPU_EDEN_H
+#define GCOMPRESS_CPU_EDEN_H
 
-#include "arith/eden.h"
-#include "gcompress.h"
+#include "../arith/eden.h"
+#include "../gcompress.h"
 #include "hadamard.h"
 #include "select.h"
 #include "sums.h"
+#include "for_bits.h"
 
 namespace {
 
@@ -237,6 +238,19 @@ void eden_decode_bits(const uint8_t* payload, int64_t n, int64_t block, int64_t 
         else
             memcpy(out + first, y, (size_t)entries * sizeof(float));
     }
+}
+
+void eden_encode(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail, int unbiased,
+                 uint32_t seed, const float* levels, uint8_t* payload) {
+    GC_FOR_BITS(bits, (eden_encode_bits<B>(x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+}
+
+void eden_decode(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                 const float* levels, int add, float* out) {
+    if (add)
+        GC_FOR_BITS(bits, (eden_decode_bits<B, true>(payload, n, block, sent, sent_tail, levels, out)))
+    else
+        GC_FOR_BITS(bits, (eden_decode_bits<B, false>(payload, n, block, sent, sent_tail, levels, out)))
 }
 
 }  // namespace

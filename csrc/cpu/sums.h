@@ -1,7 +1,7 @@
 // Sums of doubles that have the same bits on every instruction set, because their order is laid
 // down (docs/FORMAT.md, "ordered sum"): 16 lanes within blocks of 4096 terms, lanes in pairs, blocks in turn.
-#ifndef GCOMPRESS_SUMS_H
-#define GCOMPRESS_SUMS_H
+#ifndef GCOMPRESS_CPU_SUMS_H
+#define GCOMPRESS_CPU_SUMS_H
 
 #include "simd.h"
 

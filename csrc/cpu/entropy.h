@@ -2,11 +2,11 @@
 //
 // Everything that decides a byte is integer arithmetic. 32 states take turns, so that neither
 // encoder nor decoder waits for its last symbol.
-#ifndef GCOMPRESS_ENTROPY_H
-#define GCOMPRESS_ENTROPY_H
+#ifndef GCOMPRESS_CPU_ENTROPY_H
+#define GCOMPRESS_CPU_ENTROPY_H
 
-#include "arith/entropy.h"
-#include "gcompress.h"
+#include "../arith/entropy.h"
+#include "../gcompress.h"
 #include "simd.h"
 #include "topk.h"
 

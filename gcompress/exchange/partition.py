@@ -1,0 +1,167 @@
+"""A model's gradients cut into partitions, each the task of one parameter server, and their encoding on both sides."""
+
+import heapq
+import zlib
+from typing import NamedTuple
+
+import torch
+
+from ..checks import check_integer
+from ..compressors import Compressor
+from ..errors import ConfigError, PayloadError
+from ..feedback import ErrorFeedback, new_memory
+from ..packing import bytes_to_float, float_to_bytes, to_type
+
+
+class Partition(NamedTuple):
+    """A run of entries of one flattened parameter, and who is responsible for it."""
+
+    name: str
+    start: int
+    numel: int
+    server: int
+    compressor: Compressor | None  # None: the entries travel as float32
+
+    @property
+    def nbytes(self):
+        """The size of its payload in either direction; the largest possible if it is not `fixed_size`."""
+        return self.compressor.nbytes(self.numel) if self.compressor else 4 * self.numel
+
+
+def partition(sizes, policy, servers, partition_numel=1 << 20):
+    """Cut parameters into partitions and balance these over servers by payload bytes.
+
+    Args:
+        sizes: {name: number of entries}, in the same order on all ranks.
+        policy: a Policy, or None to compress nothing.
+        servers: how many there are.
+        partition_numel: the most entries of one partition, so that a large tensor uses all
+            servers and its parts are encoded, sent, added and decoded at the same time.
+
+    Returns:
+        A list of Partition, a parameter's in order; a partition's index in it is its key.
+    """
+    check_integer("servers", servers, 1)
+    check_integer("partition_numel", partition_numel, 1)
+    parts = []
+    for name, numel in sizes.items():
+        compressor = policy.compressor_for(name, numel) if policy else None
+        for start in range(0, numel, partition_numel):
+            parts.append(Partition(name, start, min(partition_numel, numel - start), 0, compressor))
+    # The largest first, each to the server that has least to do.
+    loads = [(0, server) for server in range(servers)]
+    for key in sorted(range(len(parts)), key=lambda key: -parts[key].nbytes):
+        load, server = heapq.heappop(loads)
+        parts[key] = parts[key]._replace(server=server)
+        heapq.heappush(loads, (load + parts[key].nbytes, server))
+    return parts
+
+
+class PartitionCodec:
+    """One side's encoder and decoder of partitions, with its error feedback.
+
+    What an encoding leaves over is only proposed until `apply` or `discard` (see gcompress/memory.py).
+
+    Args:
+        partitions: from `partition`.
+        policy: the same that it was called with. Momentum correction is a worker's; a warm-up
+            is refused, since a server does not know at which step a job was taken up again.
+        side: "worker 3" or "server": enters the seeds of compressors that round at random.
+    """
+
+    def __init__(self, partitions, policy, side):
+        if policy and policy.warmup_steps:
+            raise ConfigError(f"warmup_steps: got {policy.warmup_steps}, expected 0 with parameter servers")
+        self.partitions, self._side, self._policy = partitions, side, policy
+        self._feedback = new_memory(policy, at_once=False) if policy else None
+        if self._feedback and side == "server":
+            self._feedback = ErrorFeedback(at_once=False)
+
+    def encode(self, key, values, step, peer=""):
+        """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
+        part = self.partitions[key]
+        if values.numel() != part.numel:
+            raise ConfigError(f"gradient {part.name!r}: got {values.numel()} entries, expected {part.numel}")
+        if part.compressor is None:
+            return float_to_bytes(to_type(values, torch.float32)).clone()
+        seed = zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
+        if self._policy.feedback_for(part.compressor):
+            return self._feedback.compress(memory_name(part) + peer, values, part.compressor, seed=seed)[0]
+        return part.compressor.compress(values, seed=seed)[0]
+
+    def encode_nothing(self, key):
+        """The payload of zeros, without memory: no one had anything to send."""
+        part = self.partitions[key]
+        zeros = torch.zeros(part.numel)
+        return part.compressor.compress(zeros)[0] if part.compressor else float_to_bytes(zeros)
+
+    def decode(self, key, payload, out, add=False):
+        """Decode into, or add to, a 1-D float32 tensor; PayloadError on bytes that do not fit."""
+        part = self.partitions[key]
+        try:
+            if part.compressor is not None:
+                part.compressor.decode_into(payload, out, add=add)
+            elif payload.numel() != part.nbytes:
+                raise PayloadError(f"got {payload.numel()} bytes, expected {part.nbytes}")
+            else:
+                out.add_(bytes_to_float(payload)) if add else out.copy_(bytes_to_float(payload))
+        except PayloadError as error:
+            raise PayloadError(f"gradient {part.name!r} from entry {part.start} on: {error}") from None
+
+    def settle(self, keys, applied, peer=""):
+        """The last results of these keys were applied, or not: memory follows them or stays."""
+        if self._feedback:
+            names = [memory_name(self.partitions[key]) + peer for key in keys]
+            self._feedback.apply(names) if applied else self._feedback.discard(names)
+
+    def carry_on(self, key):
+        """The next gradient contains the last result: go on from what is proposed."""
+        if self._feedback:
+            self._feedback.carry_on(memory_name(self.partitions[key]))
+
+    def add(self, key, values):
+        """Owe what was not delivered after all, if this partition's losses are remembered."""
+        part = self.partitions[key]
+        if self._feedback and part.compressor and self._policy.feedback_for(part.compressor):
+            self._feedback.add(memory_name(part), values)
+
+    def residual(self, key, proposed=False):
+        """What error feedback holds of a partition, or proposes if that is asked for; or None."""
+        if self._feedback is None:
+            return None
+        name = memory_name(self.partitions[key])
+        return self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
+
+    def load_residual(self, key, values):
+        """Go on from `residual(key)`."""
+        if self._feedback is None:
+            return
+        residuals, name = self._feedback.memories["residual"], memory_name(self.partitions[key])
+        residuals.drop(lambda other: other == name)
+        if values is not None:
+            residuals.put(name, values)
+            residuals.apply([name])
+
+    def forget(self, peer):
+        """Drop the memories of a receiver that is gone."""
+        if self._feedback:
+            self._feedback.memories["residual"].drop(lambda name: name.endswith(peer))
+
+    def state_dict(self):
+        """This side's residuals by name; see `ErrorFeedback`."""
+        return self._feedback.state_dict() if self._feedback else {}
+
+    def checked(self, state):
+        """What `load` takes, of a `state_dict()` that a job with this policy and partitions saved; ConfigError else."""
+        sizes = {memory_name(part): part.numel for part in self.partitions if part.compressor}
+        return self._feedback.checked(state, sizes) if self._feedback else {}
+
+    def load(self, tensors):
+        """Go on from tensors that `checked` returned."""
+        if self._feedback:
+            self._feedback.load_tensors(tensors)
+
+
+def memory_name(part: Partition) -> str:
+    """The name of a partition's residual."""
+    return f"{part.name}/{part.start}"
