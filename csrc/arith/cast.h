@@ -63,7 +63,7 @@ GC_INLINE float from_code(uint32_t code) {
 }
 
 struct CastScale {
-    float factor;  // brings the largest finite magnitude to 2^target
+    float factor;   // brings the largest finite magnitude to 2^target
     bool ordinary;  // all entries are finite and `top` is the format's
     int32_t top;    // the largest code that does not decode to infinity
     uint8_t byte;   // E8M0

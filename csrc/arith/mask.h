@@ -33,7 +33,6 @@ GC_INLINE int32_t fixed_magnitude(uint32_t key, const MaskScale& scale) {
     return round_even(magnitude * scale.to_fixed);
 }
 
-
 // The classes of dropped entries: 0 to `half`; `sent` of them have a level in the payload. In the signed form
 // codes stand on both sides of `centre`; the code `codes` means kept.
 struct MaskShape {

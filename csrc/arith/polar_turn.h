@@ -7,9 +7,7 @@
 namespace {
 
 // What brings turned entries whose squares sum to `power` to the mean square 1.
-GC_INLINE float turn_unit(double power, int64_t entries) {
-    return (float)(1.0 / square_root(power / (double)entries));
-}
+GC_INLINE float turn_unit(double power, int64_t entries) { return (float)(1.0 / square_root(power / (double)entries)); }
 
 // By what they are multiplied when turned back, if they were decoded without an error; `exponent` is the largest one.
 GC_INLINE double turn_length(int exponent, bool whole, int64_t entries, float unit) {

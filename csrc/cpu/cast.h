@@ -106,7 +106,8 @@ inline void decode_mxfp4(const uint8_t* codes, const uint8_t* scales, bool add, 
     const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
     for (int j = 0; j < 64; j += 16) {
         const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + j)));
-        const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(code, values), _mm512_set1_ps(cast_back(scales[j / 32])));
+        const __m512 value =
+            _mm512_mul_ps(_mm512_permutexvar_ps(code, values), _mm512_set1_ps(cast_back(scales[j / 32])));
         _mm512_storeu_ps(out + j, add ? _mm512_add_ps(_mm512_loadu_ps(out + j), value) : value);
     }
 }

@@ -19,8 +19,7 @@ inline void flip_signs(float* y, int64_t count, uint32_t word, uint32_t seed) {
             for (int j = 0; j < 32; ++j)  // vectorised
                 y[i + j] = flipped(y[i + j], bits, j);
         } else {
-            for (int64_t j = 0; j < count - i; ++j)
-                y[i + j] = flipped(y[i + j], bits, j);
+            for (int64_t j = 0; j < count - i; ++j) y[i + j] = flipped(y[i + j], bits, j);
         }
     }
 }
@@ -30,8 +29,11 @@ struct EdenBlock {
     uint32_t word, seed;
     float root;
     EdenBlock(int64_t first, int64_t entries_, uint32_t seed_)
-        : entries(entries_), part((int64_t)1 << (63 - __builtin_clzll((uint64_t)entries_))), word((uint32_t)(first / 32)),
-          seed(seed_), root(eden_root(part)) {}
+        : entries(entries_),
+          part((int64_t)1 << (63 - __builtin_clzll((uint64_t)entries_))),
+          word((uint32_t)(first / 32)),
+          seed(seed_),
+          root(eden_root(part)) {}
     bool whole() const { return part == entries; }
     void transform(float* y) const {
         hadamard(y, part);
@@ -192,8 +194,8 @@ void eden_encode_bits(const float* x, int64_t n, int64_t block, int64_t sent, in
     for (int64_t first = 0; first < n; first += block) {
         const int64_t entries = min64(block, n - first), here = entries == block ? sent : sent_tail;
         const uint32_t number = (uint32_t)(first / block);
-        const float scale = eden_encode_block<bits>(x + first, EdenBlock(first, entries, seed), here, number, unbiased,
-                                                    levels, codes);
+        const float scale =
+            eden_encode_block<bits>(x + first, EdenBlock(first, entries, seed), here, number, unbiased, levels, codes);
         store<float>(payload + 4 + 4 * (int64_t)number, scale);
         pack_codes<bits>(codes, here, n - first - entries >= block ? 64 : 0, packed);
         packed += here / 8 * bits;

@@ -248,8 +248,7 @@ int64_t entropy_encode(const uint8_t* bytes, const int64_t* sections, int64_t se
 // A symbol, the frequency less 1 and the place within it, for each of the 4096 slots.
 void decoding_table(const uint16_t* frequency, uint32_t* table) {
     for (int s = 0, slot = 0; s < 256; ++s)
-        for (int i = 0; i < frequency[s]; ++i)
-            table[slot++] = slot_of(s, frequency[s], (uint32_t)i);
+        for (int i = 0; i < frequency[s]; ++i) table[slot++] = slot_of(s, frequency[s], (uint32_t)i);
 }
 
 // 32 symbols, of stride 1 to `symbols`; at least 64 bytes of words must be there.

@@ -2,6 +2,7 @@
 #ifndef GCOMPRESS_CPU_FOR_BITS_H
 #define GCOMPRESS_CPU_FOR_BITS_H
 
+// clang-format off
 #define GC_FOR_BITS(bits, call)            \
     switch (bits) {                        \
         case 1: { enum { B = 1 }; call; } break; \
@@ -13,5 +14,6 @@
         case 7: { enum { B = 7 }; call; } break; \
         default: { enum { B = 8 }; call; } break; \
     }
+// clang-format on
 
 #endif

@@ -17,7 +17,8 @@ const int64_t CHUNK = 1024;
 template <int bits, bool is_signed>
 struct MaskClasses {
     static constexpr MaskShape shape = mask_shape(bits, is_signed);
-    static const int codes = shape.codes, half = shape.half, steps = shape.steps, centre = shape.centre, sent = shape.sent;
+    static const int codes = shape.codes, half = shape.half, steps = shape.steps, centre = shape.centre,
+                     sent = shape.sent;
     static int32_t linear(int32_t fixed) { return linear_class(fixed, steps, half); }
 };
 
@@ -54,8 +55,7 @@ void lloyd_classes(const int64_t* histogram, uint8_t* class_of_bin) {
 }
 
 template <int bits, bool is_signed, bool lloyd>
-void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity,
-                      uint8_t* payload) {
+void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity, uint8_t* payload) {
     typedef MaskClasses<bits, is_signed> Classes;
     Selection selection = select_largest<is_signed>(x, n, k, workspace, capacity);
     const MaskScale scale = mask_scale(selection.threshold);

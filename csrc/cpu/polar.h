@@ -78,9 +78,8 @@ void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const
     polar_encode_source({samples, 0, 0, 0.0f}, count, tiles, slots, designs, list_size, workspace, words, products);
 }
 
-void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, const void* tiles,
-                         const uint8_t* slots, const void* designs, int list_size, uint8_t* workspace,
-                         uint8_t* words, int64_t* products) {
+void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, const void* tiles, const uint8_t* slots,
+                         const void* designs, int list_size, uint8_t* workspace, uint8_t* words, int64_t* products) {
     polar_encode_source({0, x, n, scale}, count, tiles, slots, designs, list_size, workspace, words, products);
 }
 

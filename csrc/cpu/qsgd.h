@@ -58,7 +58,8 @@ void qsgd_encode_bits(const float* x, int64_t n, int64_t bucket, bool largest_no
         const float* source = x + i;
         if (size < 64 || !scale.finite) {  // of a bucket that is not finite only the signs are coded
             for (int64_t j = 0; j < 64; ++j)
-                tail[j] = j < size ? (scale.finite ? source[j] : bits_float(float_bits(source[j]) & 0x80000000u)) : 0.0f;
+                tail[j] =
+                    j < size ? (scale.finite ? source[j] : bits_float(float_bits(source[j]) & 0x80000000u)) : 0.0f;
             source = tail;
         }
         for (int j = 0; j < 64; ++j)  // vectorised

@@ -41,13 +41,13 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
             memset(codes, 0, sizeof codes);
         } else if (block == 64) {
             for (int j = 0; j < 64; ++j)  // vectorised
-                codes[j] = quantized(
-                    x[i + j], grid, stochastic ? uniform((uint32_t)(first + i) + (uint32_t)j, seed) : 0.5f, stochastic,
-                    bits);
+                codes[j] =
+                    quantized(x[i + j], grid, stochastic ? uniform((uint32_t)(first + i) + (uint32_t)j, seed) : 0.5f,
+                              stochastic, bits);
         } else {
             for (int64_t j = 0; j < block; ++j)
-                codes[j] = quantized(
-                    x[i + j], grid, stochastic ? uniform((uint32_t)(first + i + j), seed) : 0.5f, stochastic, bits);
+                codes[j] = quantized(x[i + j], grid, stochastic ? uniform((uint32_t)(first + i + j), seed) : 0.5f,
+                                     stochastic, bits);
         }
         // A whole block is stored with words that reach into the next one: there must be one.
         if (block == 64 && (i + 128 <= count || !last))
@@ -58,8 +58,7 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
 }
 
 template <int bits>
-void quantize_encode_bits(const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed,
-                          uint8_t* payload) {
+void quantize_encode_bits(const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed, uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* zeros = payload + 4 * buckets;
     uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);

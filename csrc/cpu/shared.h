@@ -11,7 +11,7 @@
 
 namespace {
 
-const int64_t MOST_FIELDS = 32;     // two bits each
+const int64_t MOST_FIELDS = 32;  // two bits each
 const int64_t BLOCK = WORDS * MOST_FIELDS;
 
 // The largest magnitude of every bucket; infinity if an entry is not finite.

@@ -180,8 +180,8 @@ inline void look_up_64(const uint8_t* codes, const float* table, bool wide, floa
         for (int part = 0; part < 8; ++part) {
             const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + 8 * part)));
             const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-            __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                            _mm256_permutevar8x32_ps(high, index), is_high);
+            __m256 value =
+                _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), is_high);
             if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
             _mm256_storeu_ps(out + 8 * part, value);
         }

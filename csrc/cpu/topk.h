@@ -37,8 +37,7 @@ struct BitReader {
 
 inline int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
-void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width,
-                     uint8_t* payload) {
+void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width, uint8_t* payload) {
     uint8_t* values = payload;
     uint8_t* index = payload + 4 * k;
     BitWriter low = {index, 0, 0};
@@ -138,8 +137,7 @@ int topk_decode_form(const uint8_t* payload, int64_t n, int64_t k, int form, int
         memcpy(&word, bitmap + first, (size_t)min64(8, bytes - first));
         for (; word; word &= word - 1) {
             const int64_t position = 8 * first + __builtin_ctzll(word);
-            const int64_t entry =
-                gaps ? (int64_t)((uint64_t)(position - taken) << width | low.get(width)) : position;
+            const int64_t entry = gaps ? (int64_t)((uint64_t)(position - taken) << width | low.get(width)) : position;
             if (int error = place(entry)) return error;
         }
     }

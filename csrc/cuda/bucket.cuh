@@ -98,7 +98,8 @@ template <class Method>
 GC_INLINE Partial reduced(const Method& method, int stage, const float* x, int count,
                           const typename Method::Scale& scale) {
     Partial partial = no_partial();
-    for (int i = (int)threadIdx.x & (HALF_WARP - 1); i < count; i += HALF_WARP) method.add(stage, x[i], scale, &partial);
+    for (int i = (int)threadIdx.x & (HALF_WARP - 1); i < count; i += HALF_WARP)
+        method.add(stage, x[i], scale, &partial);
     return folded(partial, method.uses(stage));
 }
 
@@ -235,15 +236,15 @@ GC_INLINE void decode_buckets(const Method& method, int64_t n, int64_t bucket, i
 }  // namespace
 
 // The parameters that all encoders have, and the objects behind them.
-#define GC_BUCKET_PARAMETERS                                                                                      \
+#define GC_BUCKET_PARAMETERS                                                                                          \
     const float *x, const float *residual, float *fresh, uint32_t *poisoned, int64_t n, int64_t bucket, int64_t step, \
         int64_t stage, Partial *partials, void *scales, uint8_t *payload
-#define GC_ENCODE_BUCKETS(Method, method)                                                                        \
-    const Source source = {x, residual};                                                                             \
-    const Feedback feedback = {fresh, poisoned};                                                                 \
+#define GC_ENCODE_BUCKETS(Method, method)        \
+    const Source source = {x, residual};         \
+    const Feedback feedback = {fresh, poisoned}; \
     encode_buckets(method, n, bucket, source, feedback, step, stage, partials, (Method::Scale*)scales)
-#define GC_FINISH_BUCKETS(Method, method)                                  \
-    (void)x, (void)residual, (void)fresh, (void)poisoned, (void)step;          \
+#define GC_FINISH_BUCKETS(Method, method)                             \
+    (void)x, (void)residual, (void)fresh, (void)poisoned, (void)step; \
     finish_buckets(method, n, bucket, stage, partials, (Method::Scale*)scales)
 
 #endif

@@ -14,8 +14,8 @@
 #define GC_KERNEL(name) extern "C" __global__ void __launch_bounds__(256) name
 #define GC_REGISTER(name)
 #define GC_SHARED(Type, name) __shared__ Type name
-#define GC_DYNAMIC_SHARED(Type, name)              \
-    extern __shared__ float4 gc_dynamic_shared[];  \
+#define GC_DYNAMIC_SHARED(Type, name)             \
+    extern __shared__ float4 gc_dynamic_shared[]; \
     Type* name = (Type*)gc_dynamic_shared
 #endif
 

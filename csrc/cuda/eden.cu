@@ -37,7 +37,8 @@ GC_INLINE uint32_t class_of(float units, const float* border, uint32_t classes) 
 GC_INLINE void load_levels(const float* levels, uint32_t classes, EdenShared* shared) {
     if (threadIdx.x >= classes) return;
     shared->level[threadIdx.x] = levels[threadIdx.x];
-    if (threadIdx.x + 1 < classes) shared->border[threadIdx.x] = eden_border(levels[threadIdx.x], levels[threadIdx.x + 1]);
+    if (threadIdx.x + 1 < classes)
+        shared->border[threadIdx.x] = eden_border(levels[threadIdx.x], levels[threadIdx.x + 1]);
 }
 
 GC_INLINE uint8_t* packed_of(uint8_t* payload, int64_t n, int64_t block, int64_t sent, int64_t bits) {

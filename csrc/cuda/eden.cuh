@@ -25,7 +25,8 @@ struct EdenBlock {
     // The rotated entry that is sent as number k.
     GC_INLINE int64_t position(int64_t k) const {
         if (sent == entries) return k;
-        return (int64_t)((uint64_t)(eden_start(positions, entries) + k * eden_step(positions, entries)) % (uint64_t)entries);
+        return (int64_t)((uint64_t)(eden_start(positions, entries) + k * eden_step(positions, entries)) %
+                         (uint64_t)entries);
     }
 };
 

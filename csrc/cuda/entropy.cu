@@ -8,8 +8,8 @@ namespace {
 
 // What the steps of encoding, and of decoding, tell each other.
 struct EntropyState {
-    uint32_t coded;   // whether any plane is
-    uint32_t failed;  // words did not fit, or bytes are no payload
+    uint32_t coded;                      // whether any plane is
+    uint32_t failed;                     // words did not fit, or bytes are no payload
     int64_t tables, raw, states, total;  // where parts begin, in bytes of the payload, and its size
     int64_t words;                       // bytes of them
     uint32_t state[STATES];

@@ -48,8 +48,9 @@ GC_INLINE void add_warp(uint32_t sum, uint32_t members, uint64_t* all, uint32_t*
 }  // namespace
 
 // The fixed magnitudes of dropped entries, 16 of them a bin.
-GC_KERNEL(mask_histogram)(const float* x, const float* residual, int64_t n, int64_t is_signed, const Selection* selection,
-                          const uint32_t* above, const uint32_t* equal, uint32_t* histogram) {
+GC_KERNEL(mask_histogram)(const float* x, const float* residual, int64_t n, int64_t is_signed,
+                          const Selection* selection, const uint32_t* above, const uint32_t* equal,
+                          uint32_t* histogram) {
     struct Shared {
         float tile[TILE];
         KeptShared kept;
@@ -182,7 +183,8 @@ GC_KERNEL(mask_levels)(const uint64_t* sums, const uint64_t* counts, int64_t bit
     const MaskShape shape = mask_shape((int)bits, is_signed != 0);
     const int s = (int)threadIdx.x, m = is_signed ? s + 1 : s;
     if (s >= shape.sent) return;
-    store_float(payload + 4 * s, mask_level((int64_t)sums[m], (int64_t)counts[m], mask_scale(selection->key).threshold));
+    store_float(payload + 4 * s,
+                mask_level((int64_t)sums[m], (int64_t)counts[m], mask_scale(selection->key).threshold));
 }
 GC_REGISTER(mask_levels)
 

@@ -33,7 +33,7 @@ GC_REGISTER(poison)
 
 // Error feedback behind an encoder that does not keep it: x + residual - sent.
 GC_KERNEL(feedback_residual)(const float* x, const float* residual, const float* sent, int64_t n, uint32_t* poisoned,
-                         float* fresh) {
+                             float* fresh) {
     const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t first = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);

@@ -105,7 +105,9 @@ GC_INLINE PolarWarp polar_warp(const DeviceTile& tile, int group, uint8_t* works
 }
 
 // Position 4 k + (the thread's slot) is that of this row; rows of a thread follow each other.
-GC_INLINE int64_t first_row(const PolarWarp& own) { return (int64_t)reversed((uint32_t)row_slot(), 2) * (own.rows / 4); }
+GC_INLINE int64_t first_row(const PolarWarp& own) {
+    return (int64_t)reversed((uint32_t)row_slot(), 2) * (own.rows / 4);
+}
 
 // A thread's samples, word by word; `make` makes one from a row and its place among the tiles' entries.
 template <class Make>

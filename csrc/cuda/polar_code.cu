@@ -85,8 +85,8 @@ GC_INLINE uint64_t encode_subtree(const uint8_t* types, int root, int size, cons
             node = 2 * node + skip;
             continue;
         }
-        const uint64_t found = n == 16 ? encode_word<16>(types, node, *own.of(n))
-                                       : encode_leaf(types[node], n, NodeWords{own.of(n), n});
+        const uint64_t found =
+            n == 16 ? encode_word<16>(types, node, *own.of(n)) : encode_leaf(types[node], n, NodeWords{own.of(n), n});
         code |= found << at;
         while (node != root && (node & 1)) {
             const uint64_t right = code >> at & low_ones(n / 4);

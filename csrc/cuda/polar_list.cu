@@ -139,8 +139,7 @@ GC_INLINE uint64_t list_leaf(int type, int n, const Words& words, Paths* paths, 
 // The same for any node of n <= 16 positions, a bit for each byte of the word.
 template <int n>
 GC_APART uint32_t list_word(const uint8_t* types, int node, uint32_t word, Paths* paths, int* map) {
-    if (n == 2 || types[node] != GENERAL)
-        return (uint32_t)list_leaf(types[node], n, NodeWord<n>{word}, paths, map);
+    if (n == 2 || types[node] != GENERAL) return (uint32_t)list_leaf(types[node], n, NodeWord<n>{word}, paths, map);
     if constexpr (n > 2) {
         uint32_t upper, lower;
         int left_map, right_map;

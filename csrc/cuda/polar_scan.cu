@@ -123,7 +123,8 @@ template <class Visit>
 GC_INLINE void visit_entries(const PolarLayout& layout, SpreadShared* shared, int64_t* cursors, const Visit& visit) {
     const int64_t columns = layout.columns, tiles = (columns + PLACES - 1) / PLACES;
     const int64_t section = quotient(blockIdx.x, tiles), first = ((int64_t)blockIdx.x - section * tiles) * PLACES;
-    const int64_t first_row = section * SECTION, end_row = min64((layout.n + columns - 1) / columns, first_row + SECTION);
+    const int64_t first_row = section * SECTION,
+                  end_row = min64((layout.n + columns - 1) / columns, first_row + SECTION);
     if (threadIdx.x <= MOST_CODES) shared->run_of_code[threadIdx.x] = -1;
     for (int64_t i = threadIdx.x; i < SECTION * layout.runs; i += THREADS) cursors[i] = -1;
     __syncthreads();
@@ -227,8 +228,8 @@ GC_KERNEL(polar_count_beyond)(const float* x, int64_t n, int64_t columns, const 
                               const float* of_columns, int64_t by_column, double floor, double slope, double intercept,
                               uint32_t* counts) {
     GC_SHARED(BeyondShared, shared);
-    const PolarLimits limits = {x, n, columns, rows, by_row, of_columns, by_column, (float)floor, (float)slope,
-                                (float)intercept};
+    const PolarLimits limits = {x,          n,         columns,      rows,         by_row,
+                                of_columns, by_column, (float)floor, (float)slope, (float)intercept};
     const uint32_t total = find_beyond(limits, &shared);
     if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
@@ -239,8 +240,8 @@ GC_KERNEL(polar_beyond)(const float* x, int64_t n, int64_t columns, const float*
                         const float* of_columns, int64_t by_column, double floor, double slope, double intercept,
                         const uint32_t* before, int64_t* places) {
     GC_SHARED(BeyondShared, shared);
-    const PolarLimits limits = {x, n, columns, rows, by_row, of_columns, by_column, (float)floor, (float)slope,
-                                (float)intercept};
+    const PolarLimits limits = {x,          n,         columns,      rows,         by_row,
+                                of_columns, by_column, (float)floor, (float)slope, (float)intercept};
     find_beyond(limits, &shared);
     for (int place = (int)threadIdx.x; place < TILE; place += THREADS)
         if (shared.bits.has(place))

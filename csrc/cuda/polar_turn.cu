@@ -44,7 +44,8 @@ GC_KERNEL(polar_turn)(const float* x, int64_t n, int64_t seed, float* turned, do
     double length = 0.0;
     if (exponent > 0) {
         const float factor = bits_float((uint32_t)(255 - exponent) << 23);
-        for (int64_t i = threadIdx.x; i < block.entries; i += THREADS) y.at(i) = turn_flipped(y.at(i) * factor, block, i);
+        for (int64_t i = threadIdx.x; i < block.entries; i += THREADS)
+            y.at(i) = turn_flipped(y.at(i) * factor, block, i);
         __syncthreads();
         rotate(y, block);
         const Squares squares = {y};
@@ -58,7 +59,8 @@ GC_KERNEL(polar_turn)(const float* x, int64_t n, int64_t seed, float* turned, do
 GC_REGISTER(polar_turn)
 
 // The scales that make decoded blocks unbiased.
-GC_KERNEL(polar_turn_scales)(const float* turned, const float* decoded, int64_t n, const double* lengths, float* scales) {
+GC_KERNEL(polar_turn_scales)(const float* turned, const float* decoded, int64_t n, const double* lengths,
+                             float* scales) {
     GC_SHARED(TurnShared, shared);
     const EdenBlock block = turn_block(n, 0);
     const Products squares = {turned + block.first, turned + block.first};
@@ -69,7 +71,8 @@ GC_KERNEL(polar_turn_scales)(const float* turned, const float* decoded, int64_t 
 }
 GC_REGISTER(polar_turn_scales)
 
-GC_KERNEL(polar_turn_back)(const float* decoded, int64_t n, int64_t seed, const float* scales, int64_t add, float* out) {
+GC_KERNEL(polar_turn_back)(const float* decoded, int64_t n, int64_t seed, const float* scales, int64_t add,
+                           float* out) {
     GC_DYNAMIC_SHARED(float, floats);
     const Padded y = {floats};
     const EdenBlock block = turn_block(n, (uint32_t)seed);

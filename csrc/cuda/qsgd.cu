@@ -40,8 +40,8 @@ struct Qsgd {
 };
 
 GC_INLINE Qsgd qsgd_of(int64_t n, int64_t bucket, int64_t bits, int64_t largest_norm, int64_t seed, uint8_t* payload) {
-    const Qsgd method = {(n + bucket - 1) / bucket, (int)bits, (1 << (bits - 1)) - 1, largest_norm != 0,
-                         (uint32_t)seed,            payload};
+    const Qsgd method = {(n + bucket - 1) / bucket, (int)bits,      (1 << (bits - 1)) - 1,
+                         largest_norm != 0,         (uint32_t)seed, payload};
     return method;
 }
 

@@ -24,8 +24,8 @@ GC_KERNEL(find_poison)(const float* x, int64_t n, uint32_t* poisoned) {
 }
 GC_REGISTER(find_poison)
 
-GC_KERNEL(randomk_encode)(const float* x, int64_t n, int64_t k, int64_t unbiased, int64_t seed, const uint32_t* poisoned,
-                          uint8_t* payload) {
+GC_KERNEL(randomk_encode)(const float* x, int64_t n, int64_t k, int64_t unbiased, int64_t seed,
+                          const uint32_t* poisoned, uint8_t* payload) {
     const int64_t run = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (run >= k) return;
     if (run == 0) store_u32(payload, (uint32_t)seed);

@@ -123,8 +123,9 @@ GC_KERNEL(select_survivors)(const float* x, const float* residual, float* fresh,
 GC_REGISTER(select_survivors)
 
 // The last digits of the survivors whose first two are right.
-GC_KERNEL(select_refine)(const float* x, const float* residual, int64_t n, int64_t is_signed, const Selection* selection,
-                         const uint16_t* list, const uint32_t* counts, uint32_t* histogram) {
+GC_KERNEL(select_refine)(const float* x, const float* residual, int64_t n, int64_t is_signed,
+                         const Selection* selection, const uint16_t* list, const uint32_t* counts,
+                         uint32_t* histogram) {
     GC_SHARED(HistogramShared, shared);
     const Source source = {x, residual};
     const Candidates candidates = {list, counts, n};

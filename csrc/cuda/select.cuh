@@ -32,7 +32,9 @@ struct Candidates {
     GC_INLINE int64_t entry(int place) const { return first() + (list ? (int)list[first() + place] : place); }
 };
 
-GC_INLINE uint32_t key_of(float value, bool is_signed) { return is_signed ? key_of<true>(value) : key_of<false>(value); }
+GC_INLINE uint32_t key_of(float value, bool is_signed) {
+    return is_signed ? key_of<true>(value) : key_of<false>(value);
+}
 
 struct TileBits {
     uint32_t words[TILE_WORDS], before[TILE_WORDS];

@@ -42,9 +42,9 @@ GC_KERNEL(shared_scales)(const float* x, const float* residual, int64_t n, int64
 }
 GC_REGISTER(shared_scales)
 
-GC_KERNEL(shared_encode)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n, int64_t bucket,
-                         int64_t limit, int64_t width, int64_t stochastic, int64_t seed, const float* scales,
-                         int64_t words, uint8_t* payload) {
+GC_KERNEL(shared_encode)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n,
+                         int64_t bucket, int64_t limit, int64_t width, int64_t stochastic, int64_t seed,
+                         const float* scales, int64_t words, uint8_t* payload) {
     const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t number = (int64_t)blockIdx.x * THREADS + threadIdx.x;

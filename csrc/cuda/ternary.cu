@@ -80,8 +80,9 @@ GC_KERNEL(ternary_finish)(GC_BUCKET_PARAMETERS, int64_t stochastic, double clip)
 }
 GC_REGISTER(ternary_finish)
 
-GC_KERNEL(ternary_trits)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n, int64_t bucket,
-                         const TernaryScale* scales, int64_t stochastic, int64_t seed, uint8_t* payload) {
+GC_KERNEL(ternary_trits)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n,
+                         int64_t bucket, const TernaryScale* scales, int64_t stochastic, int64_t seed,
+                         uint8_t* payload) {
     const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;

@@ -74,8 +74,8 @@ inline void write_points(Bytes labels, const float* table, int levels, float* ou
         const __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
         for (int part = 0; part < 4; ++part) {
             const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 16 * part)));
-            put_values<mode>(out + 16 * part, levels < 5 ? _mm512_permutexvar_ps(index, low)
-                                                         : _mm512_permutex2var_ps(low, index, high));
+            put_values<mode>(out + 16 * part,
+                             levels < 5 ? _mm512_permutexvar_ps(index, low) : _mm512_permutex2var_ps(low, index, high));
         }
         return;
     }
@@ -137,8 +137,8 @@ inline void write_row(const uint64_t* code, int rows, int levels, const float* t
 
 // Decodes one tile, at most `count` entries of it; returns the end of its words.
 template <int mode>
-const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots,
-                                 const float* values, uint64_t* code, int64_t count, float* out) {
+const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, const uint8_t* slots, const float* values,
+                                 uint64_t* code, int64_t count, float* out) {
     const int rows = (int)tile->rows, lanes = (int)tile->lanes, levels = (int)tile->levels;
     const uint16_t *rank = (const uint16_t*)tile->rank, *positions = (const uint16_t*)tile->positions;
     for (int level = 0; level < levels; ++level) {

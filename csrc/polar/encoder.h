@@ -229,8 +229,7 @@ struct Node {
                     put_node<fixed>(code, n, 1, out);
                 }
                 return;
-            default:
-                break;
+            default: break;
         }
         if (types[2 * node] == ALL_FROZEN) {
             encode_sums(n, types, node, Sums<Row>{row}, parts, scratch, parts + n / 2, out);

@@ -28,9 +28,7 @@ inline Bytes add_saturated(Bytes a, Bytes b) { return _mm512_adds_epi8(a, b); }
 inline Bytes check_node(Bytes a, Bytes b) {
     return _mm512_max_epi8(_mm512_min_epi8(a, b), _mm512_subs_epi8(zero_bytes(), _mm512_max_epi8(a, b)));
 }
-inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
-    return _mm512_mask_subs_epi8(_mm512_adds_epi8(b, a), c, b, a);
-}
+inline Bytes variable_node(Bytes a, Bytes b, Signs c) { return _mm512_mask_subs_epi8(_mm512_adds_epi8(b, a), c, b, a); }
 inline Bytes magnitude(Bytes a) { return _mm512_abs_epi8(_mm512_max_epi8(a, _mm512_set1_epi8(-127))); }
 inline Bytes least(Bytes a, Bytes b) { return _mm512_min_epu8(a, b); }
 inline Signs negative(Bytes a) { return _mm512_movepi8_mask(a); }
@@ -49,7 +47,7 @@ struct Bytes {
     __m256i low, high;
 };
 typedef Bytes Signs;  // 0 or -1
-#define GC_PAIR(expression_low, expression_high) \
+#define GC_PAIR(expression_low, expression_high)      \
     Bytes result = {expression_low, expression_high}; \
     return result
 inline Bytes load_bytes(const int8_t* p) {
@@ -76,9 +74,7 @@ inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
 inline __m256i magnitude_half(__m256i a) { return _mm256_abs_epi8(_mm256_max_epi8(a, _mm256_set1_epi8(-127))); }
 inline Bytes magnitude(Bytes a) { GC_PAIR(magnitude_half(a.low), magnitude_half(a.high)); }
 inline Bytes least(Bytes a, Bytes b) { GC_PAIR(_mm256_min_epu8(a.low, b.low), _mm256_min_epu8(a.high, b.high)); }
-inline Signs equal(Bytes a, Bytes b) {
-    GC_PAIR(_mm256_cmpeq_epi8(a.low, b.low), _mm256_cmpeq_epi8(a.high, b.high));
-}
+inline Signs equal(Bytes a, Bytes b) { GC_PAIR(_mm256_cmpeq_epi8(a.low, b.low), _mm256_cmpeq_epi8(a.high, b.high)); }
 inline Signs negative(Bytes a) {
     GC_PAIR(_mm256_cmpgt_epi8(_mm256_setzero_si256(), a.low), _mm256_cmpgt_epi8(_mm256_setzero_si256(), a.high));
 }
@@ -118,8 +114,8 @@ inline Part subtract_saturated_part(Part a, Part b) {
     return saturate(difference, (a ^ b) & (a ^ difference), a);
 }
 #endif
-#define GC_PARTS(expression)                       \
-    Bytes result;                                  \
+#define GC_PARTS(expression)                                   \
+    Bytes result;                                              \
     for (int k = 0; k < 4; ++k) result.part[k] = (expression); \
     return result
 inline Part select(Part where, Part a, Part b) { return (where & a) | (~where & b); }
@@ -133,10 +129,12 @@ inline Bytes check_node(Bytes a, Bytes b) {
     GC_PARTS(larger(smaller(a.part[k], b.part[k]), subtract_saturated_part(Part{}, larger(a.part[k], b.part[k]))));
 }
 inline Bytes variable_node(Bytes a, Bytes b, Signs c) {
-    GC_PARTS(select(c.part[k], subtract_saturated_part(b.part[k], a.part[k]),
-                    add_saturated_part(b.part[k], a.part[k])));
+    GC_PARTS(
+        select(c.part[k], subtract_saturated_part(b.part[k], a.part[k]), add_saturated_part(b.part[k], a.part[k])));
 }
-inline Bytes magnitude(Bytes a) { GC_PARTS(select(a.part[k] < 0, subtract_saturated_part(Part{}, a.part[k]), a.part[k])); }
+inline Bytes magnitude(Bytes a) {
+    GC_PARTS(select(a.part[k] < 0, subtract_saturated_part(Part{}, a.part[k]), a.part[k]));
+}
 inline Bytes least(Bytes a, Bytes b) { GC_PARTS(smaller(a.part[k], b.part[k])); }
 inline Signs equal(Bytes a, Bytes b) { GC_PARTS(a.part[k] == b.part[k]); }
 inline Signs negative(Bytes a) { GC_PARTS(a.part[k] < 0); }
@@ -212,7 +210,8 @@ inline Signs signs_of(uint64_t word) {
 #if defined(__AVX512BW__)
     return word;
 #elif defined(__AVX2__)
-    const __m256i all = _mm256_set1_epi64x((long long)word), bits = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i all = _mm256_set1_epi64x((long long)word),
+                  bits = _mm256_set1_epi64x((long long)0x8040201008040201ull);
     const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
     const __m256i second = _mm256_or_si256(first, _mm256_set1_epi8(4));

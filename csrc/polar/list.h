@@ -54,8 +54,8 @@ inline Part shuffled_part(Part a, Part index) {
     return result;
 }
 inline Shorts shuffled(Shorts a, Shorts index) { return (Shorts)shuffled_part((Part)a, (Part)index); }
-#define GC_PARTS(expression)                       \
-    Bytes result;                                  \
+#define GC_PARTS(expression)                                   \
+    Bytes result;                                              \
     for (int k = 0; k < 4; ++k) result.part[k] = (expression); \
     return result
 inline Bytes shuffled(Bytes a, Bytes index) { GC_PARTS(shuffled_part(a.part[k], index.part[k])); }
@@ -302,15 +302,13 @@ bool list_node(const uint8_t* types, int node, int n, const Bytes* l, Bytes* cod
         left_moved = list_node<L>(types, 2 * node, half, scratch, code, scratch + half, paths, &left);
         for (int i = 0; i < half && left_moved; ++i)
             scratch[i] = variable_node(shuffled(l[i], left), shuffled(l[i + half], left), signs_in(code[i]));
-        for (int i = 0; i < half && !left_moved; ++i)
-            scratch[i] = variable_node(l[i], l[i + half], signs_in(code[i]));
+        for (int i = 0; i < half && !left_moved; ++i) scratch[i] = variable_node(l[i], l[i + half], signs_in(code[i]));
     }
     const bool moved = list_node<L>(types, 2 * node + 1, half, scratch, code + half, scratch + half, paths, &right);
     if (types[2 * node] == ALL_FROZEN)
         for (int i = 0; i < half; ++i) code[i] = code[i + half];
     else
-        for (int i = 0; i < half; ++i)
-            code[i] = different(moved ? shuffled(code[i], right) : code[i], code[i + half]);
+        for (int i = 0; i < half; ++i) code[i] = different(moved ? shuffled(code[i], right) : code[i], code[i + half]);
     *map = !left_moved ? right : moved ? shuffled(left, right) : left;
     return left_moved || moved;
 }

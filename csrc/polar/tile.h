@@ -70,7 +70,7 @@ struct PolarWorkspace {
     int8_t* samples;
     uint64_t *words, *information;  // words: [MAX_LEVELS][rows]
     uint8_t* types;                 // [MAX_LEVELS][2 MAX_BLOCK]
-    PolarTyped* typed;  // [MAX_LEVELS]
+    PolarTyped* typed;              // [MAX_LEVELS]
 };
 
 inline PolarWorkspace polar_workspace(uint8_t* memory) {
@@ -258,7 +258,8 @@ inline void polar_tile_inputs(const PolarSource* source, const PolarTile* tile, 
         to = from + CHUNK_ROWS < rows ? from + CHUNK_ROWS : rows;
         if (tile->levels == 1) {
             for (int i = from; i < to; ++i)
-                work.inputs[i] = source->x ? row_of_entries(source, i, lanes, 0) : load_lanes(samples + lanes * i, lanes);
+                work.inputs[i] =
+                    source->x ? row_of_entries(source, i, lanes, 0) : load_lanes(samples + lanes * i, lanes);
         } else {
             for (int i = from; i < to && level == 0 && source->x; ++i)
                 store_lanes(work.samples + lanes * i, row_of_entries(source, i, lanes, ERASED), lanes);

@@ -145,7 +145,7 @@ Told told_of(int64_t tensor) {
 // the residual stays what it was. With feedback a payload has one byte more: from a worker, whether it applied the last
 // result; the server's memory follows, and all workers must say the same.
 class Partition : public Compressor {
-   public:
+public:
     Partition(const kwargs_t& kwargs, size_t size, DataType dtype)
         : Compressor(size, dtype),
           method_(find_method(need(kwargs, "gcompress_method"))),
@@ -214,7 +214,7 @@ class Partition : public Compressor {
         for (int64_t i = 0; i < plan_.entries; ++i) out[i] = from[i] - out[i];
     }
 
-   private:
+private:
     void encode(const float* values, uint8_t* payload) {
         if (method_)
             method_->encode(values, plan_.entries, plan_.arguments, seed(), work_.data(), plan_.workspace, payload);

@@ -148,7 +148,8 @@ void run_thread() {
     entry->caller(entry->kernel, arguments);
     set_runnable(current, false);
     --alive;
-    if (waiting > 0 && waiting == alive) fail("threads wait at a barrier that others have passed by ending", barrier_file, barrier_line);
+    if (waiting > 0 && waiting == alive)
+        fail("threads wait at a barrier that others have passed by ending", barrier_file, barrier_line);
     to_scheduler();
     abort();
 }
@@ -246,9 +247,7 @@ uint64_t exchange(const char* file, int line, uint32_t mask, uint64_t value, con
         warp.ballot = 0;
         for (int other = 0; other < 32; ++other) {
             warp.result[other] = mask >> other & 1 ? warp.coming[other] : 0xa5a5a5a5a5a5a5a5ull;
-            if (mask >> other & 1) {
-                warp.ballot |= (uint64_t)(warp.coming[other] != 0) << other;
-            }
+            if (mask >> other & 1) { warp.ballot |= (uint64_t)(warp.coming[other] != 0) << other; }
         }
         runnable[current >> 6] |= (uint64_t)mask << (current & 32);
     } else {
@@ -367,12 +366,14 @@ void emulator_leave_out(const char* where) { left_out = where; }
 // Bytes that end where a page begins which nobody may touch.
 void* emulator_allocate(int64_t bytes, int64_t alignment) {
     const int64_t page = 4096, pages = (bytes + alignment + page - 1) / page * page;
-    char* start = (char*)mmap(nullptr, (size_t)(pages + page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* start =
+        (char*)mmap(nullptr, (size_t)(pages + page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     mprotect(start + pages, (size_t)page, PROT_NONE);
     return start + (pages - bytes) / alignment * alignment;
 }
 void emulator_release(void* memory, int64_t bytes, int64_t alignment) {
     const int64_t page = 4096, pages = (bytes + alignment + page - 1) / page * page;
-    munmap((void*)((uint64_t)memory / page * page - ((pages - bytes) / alignment * alignment / page * page)), (size_t)(pages + page));
+    munmap((void*)((uint64_t)memory / page * page - ((pages - bytes) / alignment * alignment / page * page)),
+           (size_t)(pages + page));
 }
 }

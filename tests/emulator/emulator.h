@@ -86,7 +86,7 @@ struct alignas(16) float4 {
 
 #define GC_KERNEL(name) static void name
 #define GC_REGISTER(name) static const emulator::Registration registration_of_##name(#name, name);
-#define GC_SHARED(Type, name)    \
+#define GC_SHARED(Type, name)          \
     static const char site_##name = 0; \
     auto& name = *(Type*)emulator::shared_memory(&site_##name, sizeof(Type))
 #define GC_DYNAMIC_SHARED(Type, name) Type* name = (Type*)emulator::dynamic_shared_memory()

@@ -60,12 +60,12 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define GC_ACCESS(size)                                                          \
-    void __tsan_read##size(void* p) { touch(p, size, false); }                   \
-    void __tsan_write##size(void* p) { touch(p, size, true); }                   \
-    void __tsan_unaligned_read##size(void* p) { touch(p, size, false); }         \
-    void __tsan_unaligned_write##size(void* p) { touch(p, size, true); }         \
-    void __tsan_volatile_read##size(void* p) { touch(p, size, false); }          \
+#define GC_ACCESS(size)                                                  \
+    void __tsan_read##size(void* p) { touch(p, size, false); }           \
+    void __tsan_write##size(void* p) { touch(p, size, true); }           \
+    void __tsan_unaligned_read##size(void* p) { touch(p, size, false); } \
+    void __tsan_unaligned_write##size(void* p) { touch(p, size, true); } \
+    void __tsan_volatile_read##size(void* p) { touch(p, size, false); }  \
     void __tsan_volatile_write##size(void* p) { touch(p, size, true); }
 GC_ACCESS(1)
 GC_ACCESS(2)

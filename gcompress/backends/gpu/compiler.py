@@ -16,7 +16,7 @@ def cubin(module, architecture):
     """The machine code of a module of csrc/cuda/.
 
     Args:
-        module: one of `sources.MODULES`.
+        module: one of `sources.modules()`.
         architecture: compute capability times ten, such as 90.
 
     Returns:
