@@ -52,6 +52,8 @@ class BuildNative(build_ext):
 
 
 class OptionalBuild(BuildNative):
+    """The same, but a missing compiler is no error."""
+
     def run(self):
         try:
             super().run()

@@ -9,12 +9,15 @@ that of Deep Gradient Compression (Lin et al., arXiv 1712.01887): momentum corre
 factor masking and clipping (`MomentumCorrection`), and a warm-up (`eased`).
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
 from . import backends
-from .compressors import Context
+from .compressors import Compressor, Context
 from .errors import ConfigError
 from .memory import Memory, checked_copies
 from .packing import to_type
@@ -33,14 +36,16 @@ class ErrorFeedback:
             `apply` or `discard` (see gcompress/memory.py).
     """
 
-    kinds = ("residual",)  # of tensors that it remembers for a parameter
+    kinds: tuple[str, ...] = ("residual",)  # of tensors that it remembers for a parameter
     fuses = True  # whether an encoder may keep the residual, as the kernels of the GPU do
 
     def __init__(self, at_once=True):
         self.memories = {kind: Memory(at_once) for kind in self.kinds}
         self._residuals = self.memories["residual"]
 
-    def compress(self, name, gradient, compressor, *, seed=0):
+    def compress(
+        self, name: str, gradient: torch.Tensor, compressor: Compressor, *, seed: int = 0
+    ) -> tuple[torch.Tensor, Context]:
         """Encode gradient plus the residual of `name`, and remember what was lost.
 
         Args:
@@ -66,7 +71,7 @@ class ErrorFeedback:
         self.keep(name, corrected, decoded, sparse=compressor.sparse)
         return payload, Context(gradient.shape, gradient.dtype)
 
-    def corrected(self, name, gradient):
+    def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
         values = to_type(gradient.detach().reshape(-1), torch.float32)
         residual = self._residual_for(name, gradient)
@@ -80,7 +85,7 @@ class ErrorFeedback:
             )
         return residual if residual is None else residual.to(gradient.device)  # one that was loaded may lie elsewhere
 
-    def keep(self, name, corrected, sent, *, sparse=False):
+    def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> bool:
         """Store corrected - sent as the residual. If it is not finite, keep the old one and return False.
 
         corrected: changed in place. sparse: whether zeros of `sent` mean entries that were not sent.
@@ -91,50 +96,50 @@ class ErrorFeedback:
             self._residuals.put(name, corrected)
         return finite
 
-    def add(self, name, values):
+    def add(self, name: str, values: torch.Tensor) -> None:
         """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
         self._residuals.add(name, values)
 
-    def residual(self, name):
+    def residual(self, name: str) -> torch.Tensor | None:
         """The residual of `name` (1-D float32, not a copy), or None before its first step."""
         return self._residuals.values().get(name)
 
-    def apply(self, names=None):
+    def apply(self, names: Iterable[str] | None = None) -> None:
         """The step was applied: what was proposed for these names (default: all) is the memory."""
         for memory in self.memories.values():
             memory.apply(names)
 
-    def discard(self, names=None):
+    def discard(self, names: Iterable[str] | None = None) -> None:
         """The step was not applied: the memory of these names (default: all) is what it was before."""
         for memory in self.memories.values():
             memory.discard(names)
 
-    def carry_on(self, name):
+    def carry_on(self, name: str) -> None:
         """The next gradient of `name` contains the last result: go on from what is proposed."""
         for memory in self.memories.values():
             memory.carry_on(name)
 
-    def tensors(self):
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """{kind: {name: tensor}} of all that is remembered; not copies."""
         return {kind: memory.values() for kind, memory in self.memories.items()}
 
-    def load_tensors(self, tensors):
+    def load_tensors(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Replace all memory by these tensors."""
         for kind, memory in self.memories.items():
             memory.load(tensors[kind])
 
-    def checked(self, state, sizes=None):
+    def checked(self, state: dict, sizes: dict[str, int] | None = None) -> dict[str, dict[str, torch.Tensor]]:
         """Copies of the tensors of a `state_dict()`, as `load_tensors` takes them; ConfigError if it is none.
 
         sizes: see `checked_copies`.
         """
         return {"residual": checked_copies("residual", state, sizes)}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """{name: residual}; the residuals are this rank's own and must not be broadcast."""
         return self._residuals.values()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Replace all residuals by copies of those of `state_dict()`; ConfigError, and no change, if it is none."""
         self.load_tensors(self.checked(state))
 
@@ -143,12 +148,14 @@ class NoFeedback:
     """What ErrorFeedback does, without memory."""
 
     @staticmethod
-    def compress(name, gradient, compressor, *, seed=0):
+    def compress(
+        name: str, gradient: torch.Tensor, compressor: Compressor, *, seed: int = 0
+    ) -> tuple[torch.Tensor, Context]:
         """(payload, ctx) of the gradient alone."""
         return compressor.compress(gradient, seed=seed)
 
     @staticmethod
-    def corrected(name, gradient):
+    def corrected(name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient, 1-D float32, contiguous; not a copy where it is that already."""
         return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
 
@@ -176,7 +183,7 @@ class MomentumCorrection(ErrorFeedback):
         self._velocities = self.memories["velocity"]
         self._moving = {}  # velocities of gradients between `corrected` and `keep`
 
-    def corrected(self, name, gradient):
+    def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Velocity plus the residual of `name`: a new 1-D float32 tensor."""
         velocity = to_type(gradient.detach().reshape(-1), torch.float32)
         if self.clip is not None:
@@ -189,24 +196,24 @@ class MomentumCorrection(ErrorFeedback):
         self._moving[name] = velocity
         return super().corrected(name, velocity)
 
-    def keep(self, name, corrected, sent, *, sparse=False):
+    def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> bool:
         velocity = self._moving.pop(name)
         finite = super().keep(name, corrected, sent)
         if finite:
             self._velocities.put(name, torch.where(sent == 0, velocity, 0.0) if sparse else velocity.clone())
         return finite
 
-    def velocity(self, name):
+    def velocity(self, name: str) -> torch.Tensor | None:
         """The velocity of `name` (1-D float32, not a copy), or None before its first step."""
         return self._velocities.values().get(name)
 
-    def checked(self, state, sizes=None):
+    def checked(self, state: dict, sizes: dict[str, int] | None = None) -> dict[str, dict[str, torch.Tensor]]:
         if not isinstance(state, dict) or set(state) != set(self.kinds):
             got = ", ".join(map(repr, state)) if isinstance(state, dict) else type(state).__name__
             raise ConfigError(f"feedback: got {got}, expected residual and velocity")
         return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """{"residual": {name: tensor}, "velocity": {name: tensor}}, this rank's own."""
         return self.tensors()
 
@@ -246,7 +253,7 @@ def new_memory(policy, at_once=True):
     return ErrorFeedback(at_once)
 
 
-def eased(compressor, step, warmup_steps):
+def eased(compressor: Compressor, step: int, warmup_steps: int) -> Compressor:
     """The compressor to use in one step of a warm-up.
 
     In four equal stages the fraction kept falls from d^(1/5) to d^(4/5), where d is that of

@@ -7,6 +7,10 @@ changed; `discard` leaves the memory as it was. Both values are held in between,
 second copy of what is remembered from the backward pass to the optimizer's step.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 import torch
 
 from .errors import ConfigError
@@ -33,43 +37,43 @@ class Memory:
         """What was proposed last, or else the value, or None."""
         return self._proposed.get(name, self._values.get(name))
 
-    def put(self, name, value):
+    def put(self, name: str, value: object) -> None:
         """Propose a value. The one before stays as it is: do not change it in place."""
         (self._values if self._at_once else self._proposed)[name] = value
 
-    def add(self, name, values):
+    def add(self, name: str, values: torch.Tensor) -> None:
         """Add a tensor to the one that was put last, or put it if there was none."""
         latest = self.latest(name)
         self.put(name, values if latest is None else latest + values)
 
-    def apply(self, names=None):
+    def apply(self, names: Iterable[str] | None = None) -> None:
         """Make the proposed values of these names (default: of all) the memory."""
         for name in list(self._proposed) if names is None else names:
             if name in self._proposed:
                 self._values[name] = self._proposed.pop(name)
             self._carried.discard(name)
 
-    def discard(self, names=None):
+    def discard(self, names: Iterable[str] | None = None) -> None:
         """Forget the proposed values of these names (default: of all)."""
         for name in list(self._proposed) if names is None else names:
             self._proposed.pop(name, None)
             self._carried.discard(name)
 
-    def carry_on(self, name):
+    def carry_on(self, name: str) -> None:
         """Let the next exchange of `name` begin from what is proposed: its gradient contains the last result."""
         self._carried.add(name)
 
-    def drop(self, matches):
+    def drop(self, matches) -> None:
         """Drop what has a name for which `matches` is true."""
         for values in (self._values, self._proposed):
             for name in [name for name in values if matches(name)]:
                 del values[name]
 
-    def values(self):
+    def values(self) -> dict:
         """{name: value} of what is applied; not copies."""
         return dict(self._values)
 
-    def load(self, values):
+    def load(self, values: dict) -> None:
         """Replace everything by these applied values."""
         self.discard()
         self._values = dict(values)

@@ -1,8 +1,12 @@
 """Which compressor for which tensor, and by which exchange."""
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 import math
+
+import torch
 
 from .checks import check_choice, check_integer, shown
 from .compressors import Compressor, from_spec
@@ -40,7 +44,7 @@ class Rule:
         if self.max_numel is not None:
             check_integer("max_numel", self.max_numel, self.min_numel)
 
-    def matches(self, name, numel, role):
+    def matches(self, name: str, numel: int, role: str) -> bool:
         """Whether a tensor meets all conditions."""
         return (
             self.min_numel <= numel <= (math.inf if self.max_numel is None else self.max_numel)
@@ -48,7 +52,7 @@ class Rule:
             and fnmatch.fnmatchcase(name or "", self.name)
         )
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {**_shallow(self), "compressor": self.compressor.to_dict() if self.compressor else None}
 
     def __str__(self):
@@ -121,7 +125,9 @@ class Policy:
     def _compressors(self):
         return [each.compressor for each in (*self.rules, self) if each.compressor]
 
-    def compressor_for(self, name, numel, *, role="gradient", step=None):
+    def compressor_for(
+        self, name: str, numel: int, *, role: str = "gradient", step: int | None = None
+    ) -> Compressor | None:
         """The compressor for a tensor, or None to send it as it is.
 
         Args:
@@ -140,17 +146,17 @@ class Policy:
         return eased(compressor, step, self.warmup_steps)
 
     @property
-    def uses_feedback(self):
+    def uses_feedback(self) -> bool:
         """Whether what is lost is remembered, for any tensor."""
         return any(map(self.feedback_for, self._compressors()))
 
-    def feedback_for(self, compressor):
+    def feedback_for(self, compressor: Compressor) -> bool:
         """Whether what this compressor loses is remembered."""
         if self.error_feedback is None:
             return bool(self.momentum or self.clip is not None or not compressor.unbiased)
         return self.error_feedback
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The configuration as a JSON-able dict; `as_policy` reads it."""
         return {
             **_shallow(self),
@@ -163,7 +169,7 @@ class Policy:
         return "; ".join([*items, *map(str, self.rules)])
 
 
-def as_policy(value):
+def as_policy(value: Policy | Compressor | str | dict) -> Policy:
     """A Policy from one, its dict or string, a compressor, a compressor's dict or a spec string."""
     if isinstance(value, Policy):
         return value
@@ -171,10 +177,10 @@ def as_policy(value):
         return _made(Policy, value)
     if isinstance(value, str) and ";" in value:
         return _parsed(value)
-    return Policy(value)
+    return Policy(_compressor_or_none(value))
 
 
-def parameter_groups(named_parameters, policy, *, weight_decay=0.0):
+def parameter_groups(named_parameters, policy: Policy, *, weight_decay: float = 0.0) -> list[dict]:
     """Parameter groups for a torch optimizer whose momentum a policy takes over.
 
     Momentum correction belongs to the compressed parameters only: they get an optimizer's
@@ -193,7 +199,8 @@ def parameter_groups(named_parameters, policy, *, weight_decay=0.0):
     named_parameters = list(named_parameters)
     if not policy.momentum:
         return [{"params": [parameter for _, parameter in named_parameters], "weight_decay": weight_decay}]
-    compressed, others = [], []
+    compressed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         (compressed if policy.compressor_for(name, parameter.numel()) else others).append(parameter)
     groups = [
@@ -203,7 +210,7 @@ def parameter_groups(named_parameters, policy, *, weight_decay=0.0):
     return [group for group in groups if group["params"]]
 
 
-def check_types(policy, parameters):
+def check_types(policy: Policy, parameters: dict[str, torch.nn.Parameter]) -> None:
     """ConfigError if the policy has a compressor for a parameter of a type that none takes.
 
     Args:
@@ -218,7 +225,7 @@ def check_types(policy, parameters):
             )
 
 
-def check_momentum(policy, param_groups, names):
+def check_momentum(policy: Policy, param_groups: list[dict], names: dict[torch.nn.Parameter, str]) -> None:
     """ConfigError if an optimizer applies momentum to parameters that have the policy's already.
 
     Args:
@@ -273,7 +280,7 @@ def _shallow(value):
 
 
 def _assignments(value, skip):
-    """ "field=value" for every field that is not at its default."""
+    """As "field=value": every field that is not at its default."""
     fields = [field for field in dataclasses.fields(value) if field.name not in skip]
     changed = [
         (field.name, getattr(value, field.name)) for field in fields if getattr(value, field.name) != field.default

@@ -6,6 +6,8 @@ needs; otherwise None, and the caller runs its torch reference. `GCOMPRESS_BACKE
 `use_backend`, choose an instruction set. All give the same bytes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging
@@ -13,6 +15,7 @@ import os
 
 from ..errors import ConfigError
 from . import cpu, gpu
+from .gpu.plans import DeviceKernels
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +34,12 @@ def _select(name):
     return found
 
 
-def available_backends():
+def available_backends() -> list[str]:
     """The names that `use_backend` accepts here, the reference first."""
     return ["reference", *(isa for isa in cpu.ISAS if cpu.kernels(isa) is not None)]
 
 
-def backend():
+def backend() -> str:
     """What is in use for CPU tensors: "reference", or the instruction set of the C++ kernels."""
     if _kernels is None:
         return "reference"
@@ -59,7 +62,7 @@ _name = os.environ.get("GCOMPRESS_BACKEND") or os.environ.get("GCOMPRESS_ISA") o
 _kernels = _select(_name)
 
 
-def cpu_kernels():
+def cpu_kernels() -> cpu.CpuKernels | None:
     """The C++ kernels in use, or None."""
     return _kernels
 
@@ -85,7 +88,7 @@ def kernels(tensor, method):
     return None
 
 
-def provides(found, method):
+def provides(found: cpu.CpuKernels | DeviceKernels | type[DeviceKernels], method) -> bool:
     """Whether a table of kernels, cpu.CpuKernels or gpu.DeviceKernels, has all that a method needs."""
     names = method.device_kernels if found.on_device and method.device_kernels is not None else method.kernels
     return names is not None and found.has(names)

@@ -1,17 +1,24 @@
 """What every compressor is: a frozen value with an encoder, a decoder, a size and a spec."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import sys
-from typing import ClassVar, NamedTuple
+from collections.abc import Generator
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
 from .. import backends, packing
 from ..errors import ConfigError, PayloadError
 
+if TYPE_CHECKING:
+    from ..backends.cpu import CpuKernels
+    from ..backends.gpu.plans import DeviceKernels
+
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REGISTRY = {}  # name: class, of every method
+REGISTRY: dict[str, type[Compressor]] = {}  # name: class, of every method
 LARGEST_DEPTH = 8  # of compressors in compressors
 LONGEST_SPEC = 1000  # characters
 
@@ -71,20 +78,20 @@ class Compressor:
     exact: ClassVar[bool] = False
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         """Whether the expected decoded value is the input, so that no error feedback is needed."""
         return False
 
     @property
-    def depth(self):
+    def depth(self) -> int:
         """Compressors inside one another, this one included: 1 without parts."""
         return 1 + max((getattr(self, part).depth for part in self.parts), default=0)
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         """The payload size in bytes for `numel` entries: exact, or if not `fixed_size` the largest possible."""
         raise NotImplementedError(f"{type(self).__name__}.nbytes")
 
-    def payload_nbytes(self, start, numel):
+    def payload_nbytes(self, start: torch.Tensor, numel: int) -> int:
         """The size in bytes of a payload for `numel` entries.
 
         Args:
@@ -96,11 +103,11 @@ class Compressor:
         """
         return self.nbytes(numel)
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         """The payload's Sections, in order; for compressors of `fixed_size`."""
         return [Section(self.nbytes(numel))]
 
-    def compress(self, tensor, *, seed=0):
+    def compress(self, tensor: torch.Tensor, *, seed: int = 0) -> tuple[torch.Tensor, Context]:
         """Encode a tensor.
 
         Args:
@@ -124,14 +131,14 @@ class Compressor:
             return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
         return self.encode_with(kernels, values, seed), ctx
 
-    def encode_with(self, kernels, values, seed):
+    def encode_with(self, kernels: CpuKernels | DeviceKernels, values: torch.Tensor, seed: int) -> torch.Tensor:
         """The payload of a tensor's `values_of` by kernels that a backend has for this method."""
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         size = self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
         # A slice would keep the memory of the largest possible payload.
         return payload if self.fixed_size else payload[:size].clone()
 
-    def values_of(self, tensor):
+    def values_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The entries as contiguous float32; ConfigError if they are not floats of a dense tensor."""
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:
             got = getattr(tensor, "dtype", type(tensor).__name__)
@@ -141,7 +148,7 @@ class Compressor:
             values = values.clone(memory_format=torch.contiguous_format)
         return values if self.uses_shape else values.view(-1)
 
-    def decompress(self, payload, ctx):
+    def decompress(self, payload: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Decode a payload to a new tensor of ctx.shape and ctx.dtype; PayloadError on bytes that do not fit.
 
         Finite numbers beyond the range of ctx.dtype become its largest of their sign.
@@ -150,7 +157,7 @@ class Compressor:
         self.decode_into(payload, values)
         return packing.to_type(values, ctx.dtype).view(ctx.shape)
 
-    def decode_into(self, payload, out, add=False):
+    def decode_into(self, payload: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """Decode into, or add to, a contiguous 1-D float32 tensor on the payload's device."""
         if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous() or out.device != payload.device:
             raise ConfigError(
@@ -173,7 +180,9 @@ class Compressor:
         elif self._decode_native(kernels, payload.contiguous(), out, add):
             raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
 
-    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+    def sum_rounds(
+        self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict
+    ) -> Generator[tuple[torch.Tensor, str], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The sum over ranks by an all-reduce of payloads that add up; for `summable` compressors.
 
         A generator: it yields (tensor, "sum" or "max") for each all-reduce and is sent the
@@ -196,11 +205,11 @@ class Compressor:
         """
         raise NotImplementedError(f"{type(self).__name__}.sum_rounds")
 
-    def summed_nbytes(self, shape, world_size):
+    def summed_nbytes(self, shape: torch.Size, world_size: int) -> int:
         """The bytes of all tensors that `sum_rounds` yields for a gradient of this torch.Size."""
         raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
 
-    def check(self, payload, numel):
+    def check(self, payload: torch.Tensor, numel: int) -> None:
         """PayloadError if a payload from a stranger holds a scale that no encoder writes.
 
         `decode_into` is safe on any bytes and does not look; whoever takes payloads from
@@ -230,13 +239,13 @@ class Compressor:
                 raise ConfigError(f"name: got {cls.name!r} in {cls.__qualname__}, which is {other.__qualname__}'s")
             REGISTRY[cls.name] = cls
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The configuration as a JSON-able dict: {"name": …, argument: value, …}; `from_dict` reads it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"name": self.name, **fields, **{part: fields[part].to_dict() for part in self.parts}}
 
     @property
-    def spec(self):
+    def spec(self) -> str:
         """The configuration as a short string, "name:(part),argument=value,…"; `from_spec` reads it."""
         arguments = [f"({getattr(self, part).spec})" for part in self.parts]
         arguments += [
@@ -254,23 +263,23 @@ def _spec_value(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def code_section(numel, bits):
+def code_section(numel: int, bits: int) -> Section:
     """The Section of a bit stream of numel codes."""
     return Section((numel * bits + 7) // 8, bits // math.gcd(bits, 8))
 
 
-def kept_count(numel, sparsity):
+def kept_count(numel: int, sparsity: float) -> int:
     """Entries that a sparse compressor keeps: max(1, round(numel (1 - sparsity))), none of none."""
     return max(1, round(numel * (1 - sparsity))) if numel else 0
 
 
-def bucket_of(numel, bucket, multiple):
+def bucket_of(numel: int, bucket: int, multiple: int) -> int:
     """Entries that share a scale: `bucket`, but of a smaller tensor (0: of any) all, rounded up to a `multiple`."""
     whole = max(1, -(-numel // multiple)) * multiple
     return min(bucket, whole) if bucket else whole
 
 
-def check_scales(what, payload, count, nan=False):
+def check_scales(what: str, payload: torch.Tensor, count: int, nan: bool = False) -> None:
     """PayloadError unless a payload begins with `count` float32 scales that are finite and not negative.
 
     nan: whether they may be NaN too, which stands for a poisoned input.
@@ -283,11 +292,11 @@ def check_scales(what, payload, count, nan=False):
         raise PayloadError(f"payload: {what} {float(wrong[0]):g}, expected finite ones of 0 or above")
 
 
-def selection_words(numel, k):
+def selection_words(numel: int, k: int) -> int:
     """32-bit words of scratch memory for the C++ selection of k: room for what a sampled bound lets through."""
     return min(numel, 2 * k) + 16384
 
 
-def selection_workspace(numel, k, device):
+def selection_workspace(numel: int, k: int, device: torch.device) -> torch.Tensor:
     """Scratch memory for the C++ selection, int32."""
     return torch.empty(selection_words(numel, k), dtype=torch.int32, device=device)

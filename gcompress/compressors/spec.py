@@ -1,5 +1,7 @@
 """A compressor's text and dict: `from_spec` and `from_dict` read what `Compressor.spec` and `to_dict` write."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib.metadata
@@ -14,7 +16,7 @@ ENTRY_POINTS = "gcompress.compressors"  # the group by which other packages add 
 log = logging.getLogger(__name__)
 
 
-def methods():
+def methods() -> dict[str, type[Compressor]]:
     """{name: class} of all methods, those of other packages among them."""
     _load_entry_points()
     return dict(REGISTRY)
@@ -38,7 +40,7 @@ def _method(name):
     return REGISTRY.get(name)
 
 
-def from_dict(configuration):
+def from_dict(configuration: dict) -> Compressor:
     """The compressor behind `Compressor.to_dict()`; ConfigError if it is too deep or names what nobody knows."""
     if not isinstance(configuration, dict):
         raise ConfigError(f"compressor: got {shown(configuration)}, expected a dict")
@@ -66,7 +68,7 @@ def _check_depth(configuration):
     raise ConfigError(f"compressor: got dicts more than {LARGEST_DEPTH} deep, expected at most so many")
 
 
-def from_spec(spec):
+def from_spec(spec: Compressor | str | dict) -> Compressor:
     """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself.
 
     A spec has at most 1000 characters and compressors stand at most 8 deep in one another: ConfigError otherwise.
@@ -80,8 +82,8 @@ def from_spec(spec):
     if len(spec) > LONGEST_SPEC:
         raise ConfigError(f"compressor: got {shown(spec)}, expected a spec of at most {LONGEST_SPEC} characters")
     name, _, rest = spec.strip().partition(":")
-    arguments = {"name": name.strip()}
-    parts = iter(getattr(_method(arguments["name"]), "parts", ()))
+    arguments: dict[str, object] = {"name": name.strip()}
+    parts = iter(getattr(_method(name.strip()), "parts", ()))
     for item in split_outside_parentheses(rest, spec):
         if item.startswith("("):
             key, equals, value = next(parts, ""), "=", item
@@ -93,7 +95,7 @@ def from_spec(spec):
     return from_dict(arguments)
 
 
-def split_outside_parentheses(text, spec):
+def split_outside_parentheses(text: str, spec: str) -> list[str]:
     """The comma-separated items of a spec's arguments, where a compressor in parentheses is one item."""
     items, depth = [""], 0
     for character in text:
@@ -111,7 +113,7 @@ def split_outside_parentheses(text, spec):
     return [item.strip() for item in items if item.strip()]
 
 
-def parse_value(text):
+def parse_value(text: str) -> bool | int | float | str:
     """The bool, int, float or else str that an argument's text means."""
     if text in ("true", "false"):
         return text == "true"
@@ -123,7 +125,7 @@ def parse_value(text):
     return text
 
 
-def read_parts(compressor):
+def read_parts(compressor: Compressor) -> None:
     """Let a compressor's parts be specs or dicts (for its `__post_init__`); ConfigError if too deep or too long."""
     for part in compressor.parts:
         found = from_spec(getattr(compressor, part))

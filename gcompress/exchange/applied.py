@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 # So many exchanges in a row whose results nobody applied are worth a warning.
 SUSPICIOUS_EXCHANGES = 10
 
-_watches = weakref.WeakSet()
-_stepping = weakref.WeakSet()  # optimizers whose step is under way: a closure may compute gradients in it
+_watches: weakref.WeakSet = weakref.WeakSet()
+_stepping: weakref.WeakSet = (
+    weakref.WeakSet()
+)  # optimizers whose step is under way: a closure may compute gradients in it
 
 
 class Watch:

@@ -5,11 +5,16 @@ and is in the units of the true gradient, whatever the loss scale (scaling.py). 
 parameter got no gradient contributes zeros to it and keeps what it remembers of it.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
+from collections.abc import Callable
+
+import torch
 
 from .. import packing
-from ..compressors import Context
+from ..compressors import Compressor, Context
 from ..errors import ExchangeError
 from ..feedback import ErrorFeedback, new_memory
 from ..memory import Memory
@@ -54,7 +59,7 @@ class GradientExchange(Results):
         self.absent = set()  # names without a gradient on this rank in this step
         self.carried = {}  # name: how many results in a row its gradient contains
 
-    def compressor_for(self, name, numel):
+    def compressor_for(self, name: str, numel: int) -> Compressor | None:
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""
         return self.policy.compressor_for(name, numel, step=self.steps) if self.policy else None
 
@@ -77,7 +82,7 @@ class GradientExchange(Results):
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
-    def prepare(self, shapes):
+    def prepare(self, shapes: dict[str, torch.Size]) -> None:
         """Plan the exchange of {name: shape}, in the model's order, for the engine's number of ranks.
 
         Logs the plan on rank 0. `start` plans a parameter that is not in it by itself.
@@ -90,7 +95,7 @@ class GradientExchange(Results):
             for rule in self.plan.unused_rules():
                 log.warning("policy: the rule %s matches none of the %d parameters", rule, len(shapes))
 
-    def owned_pieces(self):
+    def owned_pieces(self) -> dict[str, int]:
         """{key in the owner's feedback: entries} of the pieces that are this rank's."""
         rank = self.engine.rank()
         return {
@@ -108,7 +113,7 @@ class GradientExchange(Results):
             self.prepare({**{other: entry.shape for other, entry in entries.items()}, name: shape})
         return self.plan.entries[name]
 
-    def start(self, name, gradient, *, absent=False):
+    def start(self, name: str, gradient: torch.Tensor, *, absent: bool = False) -> Callable[[], torch.Tensor]:
         """Encode a gradient and start its exchange; move those under way.
 
         With two-phase, the exchange of a bucket starts when all its gradients are there.
@@ -208,20 +213,20 @@ class GradientExchange(Results):
             raise ExchangeError(f"gradient {name!r}: its bucket waits for {', '.join(sorted(missing))}")
         return self._tasks[number]
 
-    def first_name(self, name):
+    def first_name(self, name: str) -> str:
         """The engine's name of the first operation in which a parameter travels."""
         entry = self.plan.entries[name]
         return f"bucket.{entry.bucket}.{self.plan.buckets[entry.bucket][0]}" if entry.bucket >= 0 else name
 
-    def advance(self):
+    def advance(self) -> bool:
         """Move the exchanges under way as far as they go without waiting; returns whether any moved."""
         return self._schedule.advance(self.engine)
 
-    def end_step(self):
+    def end_step(self) -> None:
         self._tasks.clear()
         super().end_step()
 
-    def abandon_step(self):
+    def abandon_step(self) -> None:
         """Forget what is under way, after the engine has failed or was reset."""
         self._schedule.clear()
         self._waiting.clear()
@@ -229,14 +234,14 @@ class GradientExchange(Results):
         self._loss_scale.step_over()
         self.discard()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """This rank's memory and counts: save one per rank and load each on its own rank.
 
         Of steps that were applied. For other numbers of ranks see `gcompress.merge_states`.
         """
         return saved_state.of_rank(self)
 
-    def full_state_dict(self):
+    def full_state_dict(self) -> dict:
         """What all ranks remember together, the same on each, for any number of ranks; all must call it."""
         return saved_state.of_all_ranks(self)
 
@@ -245,7 +250,7 @@ class GradientExchange(Results):
         """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
         return saved_state.AllRanks(self)
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """Go on from a state: this rank's own, or all ranks' together.
 
         Raises:

@@ -23,6 +23,7 @@ def memory_sums(exchange, saved):
 
 
 def sums_of(policy, sizes, saved):
+    """`memory_sums` for a policy and {parameter: entries}."""
     feedback = new_memory(policy)
     tensors = feedback.checked(saved["feedback"], sizes) if feedback and saved is not None else {}
     device = next((tensor.device for values in tensors.values() for tensor in values.values()), None)

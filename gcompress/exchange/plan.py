@@ -5,11 +5,16 @@ So all ranks make the same one without a word, and a parameter's pieces stay wit
 owners however an engine forms its buckets.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import zlib
 from typing import NamedTuple
 
 import torch
+
+from ..compressors import Compressor
+from ..policy import Rule
 
 # A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole;
 # of whole rows for compressors that look at the shape.
@@ -32,10 +37,10 @@ class Piece(NamedTuple):
     stop: int
 
     @property
-    def numel(self):
+    def numel(self) -> int:
         return self.stop - self.start
 
-    def key(self, name):
+    def key(self, name: str) -> str:
         """The piece's name in its owner's memory."""
         return f"{name}[{self.start}:{self.stop}]"
 
@@ -45,20 +50,20 @@ class Entry:
     """A parameter's part of the plan."""
 
     shape: torch.Size
-    compressor: object  # None: uncompressed, by all-reduce
+    compressor: Compressor | None  # None: uncompressed, by all-reduce
     exchange: str  # "allgather", "twophase", "summed" or "allreduce"
     pieces: tuple = ()
     bucket: int = -1
 
     @property
-    def numel(self):
+    def numel(self) -> int:
         return self.shape.numel()
 
-    def shape_of(self, piece):
+    def shape_of(self, piece: Piece) -> torch.Size:
         """The shape in which a piece is encoded: rows of the parameter where they are whole ones."""
         row = self.shape[1:].numel()
         whole = len(self.shape) > 1 and piece.start % row == piece.stop % row == 0
-        return (piece.numel // row, *self.shape[1:]) if whole else (piece.numel,)
+        return torch.Size((piece.numel // row, *self.shape[1:]) if whole else (piece.numel,))
 
 
 class Plan:
@@ -112,7 +117,7 @@ class Plan:
             self.buckets[-1].append(name)
             size += 4 * entry.numel
 
-    def unused_rules(self):
+    def unused_rules(self) -> list[Rule]:
         """The policy's rules for gradients that match none of the parameters."""
         return [
             rule
@@ -121,20 +126,20 @@ class Plan:
             and not any(rule.matches(name, entry.numel, "gradient") for name, entry in self.entries.items())
         ]
 
-    def digest(self):
+    def digest(self) -> int:
         """A number that differs when ranks plan differently."""
         return zlib.crc32(
             repr([(name, tuple(entry.shape), entry.exchange) for name, entry in self.entries.items()]).encode()
         )
 
-    def wire_bytes(self):
+    def wire_bytes(self) -> dict[str, float]:
         """{exchange: the mean over ranks of the gradient bytes a rank sends in a step}."""
-        total = {}
+        total: dict[str, float] = {}
         for entry in self.entries.values():
             total[entry.exchange] = total.get(entry.exchange, 0) + wire_bytes(entry, self.world_size)
         return total
 
-    def memory_bytes(self):
+    def memory_bytes(self) -> int:
         """The mean over ranks of the bytes that error feedback holds between steps."""
         kinds = 2 if self.policy.momentum or self.policy.clip else 1
         total = 0
@@ -206,13 +211,13 @@ def borders(compressor, shape, world_size):
         count -= 1
 
 
-def wire_bytes(entry, world_size):
+def wire_bytes(entry: Entry, world_size: int) -> float:
     """The mean over ranks of what a rank sends for one tensor."""
     share = 2 * (world_size - 1) / world_size
+    if entry.compressor is None:
+        return share * 4 * entry.numel
     if entry.exchange == "allgather":
         return (world_size - 1) * entry.compressor.nbytes(entry.numel)
     if entry.exchange == "twophase":
         return share * sum(entry.compressor.nbytes(piece.numel) for piece in entry.pieces)
-    if entry.exchange == "summed":
-        return share * entry.compressor.summed_nbytes(entry.shape, world_size)
-    return share * 4 * entry.numel
+    return share * entry.compressor.summed_nbytes(entry.shape, world_size)

@@ -1,5 +1,7 @@
 """The count of bytes: what a rank handed to its engine, and what that means on the network."""
 
+from __future__ import annotations
+
 import dataclasses
 
 
@@ -19,36 +21,36 @@ class Report:
 
     steps: int = 0
     sent_bytes: int = 0
-    wire_bytes: int = 0
+    wire_bytes: float = 0
     fp32_bytes: int = 0
-    fp32_wire_bytes: int = 0
+    fp32_wire_bytes: float = 0
     last_step_bytes: int = 0
     pulled_bytes: int = 0
     _step_bytes: int = dataclasses.field(default=0, repr=False)
 
     @property
-    def fp16_bytes(self):
+    def fp16_bytes(self) -> int:
         return self.fp32_bytes // 2
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         """How many times fewer bytes than float32 were handed to the engine; 1 before anything was."""
         return self.fp32_bytes / self.sent_bytes if self.sent_bytes else 1.0
 
-    def add_all_gather(self, numel, payload_bytes, world_size):
+    def add_all_gather(self, numel: int, payload_bytes: int, world_size: int) -> None:
         """Count a payload that stands for `numel` entries and goes to every other rank."""
         self.add(numel, payload_bytes, (world_size - 1) * payload_bytes, world_size)
 
-    def add_all_reduce(self, numel, tensor_bytes, world_size):
+    def add_all_reduce(self, numel: int, tensor_bytes: int, world_size: int) -> None:
         """Count a tensor of `numel` entries that is summed on the way."""
         self.add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
 
-    def add_push_pull(self, numel, pushed, pulled, world_size):
+    def add_push_pull(self, numel: int, pushed: int, pulled: int, world_size: int) -> None:
         """Count a payload that goes to a parameter server and the one that comes back."""
         self.pulled_bytes += pulled
         self.add(numel, pushed, pushed, world_size)
 
-    def add(self, numel, sent, wire, world_size):
+    def add(self, numel: int, sent: int, wire: float, world_size: int) -> None:
         """Count `sent` bytes handed over for `numel` entries, for which `wire` bytes leave this rank."""
         self.sent_bytes += sent
         self._step_bytes += sent
@@ -56,17 +58,17 @@ class Report:
         self.fp32_bytes += 4 * numel
         self.fp32_wire_bytes += _ring(4 * numel, world_size)
 
-    def end_step(self):
+    def end_step(self) -> None:
         """Close the count of one optimizer step."""
         self.steps += 1
         self.last_step_bytes, self._step_bytes = self._step_bytes, 0
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, float]:
         """All figures, JSON-able."""
         figures = {name: value for name, value in dataclasses.asdict(self).items() if not name.startswith("_")}
         return {**figures, "fp16_bytes": self.fp16_bytes, "ratio": self.ratio}
 
-    def load(self, figures):
+    def load(self, figures: dict[str, float]) -> None:
         """Continue the count of an earlier `as_dict()`."""
         for field in dataclasses.fields(self):
             if field.name in figures:

@@ -1,5 +1,11 @@
 """What every engine's exchange has in common: results that are delivered first and settled later."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
 from ..errors import ConfigError
 from .applied import Watch
 from .report import Report
@@ -41,15 +47,15 @@ class Results:
     def scaler(self, scaler):
         self._scaler, self._loss_scale = scaler, LossScale(scaler)
 
-    def loss_scale(self):
+    def loss_scale(self) -> float:
         """The loss scale of this step's gradients."""
         return self._loss_scale.now()
 
-    def watch(self, parameters):
+    def watch(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Find out from {name: parameter} which results are applied; otherwise all are taken to be."""
         self._watch = Watch(self, parameters)
 
-    def applied(self, names=None):
+    def applied(self, names: Iterable[str] | None = None) -> None:
         """The results of these parameters (default: all) have changed the weights: memory follows.
 
         Called by itself when a torch optimizer steps parameters that are watched.
@@ -59,19 +65,19 @@ class Results:
             self.steps, self._counted = self.steps + 1, True
         self._close(names, True)
 
-    def discard(self, names=None):
+    def discard(self, names: Iterable[str] | None = None) -> None:
         """The results of these parameters (default: all) were not used: memory is what it was before them."""
         names = self._open_among(names)
         self._not_applied |= names
         self._close(names, False)
 
-    def carry_on(self, name):
+    def carry_on(self, name: str) -> None:
         """The next gradient of this parameter contains its open result."""
         if name in self.open_names and name not in self._continued:
             self._continued.add(name)
             self._continue(name)
 
-    def end_step(self):
+    def end_step(self) -> None:
         """To be called once after all gradients of a step; without `watch`, it says that they were applied."""
         self.report.end_step()
         self._loss_scale.step_over()

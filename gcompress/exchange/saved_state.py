@@ -14,6 +14,11 @@ A state is a dict. Of one rank:
 Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", …: float32 vector}.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..errors import ConfigError
@@ -21,11 +26,14 @@ from ..memory import checked_copies
 from ..policy import as_policy
 from .hand_on import memory_sums, sums_of, take_over
 
+if TYPE_CHECKING:
+    from .exchange import GradientExchange
+
 KEYS = ("rank", "world_size", "policy", "shapes", "report", "steps", "feedback", "owner_feedback", "memories")
 MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "sums", "memories")
 
 
-def of_rank(exchange):
+def of_rank(exchange: GradientExchange) -> dict:
     """A rank's own state: tensors (not copies, and never changed in place), numbers and strings."""
     return {
         "rank": exchange.engine.rank() if exchange.engine else 0,
@@ -46,7 +54,7 @@ def _of_any_rank(exchange):
     }
 
 
-def of_all_ranks(exchange):
+def of_all_ranks(exchange: GradientExchange) -> dict:
     """The merged state, summed by the engine: every rank must call it, and gets the same."""
     if exchange.plan is None:
         raise ConfigError("state: nothing was planned yet, expected a call after the model's parameters are known")
@@ -68,16 +76,16 @@ class AllRanks:
     def __init__(self, exchange):
         self._exchange = exchange
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """See `GradientExchange.full_state_dict`."""
         return of_all_ranks(self._exchange)
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """See `GradientExchange.load_state_dict`."""
         load(self._exchange, saved)
 
 
-def merge_states(states):
+def merge_states(states: Iterable[dict]) -> dict:
     """One state of the `state_dict()`s that all ranks of a run saved, for `load_state_dict` on any number of ranks.
 
     Args:
@@ -99,7 +107,8 @@ def merge_states(states):
     for key in ("world_size", "policy", "shapes", "steps"):
         if any(saved[key] != first[key] for saved in states):
             raise ConfigError(f"states: got ranks that differ in {key}, expected states of one run after one step")
-    policy, sizes, sums = as_policy(first["policy"]), _sizes(first["shapes"]), {}
+    policy, sizes = as_policy(first["policy"]), _sizes(first["shapes"])
+    sums: dict[str, torch.Tensor] = {}
     for saved in states:
         for name, vector in sums_of(policy, sizes, saved).items():
             sums[name] = sums[name] + vector if name in sums else vector
@@ -107,7 +116,7 @@ def merge_states(states):
     return {**shared, "sums": sums}
 
 
-def load(exchange, saved):
+def load(exchange: GradientExchange, saved: dict) -> None:
     """`GradientExchange.load_state_dict`: everything is checked before anything changes."""
     merged = isinstance(saved, dict) and "sums" in saved
     _check_keys(saved, MERGED_KEYS if merged else KEYS)
@@ -128,7 +137,7 @@ def load(exchange, saved):
     exchange.report.load(saved["report"])
 
 
-def put_back(exchange, saved):
+def put_back(exchange: GradientExchange, saved: dict) -> None:
     """Return to what `of_rank` gave in this process, whatever rank it has become since."""
     feedback = exchange.feedback.checked(saved["feedback"]) if exchange.feedback else {}
     _put(exchange, feedback, {"residual": saved["owner_feedback"]}, saved["memories"], saved["steps"])
@@ -152,7 +161,7 @@ def _check_keys(saved, keys):
         raise ConfigError(f"state: it has no {missing[0]!r}, expected what state_dict() of this release returned")
 
 
-def check_counts(saved):
+def check_counts(saved: dict) -> None:
     """ConfigError unless a state's numbers are numbers."""
     for key, least in (("steps", 0), ("world_size", 1)):
         if type(saved[key]) is not int or saved[key] < least:

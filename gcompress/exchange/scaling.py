@@ -22,8 +22,8 @@ import torch
 from ..errors import ConfigError
 from ..packing import to_type
 
-_passes = {}  # number of a backward pass: a weak reference to its Scaled
-_told = set()  # classes of scalers that tell
+_passes: dict[int, weakref.ref] = {}  # number of a backward pass: a weak reference to its Scaled
+_told: set[type] = set()  # classes of scalers that tell
 _counter = itertools.count(1)
 _last = (0, None)  # the last use of any scaler: its number, and a weak reference to the scaler
 

@@ -34,14 +34,12 @@ def sum_over_ranks(
     corrected = (feedback or NoFeedback).corrected(name, gradient)
     memory = dict(memories.get(name, {}))
     rounds = compressor.sum_rounds(corrected, shape=gradient.shape, seed=seed, world_size=world_size, memory=memory)
-    result = None
-    while True:
-        try:
-            tensor, op = rounds.send(result)
-        except StopIteration as stop:
-            total, own = stop.value
-            break
-        result = yield "allreduce", tensor, op
+    try:
+        tensor, op = next(rounds)
+        while True:
+            tensor, op = rounds.send((yield "allreduce", tensor, op))
+    except StopIteration as stop:
+        total, own = stop.value
     if feedback:
         feedback.keep(name, corrected, own, sparse=compressor.sparse)
     # What is learned from gradients waits where no rank had one.

@@ -342,7 +342,8 @@ class SplitServer:
         if outcome is None:
             return Kind.ANSWER, slot.step, 0, wire.write_message({"wait": True})
         slot.activations.reset()  # the client forgets, too: it may have lost its last request
-        slot.step, finished, head = 0, *outcome
+        finished, head = outcome
+        slot.step = 0
         return Kind.WEIGHTS, self.rounds.number, int(finished), head
 
     def _wait_turn(self, connection, frame):

@@ -22,12 +22,14 @@ CODEC = ctypes.CFUNCTYPE(
 
 @functools.cache
 def compressor_of(spec):
+    """The compressor behind a spec in bytes."""
     import gcompress
 
     return gcompress.from_spec(spec.decode())
 
 
 def tensor_at(address, kind, count, dtype):
+    """A tensor of `count` entries that lie at an address."""
     import torch
 
     return torch.frombuffer((kind * count).from_address(address), dtype=dtype)

@@ -26,6 +26,7 @@ GRACE_SECONDS = 10  # from a request to end, to force
 
 
 def free_port():
+    """A TCP port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -66,6 +67,7 @@ def environments(workers, servers, folder):
 
 
 def die_with_the_launcher():
+    """In a child: be killed when the launcher dies."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
@@ -104,6 +106,7 @@ def end(processes):
 
 
 def main():
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m gcompress.plugins.byteps.launch",
         description=__doc__,

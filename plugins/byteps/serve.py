@@ -14,10 +14,12 @@ from callback import codec  # beside this file
 
 
 def folder_of(package):
+    """Where an installed package lies; it is not imported."""
     return pathlib.Path(importlib.util.find_spec(package).origin).parent
 
 
 def main():
+    """Serve until the workers have left."""
     # `import byteps.server` would serve at once, before it knows our compressors.
     (path,) = (folder_of("byteps") / "server").glob("c_lib*.so")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -52,10 +52,12 @@ finished = object()
 
 
 def is_ours(compression):
+    """Whether a `compression` is for this package and not Horovod's own."""
     return isinstance(compression, (Compressor, Policy, str, dict))
 
 
 def init(self, params, named_parameters, compression, *arguments, **keywords):
+    """In place of the optimizer's `__init__`: take our compressors, count the bytes of all others."""
     global _compressing
     ours = is_ours(compression)
     self._gcompress = GradientExchange(compression if ours else None)
@@ -126,11 +128,13 @@ def _adopt_unfrozen(self, arguments, keywords):
 
 
 def load_state_dict(self, *arguments, **keywords):
+    """In place of the optimizer's: what is under way is forgotten."""
     self._gcompress.abandon_step()  # Horovod forgets its handles here, too
     _stock["load_state_dict"](self, *arguments, **keywords)
 
 
 def allreduce_grad_async(self, p):
+    """In place of the optimizer's: start the exchange of one gradient."""
     enter_world(self)
     name, exchange = self._parameter_names.get(p), self._gcompress
     compressor = exchange.compressor_for(name, p.numel())
@@ -155,6 +159,7 @@ def allreduce_grad_async(self, p):
 
 
 def grouped_allreduce_grad_async(self, parameters):
+    """In place of the optimizer's: start those of a group, each under its own name."""
     if self._gcompress.policy is None:
         return _stock["_grouped_allreduce_grad_async"](self, parameters)
     # A group starts when all of it is ready; its members travel under their own names.
@@ -162,6 +167,7 @@ def grouped_allreduce_grad_async(self, parameters):
 
 
 def synchronize(self):
+    """In place of the optimizer's: wait for all gradients of the step."""
     if not self.process_set.included():
         return _stock["synchronize"](self)
     if self._grad_accs:
@@ -203,6 +209,7 @@ def _refuse_unsynchronized_scaler(optimizer, arguments, keywords):
 
 
 def alltoall_async(token, name, process_set):
+    """Start an all-to-all of one token for each rank."""
     return hvd.alltoall_async(token.repeat(process_set.size()), name=name, process_set=process_set)
 
 
@@ -233,6 +240,7 @@ def agree_once(self):
 
 
 def adasum_init(self, params, named_parameters, compression, *arguments, **keywords):
+    """In place of Adasum's `__init__`: refuse our compressors."""
     if is_ours(compression):
         raise ConfigError("op: Adasum combines whole gradients and cannot be compressed, expected Average or Sum")
     _stock["adasum_init"](self, params, named_parameters, compression, *arguments, **keywords)

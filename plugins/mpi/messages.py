@@ -13,24 +13,30 @@ TAGS = 4  # of a key
 
 
 def push_tag(key, applied=True):
+    """Of a pushed payload."""
     return TAGS * key if applied else TAGS * key + 1
 
 
 def pull_tag(key):
+    """Of the question for a mean, and of the answer."""
     return TAGS * key + 2
 
 
 def memory_tag(key):
+    """Of what a server remembers of a key."""
     return TAGS * key + 3
 
 
 def leave_tag(partitions):
+    """Of a worker that leaves."""
     return TAGS * len(partitions)
 
 
 def given_up_tag(partitions):
+    """Of a worker that was given up."""
     return TAGS * len(partitions) + 1
 
 
 def sum_tag(partitions):
+    """Of numbers to be summed, and of their sum."""
     return TAGS * len(partitions) + 2

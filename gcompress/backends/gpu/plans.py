@@ -10,6 +10,7 @@ that a number is read back.
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 TILE = 4096  # entries that a block takes to shared memory
@@ -22,8 +23,8 @@ DIGIT_BITS = (11, 10, 10)  # of a key, from the top
 HISTOGRAM_BYTES = 4 << max(DIGIT_BITS)
 MOST_HISTOGRAM_BLOCKS = 1024
 
-_plans = {}  # a kernel's name: the function that launches what it takes
-_keeping = set()  # names of encoders that keep the new residual of error feedback as well
+_plans: dict[str, Callable] = {}  # a kernel's name: the function that launches what it takes
+_keeping: set[str] = set()  # names of encoders that keep the new residual of error feedback as well
 
 
 def device_kernel(plan=None, *, keeps_residual=False):
@@ -42,6 +43,7 @@ def device_kernel(plan=None, *, keeps_residual=False):
 
 
 def ceil_div(a, b):
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -89,7 +89,7 @@ class CodedClass(NamedTuple):
     """Entries of one class: how many, by which design (an index for `tables.design_at`), at which factor."""
 
     of_class: int
-    count: int
+    count: int  # type: ignore[assignment]  # of a tuple's methods nobody needs this one
     design: int
     amplitude: float = 0.0
 

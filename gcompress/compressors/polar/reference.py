@@ -104,7 +104,8 @@ def encode(values, spending, scales, list_size):
 
 def encode_samples(samples, spending, list_size):
     """(words as uint8, products): the tiles' information bits, and per class <samples, reproduction>
-    and, with more than one level, |reproduction|^2, as integers."""
+    and, with more than one level, |reproduction|^2, as integers.
+    """
     words, start = [], 0
     slots = _slots(spending).to(samples.device)
     labels = torch.empty(samples.shape, dtype=torch.int64, device=samples.device)

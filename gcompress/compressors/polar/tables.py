@@ -90,6 +90,7 @@ def design_index(levels, rate):
 
 
 def design_count():
+    """How many designs there are."""
     return 2 + len(_stored_designs())
 
 

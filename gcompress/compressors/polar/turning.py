@@ -24,6 +24,7 @@ def section_bytes(numel):
 
 
 def pack(seed, scales):
+    """The section's bytes."""
     return SEED.pack(seed) + scales.cpu().numpy().astype("<f4").tobytes()
 
 
