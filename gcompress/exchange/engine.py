@@ -1,6 +1,6 @@
 """What an engine is: the protocol that the exchange runs on, and what all engines do alike.
 
-An engine carries tensors between ranks. It computes nothing: exchange.py decides which operations a
+An engine carries tensors between ranks. It computes nothing: ways.py says which operations a
 gradient takes, schedule.py starts them and asks whether they have ended. To write an engine:
 
 1. Implement `Engine`. tests/local_ranks.py is the shortest one: its ranks are threads.

@@ -10,7 +10,7 @@
 
 `compression` may be a compressor, its spec, a `gcompress.Policy`, or one of Horovod's own.
 No file of Horovod is changed: its optimizer class gets methods that start named exchanges
-of packed bytes (see gcompress/exchange/exchange.py) as soon as a gradient, or the last one of a
+of packed bytes (see gcompress/exchange/ways.py) as soon as a gradient, or the last one of a
 bucket, is ready and give `synchronize` a function to wait with, which Horovod supports.
 Tensors below the policy's size take Horovod's all-reduce. Waiting for gradients sleeps
 instead of spinning, in all its optimizers. `hvd.elastic.TorchState` hands residuals on when
