@@ -42,8 +42,7 @@ class CpuKernels:
     on_device = False
 
     def __init__(self, table: int, signatures: dict):
-        self.table, self.nbytes = table, len(signatures) * ctypes.sizeof(ctypes.c_void_p)
-        self.names = frozenset(signatures)
+        self.table, self.names = table, frozenset(signatures)
         pointers = (ctypes.c_void_p * len(signatures)).from_address(table)
         for (name, kind), pointer in zip(signatures.items(), pointers, strict=True):
             setattr(self, name, kind(pointer))
@@ -111,6 +110,11 @@ def kernels(isa: str) -> CpuKernels | None:
     """The kernels for a name in ISAS, or for the best set of this processor if it is empty; None if there are none."""
     found = _library.gc_select_kernels(isa.encode()) if _library else None
     return CpuKernels(found, _signatures) if found else None
+
+
+def signatures() -> ctypes.c_void_p:
+    """The address of the library's list of kernels (gc_signatures of csrc/gcompress.h)."""
+    return ctypes.cast(_library.gc_signatures(), ctypes.c_void_p)
 
 
 def built() -> bool:

@@ -135,10 +135,12 @@ struct Told {
 std::mutex told_mutex;
 std::unordered_map<int64_t, Told> told;
 
+#ifndef BYTEPS_BUILDING_SERVER
 Told told_of(int64_t tensor) {
     std::lock_guard<std::mutex> lock(told_mutex);
     return told[tensor];
 }
+#endif
 
 // One partition's encoder and decoder on one side, with its error feedback: p = x + residual is sent, what is lost is
 // the next residual, once the result is known to have been applied. A p that is not finite is sent for all to see, and
@@ -299,10 +301,23 @@ extern "C" __attribute__((visibility("default"))) void gcompress_byteps_tell(int
     byteps::told[tensor] = {applied != 0, absent != 0};
 }
 
-// Take the table of kernels and callback.py's function; returns the size of the table that this was compiled for.
+// Take the kernels of gcompress's library and callback.py's function; returns 0, or -1 if that library has other kernels
+// than the list has for which this was compiled.
 extern "C" __attribute__((visibility("default"))) int gcompress_byteps_use(const gc_kernels* table,
+                                                                           const gc_signature* signatures,
                                                                            byteps::Callback callback) {
+    static const gc_signature expected[] = {
+#define GC_KERNEL(result, name, parameters) {#result, #name, #parameters},
+#include "kernels.def"
+#undef GC_KERNEL
+    };
+    for (const gc_signature& kernel : expected) {
+        if (!signatures->name || std::strcmp(signatures->name, kernel.name) ||
+            std::strcmp(signatures->result, kernel.result) || std::strcmp(signatures->parameters, kernel.parameters))
+            return -1;
+        ++signatures;
+    }
     byteps::kernels = table;
     byteps::python = callback;
-    return static_cast<int>(sizeof(gc_kernels));
+    return 0;
 }

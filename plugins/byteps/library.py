@@ -4,6 +4,7 @@ import ctypes
 import pathlib
 
 from gcompress import backends
+from gcompress.backends import cpu
 from gcompress.errors import ConfigError
 
 from .callback import codec
@@ -19,6 +20,6 @@ def load() -> ctypes.CDLL:
     if kernels is None:
         raise ConfigError("gcompress.plugins.byteps: the C++ kernels are needed, got the reference backend")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if library.gcompress_byteps_use(ctypes.c_void_p(kernels.table), codec) != kernels.nbytes:
+    if library.gcompress_byteps_use(ctypes.c_void_p(kernels.table), cpu.signatures(), codec):
         raise ConfigError(f"gcompress.plugins.byteps: {path.name} is of another release: run tools/build_byteps.py")
     return library

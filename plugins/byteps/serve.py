@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 import pathlib
+import sys
 
 from callback import codec  # beside this file
 
@@ -28,7 +29,10 @@ def main():
         native.gc_select_kernels.restype = ctypes.c_void_p
         kernels = native.gc_select_kernels(os.environ.get("GCOMPRESS_ISA", "").encode())
         compressors = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_server.so")), mode=ctypes.RTLD_GLOBAL)
-        compressors.gcompress_byteps_use(ctypes.c_void_p(kernels), codec)
+        native.gc_signatures.restype = ctypes.c_void_p
+        signatures = ctypes.c_void_p(native.gc_signatures())
+        if compressors.gcompress_byteps_use(ctypes.c_void_p(kernels), signatures, codec):
+            sys.exit("gcompress.plugins.byteps: _server.so is of another release: run tools/build_byteps.py")
     library.byteps_server()
     # Its work is done; the destructors of its static objects free some memory twice.
     os._exit(0)

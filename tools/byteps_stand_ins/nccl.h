@@ -12,22 +12,11 @@ typedef struct {
     char internal[128];
 } ncclUniqueId;
 typedef enum { ncclSuccess = 0, ncclInvalidUsage = 5 } ncclResult_t;
-typedef enum {
-    ncclInt8,
-    ncclUint8,
-    ncclInt32,
-    ncclUint32,
-    ncclInt64,
-    ncclUint64,
-    ncclFloat16,
-    ncclFloat32,
-    ncclFloat64
-} ncclDataType_t;
+typedef enum { ncclInt8, ncclUint8, ncclInt32, ncclUint32, ncclInt64, ncclUint64, ncclFloat16, ncclFloat32, ncclFloat64 } ncclDataType_t;
 typedef enum { ncclSum = 0 } ncclRedOp_t;
 
 static inline const char* ncclGetErrorString(ncclResult_t result) {
-    return result == ncclSuccess ? "no error"
-                                 : "this build has no NCCL: one local rank per worker (BYTEPS_LOCAL_SIZE=1)";
+    return result == ncclSuccess ? "no error" : "this build has no NCCL: one local rank per worker (BYTEPS_LOCAL_SIZE=1)";
 }
 static inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
     memset(id, 0, sizeof(*id));
