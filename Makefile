@@ -15,11 +15,14 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := $(VENV)/.engines
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+# CuPy for the CUDA of torch; it imports and compiles without a GPU.
+CUPY = $$($(BIN)/python -c 'import torch; print(f"cupy-cuda{(torch.version.cuda or str(13)).split(chr(46))[0]}x")')
+CHECKERS := $(VENV)/.checkers
 # horovodrun starts `python` and helpers by name.
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train split test attack test-gpu bench lint clean
+.PHONY: help setup venv engines data train split check lint types test coverage attack test-gpu bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -40,6 +43,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py tools/w
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
 	$(BIN)/python tools/build_horovod.py
 	@$(PIP) install -q nvidia-cuda-nvrtc-cu12 || echo 'make: no NVRTC for this machine: the GPU kernels are not compiled in tests'
+	@$(PIP) install -q $(CUPY) || echo 'make: no CuPy for this machine: its side of the GPU is not tested'
 	@touch $@
 
 data: $(READY) ## put Fashion-MNIST into data/ (from Debian's package or torchvision's download)
@@ -73,19 +77,31 @@ attack: $(READY) ## try hostile payloads and handshakes, failing servers and dam
 		tests/test_split_failures.py tests/test_split_checkpoints.py tests/test_split_cut.py $(ARGS)
 
 test-gpu: $(READY) ## run the laws on this machine's GPU (adds CuPy the first time)
-	@$(BIN)/python -c 'import cupy' 2>/dev/null || $(PIP) install -q \
-		$$($(BIN)/python -c 'import torch; print(f"cupy-cuda{(torch.version.cuda or str(13)).split(chr(46))[0]}x")')
+	@$(BIN)/python -c 'import cupy' 2>/dev/null || $(PIP) install -q $(CUPY)
 	$(BIN)/python -m gcompress.cli doctor
 	GCOMPRESS_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/test_cuda_device.py $(ARGS)
 
 bench: $(READY) ## measure the compressors' speed against a plain copy
 	$(BIN)/python benchmarks/compressors.py $(ARGS)
 
-lint: $(READY) ## check style with ruff
-	@$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(PIP) install -q -c constraints.txt ruff
+$(CHECKERS): $(READY) constraints.txt
+	@$(PIP) install -q -c constraints.txt ruff mypy clang-format
+	@touch $@
+
+check: lint types ## style, types and the fast tests, in two minutes: before each commit
+	$(BIN)/python -m pytest -n auto -m fast -q $(ARGS)
+
+lint: $(CHECKERS) ## check the style of Python (ruff) and C++ (clang-format)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc plugins tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+
+types: $(CHECKERS) ## check the types of the library (mypy)
+	$(BIN)/python -m mypy
+
+coverage: data $(ENGINES) ## run the tests that need one process and print the lines that none of them reaches
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached wheels
-	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

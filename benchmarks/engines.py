@@ -41,19 +41,18 @@ def commands(workers, servers):
             "gcompress.plugins.ddp",
             "pip install -e .",
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-            + [str(EXAMPLES / "train_ddp.py")],
+            + [str(EXAMPLES / "train.py")],
         ),
         "MPI servers": (
             "mpi4py",
             "python tools/install_mpi.py",
-            [mpirun, "-np", str(workers + servers), sys.executable, str(EXAMPLES / "train_ps.py")]
+            [mpirun, "-np", str(workers + servers), sys.executable, str(EXAMPLES / "train.py")]
             + ["--servers", str(servers)],
         ),
         "BytePS": (
             "byteps",
             "python tools/build_byteps.py",
-            [*launch, "-np", str(workers), "--servers", str(servers)]
-            + [sys.executable, str(EXAMPLES / "train_byteps.py")],
+            [*launch, "-np", str(workers), "--servers", str(servers)] + [sys.executable, str(EXAMPLES / "train.py")],
         ),
     }
 

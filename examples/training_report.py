@@ -27,9 +27,9 @@ def ratio(whole, part):
 def table(record, world_size):
     """The closing table, from the last epoch's record.
 
-    "Handed to Horovod" is what rank 0 gave to Horovod's operations. "On the wire" is what one rank then
-    sends over the network when Horovod runs its usual rings: a payload of an all-gather goes round to each
-    of the other N - 1 ranks, an all-reduce sends 2 (N - 1) / N of its tensor.
+    "Handed to Horovod" is what rank 0 gave to the engine's operations. "On the wire" is what one rank then
+    sends over the network when these run in the usual rings: a payload of an all-gather goes round to each
+    of the other N - 1 ranks, an all-reduce sends 2 (N - 1) / N of its tensor. To a server goes what was handed over.
     """
     steps = max(record["gradient_steps"], 1)
     rows = [
@@ -38,13 +38,14 @@ def table(record, world_size):
         ("the same gradients in fp32", record["fp32_bytes"], record["fp32_wire_bytes"]),
     ]
     per_step = f"{1000 * record['seconds'] / max(record['step'], 1):.0f} ms each"
+    handed_title = f"handed to {record['engine']}"
     wire_title = f"on the wire, {in_ranks(world_size)}"
     lines = [
         f"compressor     {record['compressor']}",
         f"test accuracy  {100 * record['test_accuracy']:.2f} %",
         f"steps          {record['step']} ({per_step}, {record['seconds']:.1f} s of training)",
         "",
-        f"{'bytes of one rank':<28}{'handed to Horovod':^32}{wire_title:^32}",
+        f"{'bytes of one rank':<28}{handed_title:^32}{wire_title:^32}",
         f"{'':<28}" + f"{'per step':>11}{'in total':>11}{'ratio':>8}  " * 2,
     ]
     sent, wire = rows[0][1:]
@@ -115,7 +116,7 @@ def set_byte_axis(panel, counts):
 
 
 def plot(path, curves, title):
-    """Draw test accuracy against steps and against the bytes that rank 0 handed to Horovod.
+    """Draw test accuracy against steps and against the bytes that rank 0 handed to the engine.
 
     Args:
         path: the image to write; its ending says the format (`.png`, `.svg`, `.pdf`).
@@ -147,7 +148,7 @@ def plot(path, curves, title):
         by_step.set(xlabel="steps", ylabel="test accuracy (%)", title="Accuracy by steps")
         by_step.set_xlim(left=0)
         by_step.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        by_bytes.set(xlabel="bytes handed to Horovod by rank 0", title="Accuracy by bytes sent")
+        by_bytes.set(xlabel="bytes handed to the engine by rank 0", title="Accuracy by bytes sent")
         set_byte_axis(by_bytes, [record["sent_bytes"] for curve in curves for record in curve])
         by_step.yaxis.set_major_locator(MaxNLocator(nbins=7))
         handles, labels = by_step.get_legend_handles_labels()

@@ -8,6 +8,27 @@ torch.set_num_threads(1)
 collect_ignore = ["byteps_workers.py", "elastic_ranks.py", "mpi_ranks.py", "promise_ranks.py", "toy"]
 
 
+# What `make check` runs: seconds each, in one process, and together what most changes break.
+FAST = (
+    "test_compressors",
+    "test_documents",
+    "test_engine",
+    "test_feedback",
+    "test_golden",
+    "test_house",
+    "test_memory",
+    "test_policy",
+    "test_summed",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of FAST, and the examples in docstrings."""
+    for item in items:
+        if item.path.stem in FAST or item.path.parent.name != "tests":
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """What a test logged may have characters that no encoding has, which pytest-xdist could not pass on."""

@@ -5,17 +5,20 @@ import queue
 import selectors
 import socket
 import threading
+import time
 
 import grpc
+import pytest
 import torch
 from torch import nn
 
-from gcompress import split
+from gcompress import ServerError, split
 from gcompress.split import wire
 from gcompress.split.link import METHOD, channel_options
 from gcompress.split.wire import Frame, Kind
 
 INPUTS, WIDTH, CLASSES = 12, 24, 5
+TOLD_SECONDS = 5.0
 
 
 def model(seed=3):
@@ -183,3 +186,34 @@ class Rogue:
         self._call.cancel()
         self._sent.put(None)
         self.channel.close()
+
+
+@contextlib.contextmanager
+def told(words, kind=ServerError):
+    """The client gets the server's error, at once."""
+    started = time.monotonic()
+    with pytest.raises(kind, match=words):
+        yield
+    assert time.monotonic() - started < TOLD_SECONDS
+
+
+class Trap:
+    """Raises an error where it is called, if it is set; what is there otherwise is `inner`."""
+
+    def __init__(self, inner=lambda *arguments: None):
+        self.inner, self.error, self.calls = inner, None, 0
+
+    def __call__(self, *arguments):
+        result = self.inner(*arguments)
+        self.calls += 1
+        if self.error:
+            raise self.error
+        return result
+
+    @contextlib.contextmanager
+    def set(self, error):
+        self.error = error
+        try:
+            yield
+        finally:
+            self.error = None

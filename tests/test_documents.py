@@ -7,7 +7,10 @@ import method_table
 from tests.launching import REPOSITORY
 
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gcompress", "plugins", "tests", "tools")
-GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+GUIDES = [
+    *(REPOSITORY / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 SOURCES = [path for name in FOLDERS for path in sorted((REPOSITORY / name).rglob("*.py"))]
 MAKEFILE = REPOSITORY / "Makefile"
 
@@ -27,7 +30,15 @@ def found(pattern, paths):
 def test_every_file_that_is_named_exists():
     pattern = rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*\.(?:cc|cu|cuh|h|json|md|png|py))\b"
     missing = {name for _, name in found(pattern, GUIDES + SOURCES) if not (REPOSITORY / name).is_file()}
-    assert missing <= {"csrc/cuda/MODULE.cu"}, "the one allowed is a placeholder"
+    assert [name for name in missing if not re.search("NAME|MODULE", name)] == []
+
+
+def test_the_tools_of_the_checks_have_one_version_everywhere():
+    pinned = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split() if "==" in line)
+    hooks = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    for hook, tool in (("ruff-pre-commit", "ruff"), ("mirrors-clang-format", "clang-format")):
+        assert re.search(rf"{hook}\n +rev: v{re.escape(pinned[tool])}\n", hooks), tool
+    assert f"clang-format {pinned['clang-format']} " in (REPOSITORY / ".clang-format").read_text()
 
 
 def test_every_link_leads_somewhere():

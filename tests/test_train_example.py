@@ -1,4 +1,4 @@
-"""examples/train.py, started as a user starts it: real Horovod ranks on a small part of Fashion-MNIST."""
+"""examples/train.py, started as a user starts it: real ranks of every engine on a small part of Fashion-MNIST."""
 
 import gzip
 import importlib.util
@@ -145,65 +145,74 @@ class TestRanks:
         assert_refused(result, "sparsity")
 
 
-@pytest.mark.skipif(fashion_mnist() is None, reason="Fashion-MNIST is not on this machine: make data")
-@pytest.mark.ranks
-def test_distributed_data_parallel_trains_as_well(tmp_path):
-    # fmt: off
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        EXAMPLES / "train_ddp.py", "--data", fashion_mnist(), "--epochs", 2, "--limit-train", 1024,
-        "--batch-size", 32, "--limit-test", 1000, "--exchange", "twophase", "--log-file", tmp_path / "log.json",
-    ]
-    # fmt: on
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("twophase (mask:sparsity=0.99,bits=2): 3 tensors") == 1, "the plan, once"
-    final = json.loads((tmp_path / "log.json").read_text().splitlines()[-1])
-    assert final["step"] == final["steps"] == 32 and final["test_accuracy"] > 0.3
-    assert 0 < final["wire_bytes"] < final["fp32_wire_bytes"] / 10
-
-
 MPIRUN = shutil.which("mpirun", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+BYTEPS = [sys.executable, "-m", "gcompress.plugins.byteps.launch", "-np", 2, "--servers", 1, sys.executable]
 LAUNCHERS = {
-    "train.py": [HOROVODRUN, "-np", 2, sys.executable],
-    "train_ddp.py": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    "train_ps.py": [MPIRUN, "-np", 3, sys.executable],
+    "Horovod": [HOROVODRUN, "-np", 2, sys.executable],
+    "DDP": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "MPI": [MPIRUN, "-np", 3, sys.executable],
+    "BytePS": BYTEPS,
 }
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    "script",
+NEEDS = {"Horovod": "horovod", "DDP": "torch", "MPI": "mpi4py", "BytePS": "byteps"}
+each_engine = pytest.mark.parametrize(
+    "engine",
     [
-        pytest.param("train.py", marks=needs_horovod),
-        "train_ddp.py",
-        pytest.param("train_ps.py", marks=pytest.mark.mpi),
+        pytest.param("Horovod", marks=needs_horovod),
+        "DDP",
+        pytest.param("MPI", marks=pytest.mark.mpi),
+        pytest.param("BytePS", marks=pytest.mark.byteps),
     ],
 )
-def test_mixed_precision_ends_with_the_same_weights(tmp_path, script):
-    """Whatever steps overflow, are skipped and repeated, to the bit."""
+
+
+def train_on(engine, *options):
+    """Run the example on two workers of an engine, which it finds out itself."""
     if fashion_mnist() is None:
         pytest.skip("Fashion-MNIST is not on this machine: make data")
-    if script == "train_ps.py" and (MPIRUN is None or importlib.util.find_spec("mpi4py") is None):
-        pytest.skip("mpi4py is not installed: python tools/install_mpi.py")
+    if importlib.util.find_spec(NEEDS[engine]) is None or LAUNCHERS[engine][0] is None:
+        pytest.skip(f"{NEEDS[engine]} is not installed: make engines")
+    # fmt: off
+    command = [
+        *LAUNCHERS[engine], EXAMPLES / "train.py", "--data", fashion_mnist(), "--epochs", 1, "--limit-train", 512,
+        "--batch-size", 32, "--limit-test", 100, "--compressor", "topk:sparsity=0.95", *options,
+    ]
+    # fmt: on
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env=environment,
+    )
+
+
+@pytest.mark.ranks
+@each_engine
+def test_mixed_precision_ends_with_the_same_weights(tmp_path, engine):
+    """Whatever steps overflow, are skipped and repeated, to the bit."""
     logs = {}
     for name, options in (("plain", []), ("amp", ["--amp", "fp16", "--overflow-at", 1, 2, 5])):
         logs[name] = tmp_path / f"{name}.jsonl"
-        # fmt: off
-        command = [
-            *LAUNCHERS[script], EXAMPLES / script, "--data", fashion_mnist(), "--epochs", 1, "--limit-train", 512,
-            "--batch-size", 32, "--limit-test", 100, "--compressor", "topk:sparsity=0.95",
-            "--log-file", logs[name], *options,
-        ]
-        # fmt: on
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment
-        )
+        result = train_on(engine, "--log-file", logs[name], *options)
         assert result.returncode == 0, result.stdout + result.stderr
+        assert f"handed to {engine}" in result.stdout
     plain, scaled = (json.loads(log.read_text().splitlines()[-1]) for log in logs.values())
+    assert plain["engine"] == engine and 0 < plain["wire_bytes"] < plain["fp32_wire_bytes"] / 5
     assert plain["step"] == scaled["step"] == 8 and plain["weights"] == scaled["weights"]
     assert scaled["sent_bytes"] > plain["sent_bytes"], "no step was repeated"
+
+
+@pytest.mark.ranks
+@each_engine
+def test_an_option_that_an_engine_has_not_is_refused_in_one_sentence(engine):
+    option = {"MPI": ["--exchange", "twophase"], "BytePS": ["--checkpoint", "x"]}.get(engine, ["--servers", "2"])
+    result = train_on(engine, *option)
+    said = [line for line in (result.stdout + result.stderr).splitlines() if "train.py: error: " in line]
+    assert result.returncode != 0 and len(said) == 1, result.stdout + result.stderr
+    assert said[0].endswith(f"train.py: error: {option[0]}: {engine} has no such thing")
+    assert "Traceback" not in result.stderr or engine in ("Horovod", "DDP"), "whose launchers write one of their own"
 
 
 def assert_refused(result, words):

@@ -1,6 +1,6 @@
 """Start BytePS's scheduler, servers and workers on this machine, and end them together.
 
-    python -m gcompress.plugins.byteps.launch -np 2 --servers 1 python examples/train_byteps.py
+    python -m gcompress.plugins.byteps.launch -np 2 --servers 1 python examples/train.py
 
 The command runs once per worker. When a worker or server fails, or is killed, all others are
 ended and the exit code is not 0. Over several machines, start the same processes with your

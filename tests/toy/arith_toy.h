@@ -1,4 +1,4 @@
-// Toy: an entry to its code and back (gcompress/compressors/toy.py).
+// Toy: an entry to its code and back (tests/toy/toy.py).
 #ifndef GCOMPRESS_ARITH_TOY_H
 #define GCOMPRESS_ARITH_TOY_H
 

@@ -1,4 +1,4 @@
-// Toy: a signed byte for every entry (gcompress/compressors/toy.py).
+// Toy: a signed byte for every entry (tests/toy/toy.py).
 #ifndef GCOMPRESS_CPU_TOY_H
 #define GCOMPRESS_CPU_TOY_H
 
