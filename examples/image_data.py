@@ -212,7 +212,7 @@ def load(name, path=None, image_size=None, limit_train=None, limit_test=None):
         name: one of NAMES.
         path: where it is; None for the usual places.
         image_size: for "folder", the side in pixels that images are resized and cropped to.
-        limit_train, limit_test: keep only so many images of each part.
+        limit_train, limit_test: keep only that many images of each part.
 
     Returns:
         An ImageData.

@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class MemoryImages:
-    """A data set held in memory: mirrored at random and, with `crop`, shifted by up to so many pixels.
+    """A data set held in memory: mirrored at random and, with `crop`, shifted by up to that many pixels.
 
     ids: name a sample and its mirror image apart, since their activations differ.
     """

@@ -115,7 +115,7 @@ class History:
         return f"loss {loss / max(samples, 1):.3f}, top-1 {100 * top1 / max(samples, 1):.1f} %"
 
     def end_stretch(self, training, epoch, test):
-        """The record after so many epochs, from the statistics of the test batches."""
+        """The record after that many epochs, from the statistics of the test batches."""
         self.count(training.client, evaluation=True)
         total = [sum(s.loss * s.samples for s in test), *[sum(s[i] for s in test) for i in (1, 2, 3)]]
         record = {

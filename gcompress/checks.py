@@ -10,7 +10,7 @@ def shown(value):
     """How an error shows a value: its repr, of which a long one is cut."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Python writes no integer of so many digits, nor lists that deep
+    except (ValueError, RecursionError):  # Python writes no integer of that many digits, nor lists that deep
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text)} characters)"
 

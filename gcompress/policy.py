@@ -75,7 +75,7 @@ class Policy:
         rules: Rules or their dicts; the first that matches decides, before `compressor` and
             `min_numel`.
         momentum, clip: of momentum correction (see gcompress/feedback.py); 0 and None: none.
-        warmup_steps: in so many first steps, sparse compressors keep more (feedback.eased).
+        warmup_steps: in that many first steps, sparse compressors keep more (feedback.eased).
 
     A policy can be written as one string, which `as_policy` reads: the compressor, then options
     and rules in any order.

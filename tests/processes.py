@@ -18,7 +18,7 @@ def processes_with(text):
 
 
 def wait_until_gone(text, seconds=10):
-    """The processes with `text` in their command line that are there still after so many seconds."""
+    """The processes with `text` in their command line that are there still after that many seconds."""
     deadline = time.monotonic() + seconds
     while (left := processes_with(text)) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -25,11 +25,17 @@ def test_the_configuration_survives_json_and_its_spec(compressor):
         compressor.bits = 3
 
 
+# Inputs of which the largest size has something to add: others are decided entry by entry, or are one value.
+AT_LENGTH = ("gauss", "heavy", "ties", "zero", "one nan", "many")
+
+
 @every_compressor
 def test_native_bytes_are_the_reference_bytes(compressor):
     """On every instruction set, for encoding, decoding and adding."""
     for numel in SIZES:
         for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
+            if numel == max(SIZES) and name not in AT_LENGTH:
+                continue  # what smaller sizes have shown, at most of this test's time
             with backends.use_backend("reference"):
                 payload, ctx = compressor.compress(tensor, seed=7)
                 decoded = compressor.decompress(payload, ctx)
@@ -227,7 +233,7 @@ def test_a_bad_spec_names_the_argument_and_what_came(spec, words):
 
 
 def nested(depth, part="then"):
-    """A chain so many compressors deep."""
+    """A chain that many compressors deep."""
     chain = TopK(sparsity=0.5)
     for _ in range(depth - 1):
         chain = Chain(**{"first": TopK(sparsity=0.5), "then": TopK(sparsity=0.5), part: chain})

@@ -24,7 +24,7 @@ BESIDES = 1 << 20  # bytes that do not grow with a tensor: tables, headers, Pyth
 
 
 def limit_of(compressor, backend, numel, payload):
-    """Bytes that may be asked for by a decoder that is given and returns so many."""
+    """Bytes that may be asked for by a decoder that is given and returns that many."""
     large = backend == "reference" or compressor.name == "polar"  # which unpack to 64-bit integers
     return (20 if large else 6) * (4 * numel + len(payload)) + BESIDES
 

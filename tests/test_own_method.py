@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from tests import emulation
 from tests.launching import REPOSITORY
 
 TOY = REPOSITORY / "tests" / "toy"
+MODULE, KERNELS = pathlib.Path("gcompress", "compressors", "toy.py"), pathlib.Path("csrc", "kernels.def")
 COPIED = ("gcompress", "csrc", "tests", "benchmarks", "tools", "pyproject.toml", "README.md")
 
 
@@ -75,7 +77,7 @@ def test_a_block_of_kernels_def_and_two_headers_make_it_native(checkout, golden,
     shutil.copytree(checkout, folder)
     for part in ("arith", "cpu"):
         shutil.copy(TOY / f"{part}_toy.h", folder / "csrc" / part / "toy.h")
-    for target, addition in (("csrc/kernels.def", "kernels.def"), ("gcompress/compressors/toy.py", "native.txt")):
+    for target, addition in ((KERNELS, "kernels.def"), (MODULE, "native.txt")):
         with open(folder / target, "a") as file:
             file.write((TOY / addition).read_text())
     said = python(folder, "-c", "import gcompress; print(gcompress.backends.backend())")

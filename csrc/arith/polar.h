@@ -11,7 +11,7 @@ namespace {
 enum { GENERAL = 0, ALL_FROZEN = 1, ALL_FREE = 2, REPETITION = 3, SINGLE_PARITY = 4 };
 const int MAX_REPETITION = 128;  // 128 * 128 fits 16 bits
 const int MAX_PARITY = 64;
-const int MAX_LEVELS = 8;    // with so many, labels are the samples themselves
+const int MAX_LEVELS = 8;    // with that many, labels are the samples themselves
 const int8_t ERASED = -128;  // a sample that does not matter: padding, or sent apart
 const int16_t WORST = 2047;  // of a path's metric: leaves four bits of a 16-bit key to the number of a candidate
 

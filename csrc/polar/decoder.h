@@ -103,7 +103,7 @@ inline void write_points(Bytes labels, const float* table, int levels, float* ou
     look_up_64<mode == ADD>(bytes, table, levels > 4, out);
 }
 
-// A codeword from words of so many bytes for its information bits; returns their end. Without a branch: where there is
+// A codeword from words of that many bytes for its information bits; returns their end. Without a branch: where there is
 // none, the next one or the last is read in vain.
 template <int bytes>
 inline const uint8_t* read_codeword(const uint8_t* words, const uint16_t* rank, int rows, int free, uint64_t* code) {

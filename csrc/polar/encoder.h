@@ -165,7 +165,7 @@ inline int steps_ahead(const uint8_t* types, int node) {
     return steps;
 }
 
-// Rows from … to - 1 of n go to l unless they are there already, and so many steps of check nodes, one behind the
+// Rows from … to - 1 of n go to l unless they are there already, and that many steps of check nodes, one behind the
 // other, to `next`: n / 2 rows, n / 4, n / 8.
 template <int steps, class Row>
 inline void take_steps_of(const Row& row, int from, int to, int n, Bytes* l, Bytes* next) {
@@ -254,7 +254,7 @@ struct Node {
         }
     }
 
-    // The same for a node that begins with check nodes, if its rows are stored and so many steps taken, to `scratch`.
+    // The same for a node that begins with check nodes, if its rows are stored and that many steps taken, to `scratch`.
     static void encode_ahead(int size, const uint8_t* types, int node, const Bytes* l, int steps, Signs* code,
                              Bytes* scratch, Signs* parts, Output* out) {
         const int n = fixed ? fixed : size, half = n / 2;
@@ -298,7 +298,7 @@ struct Node<1> {
     static void encode_ahead(int, const uint8_t*, int, const Bytes*, int, Signs*, Bytes*, Signs*, Output*) {}  // never
 };
 
-// A whole block: its rows are at l and so many steps taken, to `scratch`.
+// A whole block: its rows are at l and that many steps taken, to `scratch`.
 inline void encode_block(int rows, const uint8_t* types, const Bytes* l, int steps, Signs* code, Bytes* scratch,
                          Signs* parts, Output* out) {
     const Stored stored = {l};

@@ -85,7 +85,7 @@ class Eden(Compressor):
         return max(1, self.bits)
 
     def _sent(self, entries):
-        """Entries sent of a block of so many."""
+        """Entries sent of a block of that many."""
         if self.bits >= 1:
             return entries
         if entries == self.block:  # a multiple of 8, so that each block's codes begin with a byte

@@ -78,7 +78,7 @@ class SharedScale(Compressor):
         return 2 ** (self.bits - 1) - 1
 
     def width(self, world_size):
-        """The bits of an integer that holds the sum over so many ranks."""
+        """The bits of an integer that holds the sum over that many ranks."""
         width = (world_size * self._limit).bit_length() + 1
         if width > MAX_WIDTH:
             raise ConfigError(f"bits: got {self.bits}, whose sum over {world_size} ranks needs more than {MAX_WIDTH}")

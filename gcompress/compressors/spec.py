@@ -65,7 +65,7 @@ def _check_depth(configuration):
         level = list({id(part): part for found in level for part in found.values() if isinstance(part, dict)}.values())
         if not level:
             return
-    raise ConfigError(f"compressor: got dicts more than {LARGEST_DEPTH} deep, expected at most so many")
+    raise ConfigError(f"compressor: got dicts more than {LARGEST_DEPTH} deep, expected at most that many")
 
 
 def from_spec(spec: Compressor | str | dict) -> Compressor:

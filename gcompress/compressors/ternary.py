@@ -28,7 +28,7 @@ class Ternary(Compressor):
 
     Args:
         rounding: "stochastic" (TernGrad) or "nearest" (least error: use error feedback).
-        clip: stochastic only: magnitudes are limited to so many root mean squares of the bucket; 0: not
+        clip: stochastic only: magnitudes are limited to that many root mean squares of the bucket; 0: not
             at all, which is unbiased, but with large buckets errs far more.
         bucket: entries that share a scale, a multiple of 64; 0: the whole tensor.
 

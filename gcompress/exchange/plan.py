@@ -23,9 +23,9 @@ ALIGNMENT = 1024
 SMALLEST_PIECE = 4096
 # Cutting may cost this much more than encoding in one piece.
 LARGEST_OVERHEAD = 1.02
-# Up to so many bytes per rank and step one round of an all-gather takes less time than two rounds.
+# Up to that many bytes per rank and step one round of an all-gather takes less time than two rounds.
 SMALL_STEP = 1 << 20
-# Up to so many ranks a second encoding is not worth what it saves: a factor of ranks / 2.
+# Up to that many ranks a second encoding is not worth what it saves: a factor of ranks / 2.
 FEW_RANKS = 3
 
 

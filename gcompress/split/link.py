@@ -14,7 +14,7 @@ from .traffic import FrameCounter, SocketCounter
 METHOD = "/gcompress.Split/Stream"
 FAILED = "gcompress-failed"  # in the metadata of a status that tells of an error at the server
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts
-QUEUED_CHUNKS = 8  # at most so many MiB wait on either side of a slow peer
+QUEUED_CHUNKS = 8  # at most that many MiB wait on either side of a slow peer
 REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,

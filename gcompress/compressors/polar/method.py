@@ -43,7 +43,7 @@ class Polar(Compressor):
             (1.15 at 0.5 bits, .39 at 1, .079 at 2). The seed travels in the payload. Rank and step should
             differ in it.
         rank: the strongest outer products of a matrix with scales "rowcol" go apart, in few bits: "auto" (as
-            many as lower the modelled error, up to 32; none in a matrix of noise), or at most so many, 0 to 32.
+            many as lower the modelled error, up to 32; none in a matrix of noise), or at most that many, 0 to 32.
         floor: bytes that a tensor gets at least, as far as they are no more than a bit for an entry. Small
             layers carry more energy for an entry than large ones, and short blocks err more. 0: none.
 

@@ -32,7 +32,7 @@ BINS, LOWEST_OCTAVE = 128, -4  # of magnitudes over modelled deviations: eight t
 # reaches about two deviations, and an entry's bits must spare as much as they would elsewhere.
 SLOPE, INTERCEPT = 0.69, 0.4
 STRONGEST, WEAKEST = 80, 320  # limits' strengths, from 2.4 to 32, as logarithms in 1/64 octave
-LOW_RATE, STRONGEST_ABOVE = 0.8, 104  # from so many bits an entry, 3.1: the model flatters stronger ones there
+LOW_RATE, STRONGEST_ABOVE = 0.8, 104  # from that many bits an entry, 3.1: the model flatters stronger ones there
 STARTS = 128, 192  # strengths 4 and 8: where neither gains, none does
 STEPS = 32, -32, 16, -16, 8, -8, 4, -4
 LOWEST_RATE = 1 / 32  # bits: classes with less are not coded
@@ -291,7 +291,7 @@ def _reach_and_tail(rate):
 
 
 def _bits(found, limits, outliers):
-    """About what `pack` takes for so many outliers: layers of gaps, signs, mantissas."""
+    """About what `pack` takes for that many outliers: layers of gaps, signs, mantissas."""
     bits, universe, factor, layers = 8.0 * HEADER.size + outliers, float(found.counts.sum()), 1.0, 0
     members = outliers
     while members > 0.5 and layers < MOST_LAYERS:

@@ -173,7 +173,7 @@ def _integral(columns):
 
 
 def _combined(integers, weights):
-    """integers @ weights, the weights rounded to so many bits that the product is exact."""
+    """integers @ weights, the weights rounded to few enough bits that the product is exact."""
     weights, powers = _integral(torch.from_numpy(weights).to(integers.device))
     return integers @ weights / powers
 
@@ -238,7 +238,7 @@ def _choose(powers, energy, numel, shape, bits, left_over):
 
 
 def _modelled_bits(power, entries, water):
-    """Of a factor with so many entries whose component has energy `power`."""
+    """Of a factor with that many entries whose component has energy `power`."""
     ratio = power / (entries * water)
     return entries * max(float(_log(np.float64(max(ratio, 1e-9)))) / (2 * LOG_TWO) + CODE_LOSS, 1.0)
 
@@ -308,7 +308,7 @@ def unpack(payload, numel):
 
 
 def _unpack_rice(section, widths, lengths):
-    """The entries of columns of so many low bits and so many entries, column after column: int64."""
+    """The entries of columns of that many low bits and entries, column after column: int64."""
     bits, entries = sum(width * length for width, length in zip(widths, lengths, strict=True)), sum(lengths)
     if max(widths) > WIDEST or packing.packed_bytes(bits, 1) > section.numel():
         raise PayloadError(f"payload: {bits} low bits of factors do not fit {section.numel()} bytes")
