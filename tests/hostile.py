@@ -5,7 +5,9 @@ import struct
 import torch
 
 from gcompress import packing
-from gcompress.compressors.polar import outliers, planning, products
+from gcompress.compressors.polar import outliers, products
+from gcompress.compressors.polar.layout import CLASSES, Layout
+from gcompress.compressors.polar.payload import APART, CLASS, COLUMNS, HEADER, PRODUCT, ROWS
 from gcompress.compressors.polar.tables import design_count
 
 # Floats that no encoder writes as a scale, and such as few do.
@@ -62,31 +64,29 @@ def hostile_polar(numel, nbytes):
                 body = bytes(-(-low // 8)) + bytes(marks) if low < 8 * nbytes else b""
                 end = struct.pack("<I", nbytes - 28)
                 for fill in (0, 255, 85):
-                    yield _filled(
-                        bytes([planning.PRODUCT]) + bytes(27) + head + (b"" if fill else body), fill, nbytes, end
-                    )
+                    yield _filled(bytes([PRODUCT]) + bytes(27) + head + (b"" if fill else body), fill, nbytes, end)
     for members in (numel, numel // 2, 4 * nbytes, 2**27 - 1):
         for width in (0, 1, 9, 20, 31):
             for layers in (1, 2, 24):
-                head = planning.HEADER.pack(planning.APART, 0, 0, 0, 0, 0, 0, 0) + outliers.HEADER.pack(1, 1, 0, layers)
+                head = HEADER.pack(APART, 0, 0, 0, 0, 0, 0, 0) + outliers.HEADER.pack(1, 1, 0, layers)
                 layer = outliers.LAYER.pack(min(members, 2**27 - 1) | width << outliers.COUNT_BITS)
                 for fill in (0, 255, 85):
                     yield _filled(head + layers * layer, fill, nbytes)
     for columns in (1, 16, numel // 200, numel // 16, numel):
-        for flags in (planning.ROWS, planning.COLUMNS, planning.ROWS | planning.COLUMNS):
+        for flags in (ROWS, COLUMNS, ROWS | COLUMNS):
             for design in (0, 3, design_count() - 1):
                 yield _with_every_class(numel, nbytes, columns, flags, design)
 
 
 def _with_every_class(numel, nbytes, columns, flags, design):
     """Every scale code there is, and every class that follows from them coded by one design, in no words."""
-    sides = [-(-numel // columns) if flags & planning.ROWS else 0, columns if flags & planning.COLUMNS else 0]
+    sides = [-(-numel // columns) if flags & ROWS else 0, columns if flags & COLUMNS else 0]
     codes = [(torch.arange(side) * 37 % 63).to(torch.uint8) for side in sides]  # 0 stands for 0, v for v
-    layout = planning.Layout(numel, columns, *(code.numpy() if len(code) else None for code in codes))
-    classes = [k for k in range(planning.CLASSES - 1, 0, -1) if layout.histogram()[k]]
-    head = planning.HEADER.pack(flags, len(classes), 100, columns, 6, 1, 6, 1)
+    layout = Layout(numel, columns, *(code.numpy() if len(code) else None for code in codes))
+    classes = [k for k in range(CLASSES - 1, 0, -1) if layout.histogram()[k]]
+    head = HEADER.pack(flags, len(classes), 100, columns, 6, 1, 6, 1)
     head += b"".join(packing.pack_bits(code, 6).numpy().tobytes() for code in codes if len(code))
-    return _filled(head + b"".join(planning.CLASS.pack(k, design, 1.0) for k in classes), 0, nbytes)
+    return _filled(head + b"".join(CLASS.pack(k, design, 1.0) for k in classes), 0, nbytes)
 
 
 def _filled(start, byte, nbytes, end=b""):

@@ -9,9 +9,10 @@ import torch
 
 from gcompress import Polar, backends
 from gcompress.backends.gpu.plans import DeviceKernels
-from gcompress.compressors.polar import device, outliers, planning, reference
+from gcompress.compressors.polar import device, outliers, reference
 from gcompress.compressors.polar.bits import PolarCode
 from gcompress.compressors.polar.device import DevicePolar
+from gcompress.compressors.polar.layout import Layout
 from gcompress.compressors.polar.native import NativePolar
 from gcompress.feedback import ErrorFeedback
 from tests import emulation
@@ -101,7 +102,7 @@ def test_outliers_are_those_that_reach_their_limit(launcher):
     """Also by nothing."""
     backend, host = DevicePolar(DeviceKernels(launcher)), NativePolar(backends.cpu_kernels())
     values = torch.randint(-9, 10, (9000,), generator=torch.Generator().manual_seed(2)).float()
-    layout = planning.Layout(9000, 9000, None, None)
+    layout = Layout(9000, 9000, None, None)
     for floor in (5.0, 8.0, 9.0, 9.5):
         limits = outliers.Limits(floor, 0.0)
         places = backend.beyond(values, layout, limits, 0)

@@ -44,7 +44,7 @@ inline Bytes samples_of(const float* x, float scale) {
     return load_bytes(bytes);
 #endif
 }
-// One tile's part of the plan that Python makes (gcompress/compressors/polar/planning.py).
+// One tile's part of the plan that Python makes (gcompress/compressors/polar/spending.py).
 struct PolarTile {
     int64_t rows, lanes;       // block length N, blocks side by side: 8, 16, 32 or 64
     int64_t levels;            // label bits m

@@ -11,9 +11,11 @@ import torch
 from ... import backends, packing
 from ...checks import check_integer, check_power_of_two
 from ...errors import ConfigError, PayloadError
-from . import planning, reference
+from . import reference
 from .device import backend_of
+from .layout import NO_CODE, Layout
 from .method import Polar
+from .spending import CodedClass, Spending, Tile
 from .tables import LANES, LARGEST_BLOCK, SMALLEST_BLOCK
 
 LARGEST_CODE = 65536
@@ -107,11 +109,11 @@ class PolarCode:
         lanes = next(lanes for lanes in (8, 16, 32, LANES) if blocks <= lanes or lanes == LANES)
         tiles = -(-blocks // lanes)
         count = tiles * lanes * self.block
-        return planning.Spending(
-            planning.Layout(count, count, None, None),
+        return Spending(
+            Layout(count, count, None, None),
             0,
-            [planning.CodedClass(2 * planning.NO_CODE, count, 0, 1.0)],
-            [planning.Tile(0, self.block, self.block, lanes, 1, self.information)] * tiles,
+            [CodedClass(2 * NO_CODE, count, 0, 1.0)],
+            [Tile(0, self.block, self.block, lanes, 1, self.information)] * tiles,
         )
 
     def _backend(self, tensor):

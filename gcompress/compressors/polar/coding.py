@@ -2,7 +2,7 @@
 
 A backend is a module or object with the functions of reference.py: `sums`, `beyond`, `energies`,
 `encode`, `decode` and `scatter`, for unbiased payloads also `turn`, `turn_scales` and `turn_back`. Everything else,
-here and in planning.py, is common to all.
+here and in what it imports, is common to all.
 """
 
 import math
@@ -11,10 +11,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ... import packing
-from ...errors import PayloadError
-from . import outliers, planning, products, turning
-from .tables import MAX_LEVELS, design_count, octave_codes, power_of_two, powers_of_two
+from . import limit_model, outliers, products, turning
+from .header import pack_header, read_header
+from .layout import (
+    CLASSES,
+    LARGEST,
+    NO_CODE,
+    Layout,
+    candidate_layouts,
+    side_bytes,
+    without_idle_codes,
+)
+from .payload import APART, CLASS, HEADER, NOT_FINITE, PRODUCT, SMALLEST_PAYLOAD, TILE, TURNED
+from .samples import sample_scales, with_amplitudes
+from .spending import Spending, class_starts, spend
+from .tables import octave_codes, power_of_two, powers_of_two
+from .water import choose_layout, error_model
 
 CHUNK = 256
 SMALLEST_SIDE = 16  # a matrix with fewer rows or columns is taken as chunks
@@ -23,7 +35,6 @@ NOTHING = 4096  # 1/32 octaves below the largest variance: that of a class of ze
 ENERGY_STEPS = 64.0  # per modelled standard deviation, where energies of classes are measured
 LEAST_FOR_OUTLIERS = 32  # bytes
 RETRIES = 6
-USUAL_HEADER = 16384  # bytes
 SMALLEST_DEVIATION = 2.0**-88
 LEAST_RANK_GAIN = 0.9  # a product must lower the modelled error to this
 
@@ -32,7 +43,7 @@ class Survey(NamedTuple):
     """The sum of magnitudes of some entries, how to class them (None: nothing to code), the squared error expected."""
 
     total: float
-    layout: planning.Layout | None
+    layout: Layout | None
     error: float
 
 
@@ -47,7 +58,7 @@ def encode(backend, values, payload, *, block, scales, flat, share, list_size, r
     rest = payload[: payload.numel() - len(section)]
     _encode_surveyed(backend, values, survey, rest, block, flat, share, list_size)
     if section:
-        rest[0] |= planning.PRODUCT
+        rest[0] |= PRODUCT
         _fill(payload[rest.numel() :], section)
 
 
@@ -59,28 +70,26 @@ def _survey(backend, values, columns, by_column, nbytes, scales, flat):
     if total / values.numel() < SMALLEST_DEVIATION:
         return Survey(total, None, 0.0)
     sums = (None, None) if scales == "tensor" else (row_sums, column_sums)
-    layouts = list(planning.candidate_layouts(values.numel(), columns, *sums))
-    layout, error = planning.choose_layout(layouts, nbytes, flat)
+    layouts = list(candidate_layouts(values.numel(), columns, *sums))
+    layout, error = choose_layout(layouts, nbytes, flat)
     return Survey(total, layout, error * _deviation(layouts[-1].histogram(), total) ** 2)
 
 
 def _deviation(counts, total):
     """What code 0 stands for."""
-    return (
-        total * outliers.GAUSSIAN_RMS / math.fsum((counts * powers_of_two(16 * np.arange(planning.CLASSES))).tolist())
-    )
+    return total * limit_model.GAUSSIAN_RMS / math.fsum((counts * powers_of_two(16 * np.arange(CLASSES))).tolist())
 
 
 def _without_product(backend, values, columns, survey, nbytes, flat, rank):
     """(section of the payload that holds a product of thin matrices or none, the rest of the entries, its Survey)."""
     matrix = values.view(-1, columns)
-    error, energy = planning.error_model(survey.layout, flat)
+    error, energy = error_model(survey.layout, flat)
     factors = products.find(matrix, survey.total, nbytes, lambda bits: min(error(bits) / energy, 1.0), rank)
     section = b"" if factors is None else products.pack(factors)
-    while nbytes - len(section) < planning.SMALLEST_PAYLOAD and len(factors.exponents) > 1:
+    while nbytes - len(section) < SMALLEST_PAYLOAD and len(factors.exponents) > 1:
         factors = factors.without_weakest()
         section = products.pack(factors)
-    if not 0 < len(section) <= nbytes - planning.SMALLEST_PAYLOAD:
+    if not 0 < len(section) <= nbytes - SMALLEST_PAYLOAD:
         return b"", values, survey
     rest = factors.taken_from(matrix).view(-1)
     after = _survey(backend, rest, columns, True, nbytes - len(section), "rowcol", flat)
@@ -92,18 +101,16 @@ def _without_product(backend, values, columns, survey, nbytes, flat, rank):
 def _encode_surveyed(backend, values, survey, payload, block, flat, share, list_size):
     nbytes, (total, layout, _) = payload.numel(), survey
     if not math.isfinite(total):
-        return _fill(payload, bytes([planning.NOT_FINITE]))
+        return _fill(payload, bytes([NOT_FINITE]))
     if layout is None:
         return _fill(payload, b"")
     apart, layout, values = _set_apart(backend, values, layout, total, nbytes, share, flat, list_size > 1)
     variances = _variances(backend, values, layout, total, measured=bool(apart))
-    spent = variances is not None and planning.spend(
-        layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart)
-    )
+    spent = variances is not None and spend(layout, variances, nbytes, flat, block, len(apart), keep_codes=bool(apart))
     if spent:
         spending, words = _encode_words(backend, values, *spent, variances, list_size)
-        return _fill(payload, _pack_header(spending, planning.APART if apart else 0, apart), words)
-    return _fill(payload, _pack_header(planning.Spending(layout, 0, [], []), planning.APART, apart) if apart else b"")
+        return _fill(payload, pack_header(spending, APART if apart else 0, apart), words)
+    return _fill(payload, pack_header(Spending(layout, 0, [], []), APART, apart) if apart else b"")
 
 
 def _fill(payload, header, words=None):
@@ -119,15 +126,15 @@ def _fill(payload, header, words=None):
 
 def _set_apart(backend, values, layout, total, nbytes, share, flat, thorough):
     """(section of the payload that holds outliers or none, its layout, what remains of the entries)."""
-    left = nbytes - planning.HEADER.size - planning.side_bytes(layout) - planning.CLASS.size - planning.TILE.size
+    left = nbytes - HEADER.size - side_bytes(layout) - CLASS.size - TILE.size
     if share == 0 or left < LEAST_FOR_OUTLIERS:
         return b"", layout, values
-    found = outliers.histogram(values, layout, total)
-    option = outliers.choose(found, left, share, flat, thorough)
+    found = limit_model.histogram(values, layout, total)
+    option = limit_model.choose(found, left, share, flat, thorough)
     for _ in range(RETRIES):
         if option is None:
             break
-        kept = layout if flat else planning.without_idle_codes(layout, option.lowest)  # now: limits depend on codes
+        kept = layout if flat else without_idle_codes(layout, option.lowest)  # now: limits depend on codes
         places = backend.beyond(values, kept, option.limits, int(option.outliers))
         if len(places) == 0:
             break
@@ -136,7 +143,7 @@ def _set_apart(backend, values, layout, total, nbytes, share, flat, thorough):
             section = outliers.pack(entries, values.numel())
             if len(section) <= left:
                 return section, kept, rest
-        option = outliers.weaker(found, left, flat, option)
+        option = limit_model.weaker(found, left, flat, option)
     return b"", layout, values
 
 
@@ -153,17 +160,13 @@ def _variances(backend, values, layout, total, measured):
 
     None if there is nothing: all entries are 0.
     """
-    variances = np.zeros(planning.CLASSES, np.int64)
+    variances = np.zeros(CLASSES, np.int64)
     if layout.row_codes is None and layout.column_codes is None and not measured:
-        variances[2 * planning.NO_CODE] = octave_codes(
-            np.array([(total / layout.numel * outliers.GAUSSIAN_RMS) ** 2]), 32
-        )[0]
+        variances[2 * NO_CODE] = octave_codes(np.array([(total / layout.numel * limit_model.GAUSSIAN_RMS) ** 2]), 32)[0]
         return variances
     counts = layout.histogram()
     unit = math.fsum(count * power_of_two(16 * k) for k, count in enumerate(counts.tolist()) if count)
-    scales = np.array(
-        [ENERGY_STEPS * unit / (total * power_of_two(16 * k)) for k in range(planning.CLASSES)], np.float32
-    )
+    scales = np.array([ENERGY_STEPS * unit / (total * power_of_two(16 * k)) for k in range(CLASSES)], np.float32)
     energies = np.asarray(backend.energies(values, layout, scales), np.float64)
     used = (counts > 0) & (energies > 0)
     means = energies[used] / counts[used] / scales[used].astype(np.float64) ** 2
@@ -176,9 +179,9 @@ def _variances(backend, values, layout, total, measured):
 
 def _encode_words(backend, values, spending, rates, variances, list_size):
     """(spending with amplitudes, words)."""
-    scales = planning.sample_scales(spending, variances, rates)
+    scales = sample_scales(spending, variances, rates)
     words, products = backend.encode(values, spending, scales, list_size)
-    return planning.with_amplitudes(spending, scales, products), words
+    return with_amplitudes(spending, scales, products), words
 
 
 def encode_unbiased(backend, values, payload, *, block, list_size, seed):
@@ -187,141 +190,27 @@ def encode_unbiased(backend, values, payload, *, block, list_size, seed):
     numel = values.numel()
     total = float(np.cumsum(backend.sums(values, min(CHUNK, numel), False)[0], dtype=np.float64)[-1])
     if not math.isfinite(total) or total == 0:
-        return _fill(payload, b"" if total == 0 else bytes([planning.NOT_FINITE]))
+        return _fill(payload, b"" if total == 0 else bytes([NOT_FINITE]))
     turned, lengths = backend.turn(values, seed)
-    variances = np.zeros(planning.CLASSES, np.int64)
-    layout = planning.Layout(numel, numel, None, None)
-    spending, rates = planning.spend(layout, variances, payload.numel(), True, block, turning.section_bytes(numel))
+    variances = np.zeros(CLASSES, np.int64)
+    layout = Layout(numel, numel, None, None)
+    spending, rates = spend(layout, variances, payload.numel(), True, block, turning.section_bytes(numel))
     spending, words = _encode_words(backend, turned, spending, rates, variances, list_size)
     decoded = torch.empty_like(turned)
     backend.decode(words, spending, decoded, False)
     section = turning.pack(seed, backend.turn_scales(turned, decoded, lengths))
-    _fill(payload, _pack_header(spending, planning.TURNED, section), words)
+    _fill(payload, pack_header(spending, TURNED, section), words)
 
 
 # Bytes -------------------------------------------------------------------------------------
 
 
-def _pack_header(spending, flags, section):
-    """Everything before the words; `section` is what the flags APART or TURNED announce."""
-    layout, forms, codes = spending.layout, [], b""
-    for flag, of in ((planning.ROWS, layout.row_codes), (planning.COLUMNS, layout.column_codes)):
-        width, low = (0, 0) if of is None else planning.code_form(of)
-        forms += [width, low]
-        if of is not None:
-            flags |= flag
-            packed = np.where(of > 0, of - np.int64(low) + 1, 0).astype(np.uint8)
-            codes += packing.pack_bits(torch.from_numpy(packed), width).numpy().tobytes() if width else b""
-    coded_columns = layout.columns if flags & (planning.ROWS | planning.COLUMNS) else 0
-    head = planning.HEADER.pack(flags, len(spending.classes), spending.base, coded_columns, *forms)
-    classes = b"".join(planning.CLASS.pack(c.of_class, c.design, c.amplitude) for c in spending.classes)
-    return head + codes + section + classes + b"".join(planning.TILE.pack(tile.words) for tile in spending.tiles)
-
-
-class _Beginning:
-    """The bytes of a payload, brought to the host as far as they are asked for: mostly once, mostly little."""
-
-    def __init__(self, payload):
-        self._payload, self._known = payload, b""
-
-    def __len__(self):
-        return self._payload.numel()
-
-    def __getitem__(self, part):
-        if part.stop > len(self._known):
-            size = max(USUAL_HEADER, 2 * part.stop)
-            self._known = self._payload[:size].cpu().numpy().tobytes()
-        return self._known[part]
-
-
-def _read_header(payload, numel, block):
-    """(spending, Outliers or what turning.unpack finds or None, where the words begin).
-
-    A float in place of the first if all entries are that.
-    """
-    data = _Beginning(payload)
-    flags, count, base, columns, *forms = planning.HEADER.unpack(data[: planning.HEADER.size])
-    known = (
-        (planning.TURNED,)
-        if flags & planning.TURNED
-        else (planning.NOT_FINITE, planning.ROWS, planning.COLUMNS, planning.APART)
-    )
-    if flags & ~sum(known):
-        raise PayloadError(f"payload: unknown flags {flags:#x}")
-    if flags & planning.NOT_FINITE or (count == 0 and not flags & planning.APART):
-        return (math.nan if flags & planning.NOT_FINITE else 0.0), None, 0
-    if not -200 <= base <= 200:
-        raise PayloadError(f"payload: a scale of 2^{base}")
-    at = planning.HEADER.size
-    if not flags & (planning.ROWS | planning.COLUMNS):
-        columns = numel
-    elif not 1 <= columns <= numel or (flags & planning.COLUMNS and numel % columns):
-        raise PayloadError(f"payload: {columns} columns do not fit {numel} entries")
-    codes = [None, None]
-    for k, (flag, length) in enumerate(((planning.ROWS, -(-numel // columns)), (planning.COLUMNS, columns))):
-        if flags & flag:
-            codes[k], at = _read_codes(data, at, length, *forms[2 * k : 2 * k + 2])
-    layout, apart = planning.Layout(numel, columns, *codes), None
-    if flags & planning.APART:
-        apart, at = outliers.unpack(payload, at, layout)
-    elif flags & planning.TURNED:
-        *apart, at = turning.unpack(payload, at, numel)
-    if count == 0:
-        return planning.Spending(layout, 0, [], []), apart, at
-    classes, at = _read_classes(data, at, count, layout)
-    tiles = planning.make_tiles(classes, block)
-    if len(data) < at + planning.TILE.size * len(tiles):
-        raise PayloadError(f"payload: {len(tiles)} tiles do not fit {len(data)} bytes")
-    for k, tile in enumerate(tiles):
-        (words,) = planning.TILE.unpack(data[at + planning.TILE.size * k : at + planning.TILE.size * (k + 1)])
-        if words > tile.levels * tile.real:
-            raise PayloadError(f"payload: a tile of {tile.real} rows and {tile.levels} levels has {words} words")
-        tiles[k] = tile._replace(words=words)
-    at += planning.TILE.size * len(tiles)
-    if len(data) < at + sum(tile.nbytes for tile in tiles):
-        raise PayloadError(f"payload: {sum(tile.nbytes for tile in tiles)} bytes of code do not fit {len(data)}")
-    return planning.Spending(layout, base, classes, tiles), apart, at
-
-
-def _read_codes(data, at, length, width, low):
-    size = packing.packed_bytes(length, width)
-    if width > 6 or low > planning.CODES or len(data) < at + size:
-        raise PayloadError(f"payload: {length} scale codes of {width} bits do not fit {len(data)} bytes")
-    if width == 0:
-        return np.zeros(length, np.uint8), at
-    packed = torch.frombuffer(bytearray(data[at : at + size]), dtype=torch.uint8)
-    codes = packing.unpack_bits(packed, length, width).numpy().astype(np.int64)
-    codes = np.where(codes > 0, codes + low - 1, 0)
-    if codes.max() > planning.CODES:
-        raise PayloadError(f"payload: scale code {codes.max()}, expected at most {planning.CODES}")
-    return codes.astype(np.uint8), at + size
-
-
-def _read_classes(data, at, count, layout):
-    if len(data) < at + planning.CLASS.size * count:
-        raise PayloadError(f"payload: {count} classes do not fit {len(data)} bytes")
-    histogram, classes, before = layout.histogram(), [], (MAX_LEVELS + 1, 0)
-    for k in range(count):
-        of_class, design, amplitude = planning.CLASS.unpack(
-            data[at + planning.CLASS.size * k : at + planning.CLASS.size * (k + 1)]
-        )
-        if of_class >= planning.CLASSES or histogram[of_class] == 0 or design >= design_count():
-            raise PayloadError(f"payload: class {of_class} of design {design} has no entries or no such design")
-        coded = planning.CodedClass(of_class, int(histogram[of_class]), design, amplitude)
-        place = (-coded.levels, -of_class)
-        if k and place <= before:
-            raise PayloadError(f"payload: class {of_class} is out of order")
-        before = place
-        classes.append(coded)
-    return classes, at + planning.CLASS.size * count
-
-
 def decode_into(backend, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
-    if not int(payload[0]) & planning.PRODUCT:
+    if not int(payload[0]) & PRODUCT:
         return _decode_rest_into(backend, payload, out, add, block)
     factors, rest = products.unpack(payload, out.numel())
-    rest[0] &= 255 - planning.PRODUCT
+    rest[0] &= 255 - PRODUCT
     whole = torch.empty_like(out) if add else out  # an entry's two parts are added to each other first
     _decode_rest_into(backend, rest, whole, False, block)
     factors.add_to(whole.view(-1, len(factors.right)))
@@ -330,7 +219,7 @@ def decode_into(backend, payload, out, add, block):
 
 
 def _decode_rest_into(backend, payload, out, add, block):
-    spending, apart, at = _read_header(payload, out.numel(), block)
+    spending, apart, at = read_header(payload, out.numel(), block)
     if isinstance(apart, list):
         turned = torch.empty_like(out)
         _decode_spending(backend, payload[at:], spending, turned, False)
@@ -344,7 +233,7 @@ def _decode_rest_into(backend, payload, out, add, block):
     else:
         _decode_spending(backend, payload[at:], spending, out, add)
     if apart is not None:
-        whole = (out[apart.places] + apart.coarse(spending.layout)).clamp_(-planning.LARGEST, planning.LARGEST)
+        whole = (out[apart.places] + apart.coarse(spending.layout)).clamp_(-LARGEST, LARGEST)
         out[apart.places] = before + whole if add else whole
 
 
@@ -353,6 +242,6 @@ def _decode_spending(backend, payload, spending, out, add):
     if spending.layout.row_codes is None and spending.layout.column_codes is None:
         backend.decode(words, spending, out, add)
     else:
-        values = torch.empty(planning.class_starts(spending)[1], dtype=torch.float32, device=out.device)
+        values = torch.empty(class_starts(spending)[1], dtype=torch.float32, device=out.device)
         backend.decode(words, spending, values, False)
         backend.scatter(values, spending, out, add)

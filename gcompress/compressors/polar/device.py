@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from ...backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
-from . import outliers, planning, turning
+from . import outliers, turning
+from .layout import CLASSES, CODES, NO_CODE, column_order
 from .native import NativePolar
+from .samples import value_tables
+from .spending import class_starts, groups_of, level_shares
 from .tables import ERASED, MAX_LEVELS, design_at, rank
 
 LANE_GROUP = 8
@@ -67,14 +70,14 @@ class DevicePolar:
 
     def energies(self, values, layout, scales):
         codes = [None if of is None else self._upload(of) for of in (layout.row_codes, layout.column_codes)]
-        factors, totals = self._upload(scales), self._launcher.zeros(8 * planning.CLASSES).view(torch.int64)
+        factors, totals = self._upload(scales), self._launcher.zeros(8 * CLASSES).view(torch.int64)
         matrix = values.data_ptr(), values.numel(), layout.columns
         places = *matrix, *map(_address, codes), factors.data_ptr(), totals.data_ptr()
         self._launch("polar_scan", "polar_energies", _sections(layout), *places)
         return totals.cpu().numpy()  # waits
 
     def gather(self, values, spending, scales):
-        starts, size = planning.class_starts(spending)
+        starts, size = class_starts(spending)
         samples = self._empty(size, torch.int8)
         plain = next((s for s, c in zip(starts, spending.classes, strict=True) if c.levels == 1), size)
         samples[:plain], samples[plain:] = ERASED, 0  # what remains so is padding
@@ -90,8 +93,8 @@ class DevicePolar:
 
     def _layout(self, spending, scales):
         """(PolarLayout of csrc/cuda/polar_scan.cu on the device, bytes of shared memory, what it points to)."""
-        layout, order = spending.layout, planning.column_order(spending.layout)
-        codes = np.full(layout.columns, planning.NO_CODE, np.uint8) if order is None else layout.column_codes[order]
+        layout, order = spending.layout, column_order(spending.layout)
+        codes = np.full(layout.columns, NO_CODE, np.uint8) if order is None else layout.column_codes[order]
         ends = np.append(np.flatnonzero(np.diff(codes)) + 1, layout.columns)
         classes = np.array([c.of_class for c in spending.classes], np.uint8)
         arrays = (
@@ -140,7 +143,7 @@ class DevicePolar:
         most = max(tile.levels * tile.rows for tile in spending.tiles)
         tiles, ranks, room = self._tiles(spending, lambda tile: tile.levels * tile.rows * tile.lanes // LANE_GROUP)
         stride = 1 << max(tile.levels for tile in spending.tiles)
-        values = self._upload(np.ascontiguousarray(planning.value_tables(spending)[:, :stride]))
+        values = self._upload(np.ascontiguousarray(value_tables(spending)[:, :stride]))
         classes = self._classes(spending)
         shared = most if most <= DECODE_SHARED else 0
         workspace = self._launcher.empty(0 if shared else room)
@@ -153,9 +156,9 @@ class DevicePolar:
 
     def _tiles(self, spending, workspace_bytes):
         """(DeviceTile of csrc/cuda/polar.cuh for every tile, the ranks they point into, bytes of workspace)."""
-        groups = planning.groups_of(spending.classes)
+        groups = groups_of(spending.classes)
         fields, kinds, ranks, at = [], {}, [], [0, 0, 0]  # at: among entries, words, bytes of workspace
-        for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
+        for tile, shares in zip(spending.tiles, level_shares(spending), strict=True):
             kind, slot = (tile.rows, tile.real), groups[tile.group][0]
             if kind not in kinds:  # mostly all tiles but the last are alike
                 kinds[kind] = sum(map(len, ranks))
@@ -174,9 +177,9 @@ class DevicePolar:
 
     def _classes(self, spending):
         """PolarClass of csrc/cuda/polar.cuh for every coded class."""
-        starts, _ = planning.class_starts(spending)
+        starts, _ = class_starts(spending)
         lanes = {tile.group: tile.lanes for tile in spending.tiles}
-        of_group = [number for number, group in enumerate(planning.groups_of(spending.classes)) for _ in group]
+        of_group = [number for number, group in enumerate(groups_of(spending.classes)) for _ in group]
         fields = []
         for start, coded, group in zip(starts, spending.classes, of_group, strict=True):
             design = coded.design
@@ -226,19 +229,17 @@ def _encoder_bytes(tile, lists):
 def _section_starts(spending, classes, run_codes, run_lengths):
     """Where every coded class's entries begin that lie in a section of rows or below: int64 [sections, classes]."""
     layout = spending.layout
-    sections, starts = ceil_div(layout.rows, SECTION), np.array(planning.class_starts(spending)[0], np.int64)
-    codes = np.full(layout.rows, planning.NO_CODE, np.int64) if layout.row_codes is None else layout.row_codes
-    places = np.arange(layout.rows) // SECTION * (planning.CODES + 1) + codes
-    rows = np.bincount(places, minlength=sections * (planning.CODES + 1)).reshape(sections, -1)
+    sections, starts = ceil_div(layout.rows, SECTION), np.array(class_starts(spending)[0], np.int64)
+    codes = np.full(layout.rows, NO_CODE, np.int64) if layout.row_codes is None else layout.row_codes
+    places = np.arange(layout.rows) // SECTION * (CODES + 1) + codes
+    rows = np.bincount(places, minlength=sections * (CODES + 1)).reshape(sections, -1)
     rows[:, 0] = 0
-    lengths = np.zeros(planning.CODES + 1, np.int64)
+    lengths = np.zeros(CODES + 1, np.int64)
     lengths[run_codes] = run_lengths
     lengths[0] = 0
-    of_class = (
-        classes.astype(np.int64)[None, :] - np.arange(planning.CODES + 1)[:, None]
-    )  # the column's code for a row's
-    there = (of_class > 0) & (of_class <= planning.CODES)
-    entries = rows @ np.where(there, lengths[np.clip(of_class, 0, planning.CODES)], 0)
+    of_class = classes.astype(np.int64)[None, :] - np.arange(CODES + 1)[:, None]  # the column's code for a row's
+    there = (of_class > 0) & (of_class <= CODES)
+    entries = rows @ np.where(there, lengths[np.clip(of_class, 0, CODES)], 0)
     return starts + np.cumsum(entries, 0) - entries
 
 

@@ -15,9 +15,11 @@ import torch
 
 from ...checks import check_choice, check_integer, check_number, check_power_of_two
 from ..base import Compressor
-from . import coding, planning, products, reference, turning
+from . import coding, products, reference, turning
 from .device import backend_of
 from .native import KERNELS
+from .payload import SMALLEST_PAYLOAD
+from .spending import lone_class_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Polar(Compressor):
     def nbytes(self, numel):
         if numel == 0:
             return 0
-        least = planning.SMALLEST_PAYLOAD
+        least = SMALLEST_PAYLOAD
         if self.unbiased:
-            least = planning.lone_class_bytes(numel, self.block) + turning.section_bytes(numel)
+            least = lone_class_bytes(numel, self.block) + turning.section_bytes(numel)
         return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):

@@ -6,7 +6,10 @@ import threading
 import numpy as np
 import torch
 
-from . import outliers, planning, turning
+from . import outliers, turning
+from .layout import CLASSES, NO_CODE, column_order
+from .samples import value_tables
+from .spending import class_starts, level_shares, row_classes, slot_of_class
 from .tables import ERASED, LANES, LARGEST_BLOCK, MAX_LEVELS, design_at, positions, rank
 
 WORKSPACE = (8 * LANES + 25) * LARGEST_BLOCK  # bytes; decoding needs 8 MAX_LEVELS LARGEST_BLOCK
@@ -62,17 +65,17 @@ class NativePolar:
             capacity = count
 
     def energies(self, values, layout, scales):
-        totals = np.zeros(planning.CLASSES, np.int64)
-        described, _keep, row = _layout(layout, np.arange(planning.CLASSES, dtype=np.int8), scales)
+        totals = np.zeros(CLASSES, np.int64)
+        described, _keep, row = _layout(layout, np.arange(CLASSES, dtype=np.int8), scales)
         self._kernels.polar_energies(values.data_ptr(), ctypes.addressof(described), _address(row), _address(totals))
         return totals
 
     def gather(self, values, spending, scales):
-        starts, size = planning.class_starts(spending)
+        starts, size = class_starts(spending)
         samples = torch.empty(size, dtype=torch.int8)
         for c, start, end in zip(spending.classes, starts, [*starts[1:], size], strict=True):
             samples[start + c.count : end] = ERASED if c.levels > 1 else 0
-        described, _keep, row = _layout(spending.layout, planning.slot_of_class(spending), scales)
+        described, _keep, row = _layout(spending.layout, slot_of_class(spending), scales)
         cursors = np.array(starts, np.int64)
         self._kernels.polar_gather(
             values.data_ptr(), ctypes.addressof(described), _address(cursors), _address(row), samples.data_ptr()
@@ -80,8 +83,8 @@ class NativePolar:
         return samples
 
     def scatter(self, values, spending, out, add):
-        described, _keep, row = _layout(spending.layout, planning.slot_of_class(spending), None)
-        cursors = np.array(planning.class_starts(spending)[0], np.int64)
+        described, _keep, row = _layout(spending.layout, slot_of_class(spending), None)
+        cursors = np.array(class_starts(spending)[0], np.int64)
         self._kernels.polar_scatter(
             values.data_ptr(), ctypes.addressof(described), _address(cursors), _address(row), add, out.data_ptr()
         )
@@ -97,7 +100,7 @@ class NativePolar:
         return self._encode(self._kernels.polar_encode, (samples.data_ptr(),), spending, list_size)
 
     def _encode(self, kernel, start, spending, list_size):
-        (tiles, _keep), slots = _tiles(spending), planning.row_classes(spending)
+        (tiles, _keep), slots = _tiles(spending), row_classes(spending)
         designs = [design_at(c.design) for c in spending.classes]
         pointers = np.array([[d.tables.ctypes.data if d.rate else 0, d.points.ctypes.data] for d in designs], np.int64)
         words = torch.empty(sum(tile.nbytes for tile in spending.tiles) + 8, dtype=torch.uint8)
@@ -111,8 +114,8 @@ class NativePolar:
     def decode(self, words, spending, out, add):
         (tiles, _keep), slots, values = (
             _tiles(spending),
-            planning.row_classes(spending),
-            planning.value_tables(spending),
+            row_classes(spending),
+            value_tables(spending),
         )
         self._kernels.polar_decode(
             words.data_ptr(), len(tiles), _address(tiles), _address(slots), _address(values), out.numel(), add,
@@ -159,9 +162,9 @@ def _address(array):
 
 def _layout(layout, slots, scales):
     """(PolarLayout, what it points to, room for a row)."""
-    order = planning.column_order(layout)
+    order = column_order(layout)
     if order is None:
-        ends, classes = np.array([layout.columns], np.int32), np.array([planning.NO_CODE], np.uint8)
+        ends, classes = np.array([layout.columns], np.int32), np.array([NO_CODE], np.uint8)
     else:
         codes = layout.column_codes[order]
         ends = np.append(np.flatnonzero(np.diff(codes)) + 1, layout.columns).astype(np.int32)
@@ -176,7 +179,7 @@ def _layout(layout, slots, scales):
 def _tiles(spending):
     """(int64 [tiles, fields of PolarTile], what it points to)."""
     rows, keep, known = [], [], {}
-    for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
+    for tile, shares in zip(spending.tiles, level_shares(spending), strict=True):
         kind = tile.rows, tile.real, tile.lanes, shares
         if kind not in known:  # mostly all tiles but the last are alike
             tables = rank(*kind[:2]), positions(tile.rows)

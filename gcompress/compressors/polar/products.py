@@ -18,7 +18,8 @@ import torch
 
 from ... import packing
 from ...errors import PayloadError
-from . import planning
+from .layout import LARGEST
+from .payload import SMALLEST_PAYLOAD
 from .tables import LOG_TWO, _log
 
 HEADER = struct.Struct("<IBh")  # columns, components, the smallest exponent
@@ -56,7 +57,7 @@ class Factors(NamedTuple):
         left, right = self.left.double() * weights.to(self.left.device), self.right.double().t().contiguous()
         for rows in _chunks(len(left), right.shape[1]):
             exact = (left[rows] @ right) * math.ldexp(1.0, least)
-            yield rows, exact.clamp(-planning.LARGEST, planning.LARGEST).to(torch.float32)
+            yield rows, exact.clamp(-LARGEST, LARGEST).to(torch.float32)
 
     def without_weakest(self):
         return Factors(self.left[:, :-1], self.right[:, :-1], self.exponents[:-1])
@@ -65,13 +66,13 @@ class Factors(NamedTuple):
         """What remains of a float32 [rows, columns]."""
         rest = torch.empty_like(matrix)
         for rows, product in self.products():
-            torch.sub(matrix[rows], product, out=rest[rows]).clamp_(-planning.LARGEST, planning.LARGEST)
+            torch.sub(matrix[rows], product, out=rest[rows]).clamp_(-LARGEST, LARGEST)
         return rest
 
     def add_to(self, matrix):
         """Add the product to a float32 [rows, columns]."""
         for rows, product in self.products():
-            matrix[rows].add_(product).clamp_(-planning.LARGEST, planning.LARGEST)
+            matrix[rows].add_(product).clamp_(-LARGEST, LARGEST)
 
 
 def _chunks(rows, columns):
@@ -287,7 +288,7 @@ def unpack(payload, numel):
     Memory for entries is asked for when as many are marked: a few times what they take.
     """
     (size,) = LENGTH.unpack(bytes(payload[-LENGTH.size :].tolist()))
-    if not HEADER.size + LENGTH.size <= size <= payload.numel() - planning.SMALLEST_PAYLOAD:
+    if not HEADER.size + LENGTH.size <= size <= payload.numel() - SMALLEST_PAYLOAD:
         raise PayloadError(f"payload: factors of {size} bytes do not fit {payload.numel()}")
     section = payload[-size : -LENGTH.size]
     columns, count, least = HEADER.unpack(bytes(section[: HEADER.size].tolist()))

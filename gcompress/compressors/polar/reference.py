@@ -6,7 +6,10 @@ Rows of lanes, one block of the code a lane, as in csrc/polar/.
 import numpy as np
 import torch
 
-from . import outliers, planning, turning
+from . import outliers, turning
+from .layout import CLASSES, NO_CODE, column_order
+from .samples import value_tables
+from .spending import class_starts, level_shares, row_classes
 from .tables import ERASED, MAX_LEVELS, design_at, positions, rank
 
 turn, turn_scales, turn_back = turning.turn, turning.scales, turning.turn_back
@@ -50,14 +53,14 @@ def energies(values, layout, scales):
     entries, classes = _order(layout, values.device)
     scaled = values[entries] * torch.from_numpy(scales).to(values.device)[classes]
     squares = torch.round(scaled.clamp(-32767, 32767)).to(torch.int64).square()
-    totals = torch.zeros(planning.CLASSES, dtype=torch.int64, device=values.device)
+    totals = torch.zeros(CLASSES, dtype=torch.int64, device=values.device)
     return totals.index_add_(0, classes, squares).cpu().numpy()
 
 
 def gather(values, spending, scales):
     """Samples, int8, in the order of the tiles; those of padding do not matter to the code."""
     entries, classes = _order(spending.layout, values.device)
-    starts, size = planning.class_starts(spending)
+    starts, size = class_starts(spending)
     samples = torch.zeros(size, dtype=torch.int8, device=values.device)
     levels = torch.tensor([c.levels for c in spending.classes] + [1])[_slots(spending)]
     samples[levels.to(samples.device) > 1] = ERASED
@@ -71,17 +74,17 @@ def scatter(values, spending, out, add):
     """The inverse of `gather`: decoded values back to their entries, 0 to those that are not coded."""
     entries, classes = _order(spending.layout, values.device)
     result = torch.zeros_like(out)
-    for c, start in zip(spending.classes, planning.class_starts(spending)[0], strict=True):
+    for c, start in zip(spending.classes, class_starts(spending)[0], strict=True):
         result[entries[classes == c.of_class]] = values[start : start + c.count]
     out.add_(result) if add else out.copy_(result)
 
 
 def _order(layout, device):
     """Entries row by row, columns in falling order of their codes, and the entries' classes."""
-    rows = np.full(layout.rows, planning.NO_CODE) if layout.row_codes is None else layout.row_codes.astype(np.int64)
-    order, columns = np.arange(layout.columns), np.full(layout.columns, planning.NO_CODE)
+    rows = np.full(layout.rows, NO_CODE) if layout.row_codes is None else layout.row_codes.astype(np.int64)
+    order, columns = np.arange(layout.columns), np.full(layout.columns, NO_CODE)
     if layout.column_codes is not None:
-        order = planning.column_order(layout)
+        order = column_order(layout)
         columns = layout.column_codes[order].astype(np.int64)
     classes = np.where((rows[:, None] > 0) & (columns > 0), rows[:, None] + columns, 0).ravel()
     entries = (np.arange(layout.rows)[:, None] * layout.columns + order).ravel()
@@ -91,7 +94,7 @@ def _order(layout, device):
 
 def _slots(spending):
     """Per entry of the tiles the position of its class, the number of classes for padding rows."""
-    slots = planning.row_classes(spending).astype(np.int64)
+    slots = row_classes(spending).astype(np.int64)
     slots[slots == 255] = len(spending.classes)
     lanes = np.repeat([tile.lanes for tile in spending.tiles], [tile.rows for tile in spending.tiles])
     return torch.from_numpy(np.repeat(slots, lanes))
@@ -109,7 +112,7 @@ def encode_samples(samples, spending, list_size):
     words, start = [], 0
     slots = _slots(spending).to(samples.device)
     labels = torch.empty(samples.shape, dtype=torch.int64, device=samples.device)
-    for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
+    for tile, shares in zip(spending.tiles, level_shares(spending), strict=True):
         place = slice(start, start + tile.rows * tile.lanes)
         found, information = _encode_tile(
             samples[place].view(tile.rows, -1), slots[place], tile, shares, spending, list_size
@@ -306,11 +309,11 @@ def _to_bytes(bits):
 
 def decode(words, spending, out, add):
     """Decode all tiles, one after the other, to the float32 vector `out`, which may be shorter; with `add`, add."""
-    tables = torch.from_numpy(planning.value_tables(spending)).to(words.device)
+    tables = torch.from_numpy(value_tables(spending)).to(words.device)
     slots = _slots(spending).clamp(max=len(spending.classes) - 1).to(words.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     start = 0
-    for tile, shares in zip(spending.tiles, planning.level_shares(spending), strict=True):
+    for tile, shares in zip(spending.tiles, level_shares(spending), strict=True):
         bits = (words[: tile.nbytes].unsqueeze(1) >> shifts & 1).bool().view(-1, tile.lanes)
         words = words[tile.nbytes :]
         labels = _decode_labels(bits, tile, shares).view(-1)
