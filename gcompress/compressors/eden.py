@@ -24,9 +24,9 @@ from ..checks import check_choice, check_power_of_two, shown
 from ..errors import ConfigError
 from .base import Compressor
 from .eden_levels import LEVELS, UNIT
+from .rotation import flip, gain, rotate, rotate_back
 
 LARGEST = torch.finfo(torch.float32).max
-TAIL_WORDS = 0x80000000  # the second rotation of the last block draws from other words
 PART_WORDS = 0x40000000  # and which entries are sent from others again
 PRIMES = (16411, 16417, 16421, 16427, 16433, 16447, 16451, 16453)
 
@@ -136,7 +136,7 @@ class Eden(Compressor):
         exponent = keys >> 23
         usable = (exponent > 0) & (exponent < 255)
         factor = torch.where(usable, 255 - exponent, 127) << 23
-        rotated = _rotate(torch.where(usable, rows, 1.0) * factor.view(torch.float32), first, seed)
+        rotated = rotate(torch.where(usable, rows, 1.0) * factor.view(torch.float32), first, seed)
         power = packing.ordered_sum(rotated.double().square()).unsqueeze(1)
         to_units = (UNIT / torch.sqrt(power / rows.shape[1])).to(torch.float32)
         sent = rotated.gather(1, self._positions(*rows.shape, first, seed, rows.device))
@@ -147,7 +147,7 @@ class Eden(Compressor):
         dot = packing.ordered_sum(sent.abs().double() * chosen).unsqueeze(1)
         scale = power / dot if self.unbiased else dot / packing.ordered_sum(chosen.square()).unsqueeze(1)
         back = ((exponent.to(torch.int64) - 128 + 1023) << 52).view(torch.float64)  # 2^(exponent - 128)
-        scale = (scale * back / _gain(rows.shape[1])).to(torch.float32)
+        scale = (scale * back / gain(rows.shape[1])).to(torch.float32)
         scale = torch.where(usable & (scale >= packing.SMALLEST_NORMAL) & (dot > 0), scale, 0.0).clamp(max=LARGEST)
         scale = torch.where(exponent == 255, float("nan"), scale)
         codes = classes | (sent.view(torch.int32) < 0).to(torch.int64) << (self._width - 1)
@@ -178,8 +178,8 @@ class Eden(Compressor):
             part, codes = codes[: count * sent].view(count, sent).to(torch.int64), codes[count * sent :]
             rows.scatter_(1, self._positions(*rows.shape, first, seed, rows.device), table[part])
             scale = scales[first // self.block :][:count].unsqueeze(1)
-            rows.copy_((_rotate_back(rows, first, seed) * scale).clamp(-LARGEST, LARGEST))
-            rows.copy_(_flip(rows, first // 32, seed))
+            rows.copy_((rotate_back(rows, first, seed) * scale).clamp(-LARGEST, LARGEST))
+            rows.copy_(flip(rows, first // 32, seed))
         return out
 
 
@@ -187,61 +187,6 @@ class Eden(Compressor):
 def _levels(bits, device):
     """The positive levels of a number of bits, float32."""
     return torch.tensor(LEVELS[bits], dtype=torch.float32, device=device)
-
-
-def _part(entries):
-    """The power of two that one Hadamard transform of a block takes."""
-    return 1 << (entries.bit_length() - 1)
-
-
-def _gain(entries):
-    """What rotating there and back multiplies by."""
-    return float(entries) if _part(entries) == entries else 1.0
-
-
-def _hadamard(rows):
-    """The Hadamard transform of every row, not normalised: strides 1, 2, 4, … in turn."""
-    count, width = rows.shape
-    stride = 1
-    while stride < width:
-        pairs = rows.view(count, -1, 2, stride)
-        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2).view(count, width)
-        stride *= 2
-    return rows
-
-
-def _flip(rows, word, seed):
-    """Change the sign of an entry where its bit, of 32 a word, is set; rows follow each other from `word` on."""
-    count, width = rows.shape
-    index = torch.arange(count * -(-width // 32), device=rows.device) + word
-    words = packing.hashed(index, seed).view(count, -1, 1)
-    bits = (words >> torch.arange(32, device=rows.device)) & 1
-    return torch.where(bits.view(count, -1)[:, :width] == 1, -rows, rows)
-
-
-def _rotate(rows, first, seed):
-    """Random signs and a Hadamard transform; where the size is no power of two, of the first part, then the last."""
-    width = rows.shape[1]
-    part = _part(width)
-    rows = _flip(rows, first // 32, seed)
-    if part == width:
-        return _hadamard(rows)
-    root = torch.tensor(part**-0.5, dtype=torch.float32, device=rows.device)
-    rows = torch.cat([_hadamard(rows[:, :part]) * root, rows[:, part:]], 1)
-    last = _flip(rows[:, width - part :], first // 32 + TAIL_WORDS, seed)
-    return torch.cat([rows[:, : width - part], _hadamard(last) * root], 1)
-
-
-def _rotate_back(rows, first, seed):
-    """The inverse of `_rotate` but for its first signs and, for a power of two, its gain."""
-    width = rows.shape[1]
-    part = _part(width)
-    if part == width:
-        return _hadamard(rows)
-    root = torch.tensor(part**-0.5, dtype=torch.float32, device=rows.device)
-    last = _flip(_hadamard(rows[:, width - part :]) * root, first // 32 + TAIL_WORDS, seed)
-    rows = torch.cat([rows[:, : width - part], last], 1)
-    return torch.cat([_hadamard(rows[:, :part]) * root, rows[:, part:]], 1)
 
 
 # What the GPU launches.

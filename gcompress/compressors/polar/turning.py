@@ -11,7 +11,7 @@ import torch
 
 from ... import packing
 from ...errors import PayloadError
-from .. import eden
+from ..rotation import flip, gain, rotate, rotate_back
 
 BLOCK = 16384
 SEED = struct.Struct("<I")
@@ -44,12 +44,12 @@ def turn(values, seed):
         exponent = packing.magnitude_keys(rows).amax(1, keepdim=True) >> 23
         usable = exponent > 0
         factor = (torch.where(usable, 255 - exponent, 127) << 23).view(torch.float32)
-        turned = eden._rotate(torch.where(usable, rows, 1.0) * factor, first, seed)
+        turned = rotate(torch.where(usable, rows, 1.0) * factor, first, seed)
         power = packing.ordered_sum(turned.double().square()).unsqueeze(1)
         unit = (1.0 / torch.sqrt(power / rows.shape[1])).to(torch.float32)
         parts.append(torch.where(usable, turned * unit, 0.0).view(-1))
         back = ((exponent.to(torch.int64) - 128 + 1023) << 52).view(torch.float64)  # 2^(exponent - 128)
-        length = back / eden._gain(rows.shape[1]) / unit.double()
+        length = back / gain(rows.shape[1]) / unit.double()
         lengths.append(torch.where(usable, length, 0.0).view(-1))
     return torch.cat(parts), torch.cat(lengths)
 
@@ -69,8 +69,8 @@ def turn_back(decoded, seed, of_blocks, out, add):
     """Turned entries back into, or added to, a float32 vector."""
     for (rows, first), (target, _) in zip(_blocks(decoded), _blocks(out), strict=True):
         scale = of_blocks[first // BLOCK :][: len(rows)].unsqueeze(1)
-        values = (eden._rotate_back(rows, first, seed) * scale).clamp(-LARGEST, LARGEST)
-        values = eden._flip(values, first // 32, seed)
+        values = (rotate_back(rows, first, seed) * scale).clamp(-LARGEST, LARGEST)
+        values = flip(values, first // 32, seed)
         target.add_(values) if add else target.copy_(values)
 
 
