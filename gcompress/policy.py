@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -180,7 +181,12 @@ def as_policy(value: Policy | Compressor | str | dict) -> Policy:
     return Policy(_compressor_or_none(value))
 
 
-def parameter_groups(named_parameters, policy: Policy, *, weight_decay: float = 0.0) -> list[dict]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    policy: Policy | Compressor | str | dict,
+    *,
+    weight_decay: float = 0.0,
+) -> list[dict]:
     """Parameter groups for a torch optimizer whose momentum a policy takes over.
 
     Momentum correction belongs to the compressed parameters only: they get an optimizer's

@@ -30,6 +30,10 @@ class Context(NamedTuple):
     dtype: torch.dtype
 
 
+# What `Compressor.sum_rounds` is: it yields (tensor, "sum" or "max"), is sent the result, and returns (total, own).
+SumRounds = Generator[tuple[torch.Tensor, str], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+
+
 class Section(NamedTuple):
     """A part of a payload whose bytes are alike, for wrappers that code it once more.
 
@@ -182,7 +186,7 @@ class Compressor:
 
     def sum_rounds(
         self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict
-    ) -> Generator[tuple[torch.Tensor, str], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> SumRounds:
         """The sum over ranks by an all-reduce of payloads that add up; for `summable` compressors.
 
         A generator: it yields (tensor, "sum" or "max") for each all-reduce and is sent the

@@ -42,7 +42,7 @@ class _Cast(Compressor):
     target: ClassVar[int]
     carry: ClassVar[int] = 0
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.width) if numel else 0
 
     def _bucket(self, numel):
@@ -241,7 +241,7 @@ class BF16(Compressor):
     examples: ClassVar[tuple] = ("bf16",)
     kernels: ClassVar[tuple] = ("bf16_encode", "bf16_decode")
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return 2 * numel
 
     def _encode_native(self, kernels, values, payload, seed):

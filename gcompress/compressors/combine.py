@@ -17,7 +17,7 @@ import torch
 from .. import backends
 from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..errors import ConfigError
-from .base import Compressor
+from .base import Compressor, Section
 from .quantize import Quantize
 from .spec import read_parts
 from .topk import TopK
@@ -82,28 +82,28 @@ class Chain(_Combination):
             raise ConfigError(f"first: got {self.first}, expected a compressor of fixed size that sends float32 values")
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.first.unbiased and self.then.unbiased
 
     @property
-    def fixed_size(self):
+    def fixed_size(self) -> bool:  # type: ignore[override]  # of the parts
         return self.then.fixed_size
 
     @property
-    def sparse(self):
+    def sparse(self) -> bool:  # type: ignore[override]  # of the parts
         return self.first.sparse
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         before, values, after = self._split(numel)
         return before + self.then.nbytes(values // 4) + after
 
-    def payload_nbytes(self, start, numel):
+    def payload_nbytes(self, start: torch.Tensor, numel: int) -> int:
         before, values, after = self._split(numel)
         return before + after + self.then.payload_nbytes(start[before + after :], values // 4)
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         before, values, after = self._parted(numel)
         return before + after + self.then.sections(values.nbytes // 4)
 
@@ -169,21 +169,21 @@ class Hybrid(_Combination):
             )
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.rest.unbiased
 
     @property
-    def fixed_size(self):
+    def fixed_size(self) -> bool:  # type: ignore[override]  # of the parts
         return self.outliers.fixed_size and self.rest.fixed_size
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return self.outliers.nbytes(numel) + self.rest.nbytes(numel)
 
-    def payload_nbytes(self, start, numel):
+    def payload_nbytes(self, start: torch.Tensor, numel: int) -> int:
         first = self.outliers.payload_nbytes(start, numel)
         return first + self.rest.payload_nbytes(start[first:], numel)
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         return self.outliers.sections(numel) + self.rest.sections(numel)
 
     def _encode_parts(self, values, seed):

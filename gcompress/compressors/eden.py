@@ -76,7 +76,7 @@ class Eden(Compressor):
         check_power_of_two("block", self.block, 64, 16384)
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.scale == "unbiased"
 
     @property
@@ -92,7 +92,7 @@ class Eden(Compressor):
             return max(8, 8 * round(entries * self.bits / 8))
         return max(1, round(entries * self.bits))
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         blocks, tail = divmod(numel, self.block)

@@ -73,18 +73,18 @@ class Entropy(Compressor):
             raise ConfigError(f"inner: got {self.inner} with {planes} planes of bytes, expected at most {MAX_PLANES}")
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.inner.unbiased
 
     @property
-    def sparse(self):
+    def sparse(self) -> bool:  # type: ignore[override]  # of the parts
         return self.inner.sparse
 
     @property
-    def exact(self):
+    def exact(self) -> bool:  # type: ignore[override]  # of the parts
         return self.inner.exact
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         size = 4 + len(self._planes(numel)) + self.inner.nbytes(numel)
@@ -92,7 +92,7 @@ class Entropy(Compressor):
             raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^32 bytes of {self.inner}")
         return size
 
-    def payload_nbytes(self, start, numel):
+    def payload_nbytes(self, start: torch.Tensor, numel: int) -> int:
         size = read_u32(start)
         if size > self.nbytes(numel):
             raise PayloadError(f"payload: says it has {size} bytes, expected at most {self.nbytes(numel)} of {self}")

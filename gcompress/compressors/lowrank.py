@@ -21,7 +21,7 @@ import torch
 from .. import backends, packing
 from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..checks import check_choice, check_integer
-from .base import Compressor, Section
+from .base import Compressor, Section, SumRounds
 
 DEPENDENT = 1e-5  # a column that keeps less of its length beside the others counts as dependent
 
@@ -61,11 +61,11 @@ class LowRank(Compressor):
         check_integer("rank", self.rank, 1)
         check_choice("exchanges", self.exchanges, (1, 2))
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         rows, columns, rank = self._sides(numel, near_square(numel))
         return 4 * rank * (rows + columns) if rank else 4 * numel
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         return [Section(self.nbytes(numel), 4, floats=True)]
 
     def _sides(self, numel, sides):
@@ -74,14 +74,16 @@ class LowRank(Compressor):
         rank = min(self.rank, rows, columns)
         return rows, columns, rank if rank * (rows + columns) < numel else 0
 
-    def summed_nbytes(self, shape, world_size):
+    def summed_nbytes(self, shape: torch.Size, world_size: int) -> int:
         """With one exchange per step, the mean of two steps, rounded up."""
         rows, columns, rank = self._sides(shape.numel(), matrix_sides(shape))
         if not rank:
             return 4 * shape.numel()
         return 4 * rank * (rows + columns) if self.exchanges == 2 else 2 * rank * (rows + columns)
 
-    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+    def sum_rounds(
+        self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict
+    ) -> SumRounds:
         rows, columns, rank = self._sides(values.numel(), matrix_sides(shape))
         if not rank:
             total = yield values.clone(), "sum"
@@ -98,7 +100,7 @@ class LowRank(Compressor):
                 basis, left = orthonormal(summed, seed), not left
         memory["basis"], memory["left"] = orthonormal(summed, seed), not left
         both = [(basis, part.t()) if left else (part, basis.t()) for part in (summed, own)]
-        total, own = (product(*factors, values.numel()) for factors in both)
+        total, own = (product(left_side, right_side, values.numel()) for left_side, right_side in both)
         return total, own
 
     def _encode_native(self, kernels, values, payload, seed):

@@ -91,17 +91,17 @@ class MaskSparse(Compressor):
     def _sent_levels(self):
         return sent_levels(self.bits, self.signed)
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         kept = kept_count(numel, self.sparsity)
         return 4 * self._sent_levels + 4 * kept + packing.packed_bytes(numel, self.bits)
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         kept = Section(4 * kept_count(numel, self.sparsity), 4, floats=True)
         return [Section(4 * self._sent_levels, 4, floats=True), kept, code_section(numel, self.bits)]
 
-    def check(self, payload, numel):
+    def check(self, payload: torch.Tensor, numel: int) -> None:
         check_scales("levels hold", payload, self._sent_levels if numel else 0)
 
     def _encode_native(self, kernels, values, payload, seed):

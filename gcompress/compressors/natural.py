@@ -34,10 +34,10 @@ class Natural(Compressor):
     kernels: ClassVar[tuple] = ("natural_encode", "natural_decode")
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return True
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return packing.packed_bytes(numel, 1) + numel
 
     def _encode_native(self, kernels, values, payload, seed):

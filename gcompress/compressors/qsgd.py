@@ -55,10 +55,10 @@ class QSGD(Compressor):
         check_choice("norm", self.norm, ("l2", "max"))
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return True
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return 4 * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.bits) if numel else 0
 
     def _bucket(self, numel):

@@ -67,21 +67,21 @@ class Quantize(Compressor):
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.rounding == "stochastic"
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         buckets = -(-numel // self._bucket(numel))
         return buckets * (4 if self.bits == 1 else 5) + packing.packed_bytes(numel, self.bits)
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         buckets = -(-numel // self._bucket(numel))
         zeros = [] if self.bits == 1 else [Section(buckets)]
         return [Section(4 * buckets, 4, floats=True), *zeros, code_section(numel, self.bits)]
 
-    def check(self, payload, numel):
+    def check(self, payload: torch.Tensor, numel: int) -> None:
         buckets = -(-numel // self._bucket(numel)) if numel else 0
         check_scales("steps hold", payload, buckets, nan=True)
 

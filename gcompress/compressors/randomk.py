@@ -18,7 +18,7 @@ from .. import packing
 from ..backends.gpu.plans import FOUR, THREADS, ceil_div, device_kernel
 from ..checks import check_choice, check_sparsity
 from ..errors import ConfigError
-from .base import Compressor, Section, kept_count
+from .base import Compressor, Section, SumRounds, kept_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +59,20 @@ class RandomK(Compressor):
         check_sparsity(self.sparsity)
         check_choice("unbiased", self.unbiased, (False, True))
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel >= 2**31:
             raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^31")
         return 4 + 4 * kept_count(numel, self.sparsity) if numel else 0
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         return [Section(4), Section(4 * kept_count(numel, self.sparsity), 4, floats=True)]
 
-    def summed_nbytes(self, shape, world_size):
+    def summed_nbytes(self, shape: torch.Size, world_size: int) -> int:
         return 4 * kept_count(shape.numel(), self.sparsity)
 
-    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+    def sum_rounds(
+        self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict
+    ) -> SumRounds:
         """One round: the kept values, whose places the shared seed tells every rank."""
         payload, _ = self.compress(values, seed=seed)
         kept = payload[4:].view(torch.float32)

@@ -21,7 +21,7 @@ from .. import backends, packing
 from ..backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
 from ..checks import check_choice, check_integer
 from ..errors import ConfigError
-from .base import Compressor, Section, bucket_of
+from .base import Compressor, Section, SumRounds, bucket_of
 
 BLOCK_WORDS = 64
 MAX_WIDTH = 24
@@ -70,28 +70,28 @@ class SharedScale(Compressor):
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         return self.rounding == "stochastic"
 
     @property
     def _limit(self):
         return 2 ** (self.bits - 1) - 1
 
-    def width(self, world_size):
+    def width(self, world_size: int) -> int:
         """The bits of an integer that holds the sum over that many ranks."""
         width = (world_size * self._limit).bit_length() + 1
         if width > MAX_WIDTH:
             raise ConfigError(f"bits: got {self.bits}, whose sum over {world_size} ranks needs more than {MAX_WIDTH}")
         return width
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return 4 * self._buckets(numel) + 8 * word_count(numel, self.bits) if numel else 0
 
-    def summed_nbytes(self, shape, world_size):
+    def summed_nbytes(self, shape: torch.Size, world_size: int) -> int:
         numel = shape.numel()
         return 4 * self._buckets(numel) + 8 * word_count(numel, self.width(world_size))
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         return [Section(4 * self._buckets(numel), 4, floats=True), Section(8 * word_count(numel, self.bits), 8)]
 
     def _bucket(self, numel):
@@ -100,7 +100,9 @@ class SharedScale(Compressor):
     def _buckets(self, numel):
         return -(-numel // self._bucket(numel))
 
-    def sum_rounds(self, values, *, shape, seed, world_size, memory):
+    def sum_rounds(
+        self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict
+    ) -> SumRounds:
         """Two rounds: the largest magnitudes, then the integers."""
         own_scales, width = self._scales(values), self.width(world_size)
         scales = yield own_scales, "max"

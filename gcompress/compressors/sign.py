@@ -50,7 +50,7 @@ class Sign(Compressor):
     def __post_init__(self):
         check_bucket(self.bucket, 64)
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         return 4 * self.means * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, 1)

@@ -59,11 +59,11 @@ class Ternary(Compressor):
         check_bucket(self.bucket, 64)
 
     @property
-    def unbiased(self):
+    def unbiased(self) -> bool:
         """True of stochastic rounding, but for what `clip` cuts off; its error is too large to be fed back."""
         return self.rounding == "stochastic"
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return 4 * -(-numel // self._bucket(numel)) + -(-numel // 5) if numel else 0
 
     def _bucket(self, numel):

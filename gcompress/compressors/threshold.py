@@ -63,10 +63,10 @@ class Threshold(Compressor):
             expected = "from 2^-126 to 1 when relative" if self.relative else "a positive float32 of at least 2^-126"
             raise ConfigError(f"threshold: got {shown(self.threshold)}, expected {expected}")
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return self._size(numel, numel) if numel else 0
 
-    def payload_nbytes(self, start, numel):
+    def payload_nbytes(self, start: torch.Tensor, numel: int) -> int:
         k = read_u32(start)
         if k > numel:
             raise PayloadError(f"payload: says that {k} of {numel} entries are kept")

@@ -65,12 +65,12 @@ class TopK(Compressor):
         check_sparsity(self.sparsity)
         check_choice("index", self.index, ("auto", *FORMS))
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         return 4 * kept_count(numel, self.sparsity) + self._layout(numel)[2]
 
-    def sections(self, numel):
+    def sections(self, numel: int) -> list[Section]:
         return [Section(4 * kept_count(numel, self.sparsity), 4, floats=True), Section(self._layout(numel)[2])]
 
     def _layout(self, numel):

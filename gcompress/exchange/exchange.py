@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -146,7 +146,7 @@ class GradientExchange(Results):
 
         return finish
 
-    def start_bucket(self, gradients, *, absent=()):
+    def start_bucket(self, gradients: dict[str, torch.Tensor], *, absent: Iterable[str] = ()) -> _Bucket:
         """Encode and start all of {name: gradient}, for engines that form buckets themselves.
 
         Every parameter takes its own exchange; those of one exchange travel together, and what is
@@ -156,7 +156,8 @@ class GradientExchange(Results):
         Returns a function that waits and returns {name: mean or sum over ranks}; its method
         `done()` moves the exchanges on and tells whether there is anything to wait for.
         """
-        ways, results = {}, {}
+        ways: dict[str, dict[str, torch.Tensor]] = {}
+        results = {}
         for name, gradient in gradients.items():
             way = self._entry(name, gradient.shape).exchange
             scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
@@ -246,7 +247,7 @@ class GradientExchange(Results):
         return saved_state.of_all_ranks(self)
 
     @property
-    def all_ranks(self):
+    def all_ranks(self) -> saved_state.AllRanks:
         """`full_state_dict` and `load_state_dict` as one object, for libraries that save what has both."""
         return saved_state.AllRanks(self)
 

@@ -39,7 +39,7 @@ class Results:
         self.scaler = scaler
 
     @property
-    def scaler(self):
+    def scaler(self) -> object:
         """What tells the loss scale; see `gcompress.exchange.scaling.LossScale`."""
         return self._scaler
 

@@ -25,7 +25,7 @@ class Toy(Compressor):
     name: ClassVar[str] = "toy"
     examples: ClassVar[tuple] = ("toy",)
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         return 4 + numel if numel else 0
 
     def _encode_reference(self, values, seed):

@@ -100,7 +100,7 @@ class Polar(Compressor):
             check_integer("rank", self.rank, 0, products.MOST)
         check_integer("floor", self.floor, 0)
 
-    def nbytes(self, numel):
+    def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         least = SMALLEST_PAYLOAD
