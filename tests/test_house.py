@@ -2,6 +2,8 @@
 
 import ast
 import collections
+import importlib
+import inspect
 import re
 
 import pytest
@@ -98,3 +100,33 @@ def test_no_two_modules_and_no_two_classes_share_a_name():
 def test_tests_find_each_other_as_a_package():
     for path in python_files("tests"):
         assert path.name in ("test_house.py", "test_pictures.py") or "sys.path.insert" not in path.read_text(), path
+
+
+def unannotated(module):
+    """The parameters and results without a type hint of what a module exports, as {name: what lacks}."""
+    found = {}
+    for name in module.__all__:
+        thing = getattr(module, name)
+        functions = {name: thing} if inspect.isfunction(thing) else {}
+        if inspect.isclass(thing):
+            members = {f"{name}.{key}": value for key, value in vars(thing).items() if not key.startswith("_")}
+            functions = {
+                key: getattr(value, "fget", getattr(value, "__func__", value)) for key, value in members.items()
+            }
+        for key, function in functions.items():
+            if inspect.isfunction(function):
+                signature = inspect.signature(function)
+                hints = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+                hints = {**hints, "return": signature.return_annotation}
+                found[key] = [at for at, hint in hints.items() if hint is inspect.Signature.empty and at not in SELF]
+    return {key: lacks for key, lacks in found.items() if lacks}
+
+
+SELF = ("self", "cls", "compression", "scaler")  # of the last two many kinds are taken: the docstring lists them
+
+
+@pytest.mark.parametrize("name", ["gcompress", "gcompress.exchange", "gcompress.split", "gcompress.plugins.ddp"])
+def test_what_is_public_has_type_hints(name):
+    if name == "gcompress.split":
+        pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
+    assert unannotated(importlib.import_module(name)) == {}

@@ -120,7 +120,7 @@ class Results:
         self.applied([name])
 
 
-def exchange(made) -> Results:
+def exchange(made: object) -> Results:
     """The `Results` of what a plugin made, the same on every engine.
 
     `.report` counts bytes. `.state_dict()` is what this rank remembers, where that can be saved (not of BytePS).

@@ -1,5 +1,7 @@
 """What both sides must have configured alike: compared in the handshake, before any tensor."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -55,16 +57,16 @@ class Agreement:
             raise ConfigError(f"up: got {self.up}, but changes of activations have signs: use signed=true")
 
     @property
-    def u_shaped(self):
+    def u_shaped(self) -> bool:
         return self.labels is None
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """JSON-able; `from_message` reads it."""
         fields = dataclasses.asdict(self)
         return {**fields, "shape": list(self.shape), "label_shape": list(self.label_shape)}
 
     @classmethod
-    def from_message(cls, message):
+    def from_message(cls, message: dict) -> Agreement:
         """The agreement in a peer's handshake; PayloadError if it is none."""
         kinds = {"shape": [int], "label_shape": [int], "max_batch": int, "delta_samples": int}
         try:
@@ -72,16 +74,17 @@ class Agreement:
                 field.name: wire.take(message, field.name, kinds.get(field.name, str), default=_default(field))
                 for field in dataclasses.fields(cls)
             }
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+            found = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            return cls(**found)  # type: ignore[arg-type]  # `take` has looked at every kind
         except ConfigError as error:
             raise PayloadError(f"agreement: {error}") from None
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A short digest: what a checkpoint or a log says of the configuration."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def compare(self, theirs, us, them):
+    def compare(self, theirs: Agreement, us: str, them: str) -> None:
         """RefusedError that names both values of everything in which the peer's agreement differs."""
         ours, other = self.to_dict(), theirs.to_dict()
         different = [name for name in ours if ours[name] != other[name]]

@@ -1,5 +1,7 @@
 """One half's checkpoints, under step numbers that both halves share."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import logging
@@ -46,7 +48,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._looked_at = {}  # path: (its size and time, whether it was whole then)
 
-    def latest_run(self):
+    def latest_run(self) -> str | None:
         """The run that was saved last, or None; ConfigError as `newest`."""
         runs = [path.name for path in self.folder.iterdir() if RUN_NAME.fullmatch(path.name) and self._files(path.name)]
         run = self._named_latest()
@@ -56,7 +58,7 @@ class Checkpoints:
             self.newest(run)
         return run
 
-    def newest(self, run):
+    def newest(self, run: str) -> int | None:
         """The last step that is whole, or None if there are no files; ConfigError if none of them is whole."""
         steps = self.steps(run)
         if not steps and self._files(run):
@@ -66,11 +68,11 @@ class Checkpoints:
             )
         return steps[-1] if steps else None
 
-    def steps(self, run):
+    def steps(self, run: str) -> list[int]:
         """The steps whose files are whole, in order."""
         return [step for step in self._files(run) if self._is_whole(self._path(run, step))]
 
-    def save(self, run, step, state):
+    def save(self, run: str, step: int, state: dict) -> None:
         """Write a state of tensors, numbers, strings, lists and dicts; OSError, and no trace, if that fails."""
         file = io.BytesIO()  # torch hides the errors of a file that it writes itself
         torch.save(state, file)
@@ -82,20 +84,20 @@ class Checkpoints:
         if self._named_latest() != run:
             _write(self.folder / LATEST, run.encode())
 
-    def prune(self, run):
+    def prune(self, run: str) -> None:
         """Remove all but the last `keep`: when the other half has the newest, too."""
         kept = self.steps(run)[-self.keep :]
         for step in self._files(run):
             if kept and step < kept[0]:
                 self._remove(run, step)
 
-    def discard_after(self, run, step):
+    def discard_after(self, run: str, step: int) -> None:
         """Remove what was saved beyond a step to which both halves went back."""
         for later in self._files(run):
             if later > step:
                 self._remove(run, later)
 
-    def load(self, run, step):
+    def load(self, run: str, step: int) -> dict:
         """The state saved for a step; ConfigError if the file is damaged."""
         path = self._path(run, step)
         try:

@@ -1,11 +1,15 @@
 """The client: the model's first layers and the data; its training loop stays as it is."""
 
+from __future__ import annotations
+
 import contextlib
+import os
 import resource
 import secrets
 import sys
 import time
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -73,7 +77,7 @@ class SplitClient(nn.Module):
         self._gradients = Codec(self.agreement.down, self.agreement.shape, self.agreement.max_batch)
         self._outputs = None
 
-    def keep(self, folder, *, resume=True, **objects):
+    def keep(self, folder: str | os.PathLike, *, resume: bool = True, **objects: object) -> SplitClient:
         """Save this half's state in a folder, and go on from what is there; before the first step.
 
         Args:
@@ -88,7 +92,7 @@ class SplitClient(nn.Module):
             self._run, self._untouched = run, False
         return self
 
-    def connect(self):
+    def connect(self) -> int:
         """Connect, agree, and bring both halves to the last step that both have saved; returns it.
 
         Without this the first forward pass connects. With `keep`, call it first: it loads
@@ -109,7 +113,9 @@ class SplitClient(nn.Module):
                     continue
         return self.step
 
-    def forward(self, inputs, labels=None, ids=None):
+    def forward(
+        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A training step's forward pass; in eval() mode or without gradients an evaluation.
 
         An evaluation trains nothing at the server, whose layers are then in eval() mode. Under
@@ -143,7 +149,7 @@ class SplitClient(nn.Module):
             return self.end(CutOutputs.apply(activation, self, batch, ids))
         return CutLoss.apply(activation, self, batch, ids)
 
-    def evaluate(self, inputs, labels):
+    def evaluate(self, inputs: torch.Tensor, labels: torch.Tensor | None) -> tuple:
         """`Stats` of a batch without training on it (labels at the server)."""
         with kept_modes(self):
             self.eval()
@@ -181,11 +187,11 @@ class SplitClient(nn.Module):
             "use_reentrant=False and a head that computes the same again"
         )
 
-    def end_epoch(self):
+    def end_epoch(self) -> None:
         """Step the server's schedule."""
         self._control("end_epoch")
 
-    def finish(self):
+    def finish(self) -> None:
         """Tell the server that this client needs it no more, and disconnect."""
         patience, self.link.patience = self.link.patience, min(self.link.patience, FINISH_SECONDS)
         try:
@@ -198,7 +204,7 @@ class SplitClient(nn.Module):
             self.link.patience = patience
             self.link.close()
 
-    def save(self):
+    def save(self) -> None:
         """Save both halves under the current step number; after the optimizer's step."""
         if self._checkpoints is None:
             raise ConfigError("save: no folder was given, expected keep(folder) before")
@@ -206,7 +212,7 @@ class SplitClient(nn.Module):
         self._control("save")
         self._checkpoints.prune(self._run)
 
-    def run_rounds(self, train):
+    def run_rounds(self, train: Callable[[int], object]) -> list:
         """Take part in all rounds of a server of many clients.
 
         Args:
@@ -217,7 +223,7 @@ class SplitClient(nn.Module):
         Returns:
             The numbers of the rounds that counted.
         """
-        counted = []
+        counted: list[int] = []
         while True:
             try:
                 number, finished = self._join()
@@ -230,7 +236,7 @@ class SplitClient(nn.Module):
                 continue
 
     @property
-    def traffic(self):
+    def traffic(self) -> dict:
         """Bytes of frames so far: {"up", "down": of training, "evaluation", "other"}; resent ones count again."""
         frames = self.link.frames
         up, down = frames.total(Kind.FORWARD, Kind.BACKWARD), frames.total(Kind.GRADIENT)
@@ -245,13 +251,13 @@ class SplitClient(nn.Module):
         }
 
     @property
-    def compression_seconds(self):
+    def compression_seconds(self) -> float:
         """Time spent on encoding and decoding so far."""
         codecs = [self._activations, self._gradients, *(self._outputs or [])] if self.agreement else []
         return sum(codec.seconds for codec in codecs)
 
     @staticmethod
-    def peak_memory():
+    def peak_memory() -> int:
         """The largest memory this process has held, in bytes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

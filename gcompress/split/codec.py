@@ -1,5 +1,7 @@
 """Activations and gradients as bytes, and the memory that lets only changes be sent."""
 
+from __future__ import annotations
+
 import collections
 import math
 import numbers
@@ -24,11 +26,11 @@ class Stats(NamedTuple):
     top5: int
     samples: int
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         return wire.write_tensor(torch.tensor(self, dtype=torch.float64))
 
     @classmethod
-    def from_bytes(cls, section):
+    def from_bytes(cls, section: bytes) -> Stats:
         loss, *counts = wire.read_tensor(section, torch.float64, (4,)).tolist()
         if not all(0 <= count < 2**53 for count in counts):
             raise PayloadError(f"statistics: got counts {counts}")

@@ -1,9 +1,12 @@
 """Cut a model in two or more parts that run one after the other."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import operator
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -39,7 +42,7 @@ class Part(nn.Module):
         return self._modes[self.training](value)
 
 
-def cut(model, *at):
+def cut(model: torch.nn.Module, *at: int) -> list[Part]:
     """Cut a model after the named submodules.
 
     Args:
@@ -184,7 +187,7 @@ def checked_activation(activation):
     return activation
 
 
-def activation_shape(head, input_shape, dtype=None):
+def activation_shape(head: torch.nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Size:
     """The shape of one sample's activation behind `head`, for inputs of `input_shape` (without the batch).
 
     Args:

@@ -1,5 +1,7 @@
 """The client's end of the link: frames over one bidirectional gRPC stream."""
 
+from __future__ import annotations
+
 import contextlib
 import queue
 import threading
@@ -10,6 +12,7 @@ import grpc
 from ..errors import ConfigError, LinkError, RefusedError, ServerError
 from . import security, wire
 from .traffic import FrameCounter, SocketCounter
+from .wire import Frame, Kind
 
 METHOD = "/gcompress.Split/Stream"
 FAILED = "gcompress-failed"  # in the metadata of a status that tells of an error at the server
@@ -103,10 +106,10 @@ class Link:
         self.frames, self.sockets = FrameCounter(), SocketCounter(port, server=False)
 
     @property
-    def open(self):
+    def open(self) -> bool:
         return self._call is not None
 
-    def connect(self):
+    def connect(self) -> None:
         """Begin a new stream; whether the server accepts it shows with the first exchange."""
         self.close()
         options = channel_options()
@@ -116,13 +119,14 @@ class Link:
             if self._server_name:
                 options.append(("grpc.ssl_target_name_override", self._server_name))
             self._channel = grpc.secure_channel(self.address, self._credentials, options)
-        self._outgoing, self._incoming = queue.Queue(QUEUED_CHUNKS), queue.Queue(QUEUED_CHUNKS)
+        self._outgoing: queue.Queue = queue.Queue(QUEUED_CHUNKS)
+        self._incoming: queue.Queue = queue.Queue(QUEUED_CHUNKS)
         outgoing = self._outgoing
         self._call = self._channel.stream_stream(METHOD)(iter(outgoing.get, None), metadata=self._metadata)
         self._reader = wire.FrameReader({})
         threading.Thread(target=_pump, args=(self._call, self._incoming), daemon=True).start()
 
-    def exchange(self, frame, limits):
+    def exchange(self, frame: Frame, limits: dict[Kind, int]) -> Frame:
         """Send a request and wait for its answer.
 
         Args:
@@ -172,7 +176,7 @@ class Link:
             raise RefusedError(f"{self.address}: {reason}")
         raise Broken(f"{code.name.lower()}: {details}")
 
-    def close(self):
+    def close(self) -> None:
         """End the stream; safe at any time."""
         if self._call is None:
             return
@@ -185,7 +189,7 @@ class Link:
         _drain(self._incoming)
         self._channel.close()
 
-    def give_up(self, why):
+    def give_up(self, why: str) -> LinkError:
         """The LinkError for a connection that did not come back in time."""
         return LinkError(f"{self.address}: given up after {self.patience:g} s: {why}")
 

@@ -5,9 +5,12 @@ steps belong together, and if it is lost or too late, both are dropped. So one s
 client costs the others one deadline, and no more rounds until it is back.
 """
 
+from __future__ import annotations
+
 import copy
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +18,12 @@ from ..checks import check_integer
 from ..errors import ConfigError, RefusedError
 from . import security, wire
 from .checkpoint import fitting
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
+    from .server import Slot
+    from .tail import Tail
+    from .wire import Frame
 
 RUN = "0" * 32  # the name under which rounds are checkpointed
 POLL_SECONDS = 1.0  # a client that waits for its round asks again so often, which shows that it lives
@@ -53,11 +62,11 @@ class Rounds:
     def finished(self):
         return self.number >= self.rounds
 
-    def begin(self, tail, checkpoints):
+    def begin(self, tail: Tail, checkpoints: Checkpoints | None) -> None:
         """Called once by the server: with its tail, which holds the weights between rounds."""
         self.tail, self._checkpoints = tail, checkpoints
         saved = checkpoints.newest(RUN) if checkpoints else None
-        if saved is not None:
+        if checkpoints and saved is not None:
             state = checkpoints.load(RUN, saved)
             with fitting(f"round {saved}"):
                 self.tail.load_state_dict(state["tail"])
@@ -107,7 +116,7 @@ class Rounds:
         with self._changed:
             self._changed.notify_all()
 
-    def count(self, slot, samples):
+    def count(self, slot: Slot, samples: int) -> None:
         """Note samples that a step was taken on."""
 
     def _overdue(self):
@@ -121,11 +130,11 @@ class Sequential(Rounds):
         super().__init__(head, clients, rounds, deadline)
         self._holder, self._snapshot, self._turn = None, None, 0
 
-    def tail_for(self, name):
+    def tail_for(self, name: str) -> Tail:
         """One tail, whoever's turn it is."""
         return self.tail
 
-    def begin(self, tail, checkpoints):
+    def begin(self, tail: Tail, checkpoints: Checkpoints | None) -> None:
         super().begin(tail, checkpoints)
         self._turn = self.number
         self._due = time.monotonic() + self.deadline
@@ -164,17 +173,17 @@ class Sequential(Rounds):
         self._due = time.monotonic() + self.deadline
         self._wake()
 
-    def restarted(self, slot):
+    def restarted(self, slot: Slot) -> None:
         """The slot's client has lost its state: its turn begins again."""
         if self._holder == slot.name:
             self._drop()
 
-    def check_turn(self, slot, training):
+    def check_turn(self, slot: Slot, training: bool) -> None:
         self._expire()
         if self._holder != slot.name and (training or not self.finished):
             raise RoundOver(f"it is not {slot.name}'s turn any more")
 
-    def hand_in(self, slot, frame):
+    def hand_in(self, slot: Slot, frame: Frame) -> None:
         """End the turn with the head that the next client begins with."""
         self.check_turn(slot, training=True)
         head = wire.read_weights(frame.body, self.head)
@@ -195,7 +204,7 @@ class SplitFed(Rounds):
         self._working = {}  # name: samples trained on in this round
         self._handed_in = {}  # name: (samples, head, tail)
 
-    def tail_for(self, name):
+    def tail_for(self, name: str) -> Tail:
         return self.tail.copy()
 
     def _may_join(self, name):
@@ -211,22 +220,22 @@ class SplitFed(Rounds):
         if self._overdue() and self._handed_in:
             self._average()
 
-    def restarted(self, slot):
+    def restarted(self, slot: Slot) -> None:
         """The slot's client has lost its state: it joins again, with a fresh optimizer on this side too."""
         self._working.pop(slot.name, None)
         slot.tail = self.tail_for(slot.name)
 
-    def check_turn(self, slot, training):
+    def check_turn(self, slot: Slot, training: bool) -> None:
         self._expire()
         if slot.name not in self._working and (training or not self.finished):
             raise RoundOver(f"round {self.number} began without {slot.name}")
 
-    def count(self, slot, samples):
+    def count(self, slot: Slot, samples: int) -> None:
         """Note samples that a step was taken on: the client's weight in the average."""
         if slot.name in self._working:
             self._working[slot.name] += samples
 
-    def hand_in(self, slot, frame):
+    def hand_in(self, slot: Slot, frame: Frame) -> None:
         """One client's result; the last one expected closes the round."""
         self.check_turn(slot, training=True)
         head = wire.read_weights(frame.body, self.head)

@@ -1,5 +1,7 @@
 """Who may connect: certificates for mutual TLS, tokens over TLS, and plaintext on the loopback only."""
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import hmac
@@ -9,6 +11,7 @@ import pathlib
 import re
 import socket
 import ssl
+from collections.abc import Sequence
 
 import grpc
 
@@ -171,7 +174,12 @@ def _why_tls_fails(connection, host, ca, certificate, key):
         return f"the server does not speak TLS: {reason}"
 
 
-def make_certificates(folder, hosts=("localhost", "127.0.0.1"), clients=("client",), days=365):
+def make_certificates(
+    folder: str | os.PathLike,
+    hosts: Sequence[str] = ("localhost", "127.0.0.1"),
+    clients: Sequence[str] = ("client",),
+    days: int = 365,
+) -> pathlib.Path:
     """A development authority, a server's certificate and one for each client: for trials, not for production.
 
     Writes ca.pem, server.pem, server.key and NAME.pem, NAME.key for every client, keys readable

@@ -1,7 +1,10 @@
 """The server: the model's later layers, for one client or for many in rounds."""
 
+from __future__ import annotations
+
 import copy
 import logging
+import os
 import secrets
 import threading
 import time
@@ -15,6 +18,7 @@ from .checkpoint import RUN_NAME, Checkpoints, fitting
 from .codec import ActivationCodec, Codec, seed_of
 from .service import Retry, Service
 from .tail import Tail, checked_outputs
+from .traffic import FrameCounter
 from .undo import Undo
 from .wire import Frame, Kind
 
@@ -90,17 +94,25 @@ class SplitServer:
         return Codec(self.agreement.down, shape, most), Codec(self.agreement.up, shape, most)
 
     @property
-    def frames(self):
+    def frames(self) -> FrameCounter:
         """A FrameCounter of all frames so far."""
         return self._service.frames
 
-    def socket_bytes(self):
+    def socket_bytes(self) -> tuple[int, int] | None:
         """(sent, received) by TCP so far, or None; see `SocketCounter`."""
         return self._service.sockets.read()
 
     def listen(
-        self, address="127.0.0.1:0", *, ca=None, certificate=None, key=None, tokens=None, insecure=False, clients=64
-    ):
+        self,
+        address: str = "127.0.0.1:0",
+        *,
+        ca: str | os.PathLike | None = None,
+        certificate: str | os.PathLike | None = None,
+        key: str | os.PathLike | None = None,
+        tokens: dict[str, str] | None = None,
+        insecure: bool = False,
+        clients: int = 64,
+    ) -> int:
         """Begin to serve in the background.
 
         Args:
@@ -120,11 +132,11 @@ class SplitServer:
             address, ca=ca, certificate=certificate, key=key, tokens=tokens, insecure=insecure, clients=clients
         )
 
-    def wait(self, timeout=None):
+    def wait(self, timeout: float | None = None) -> bool:
         """Wait until the client, or the last round, has finished; False if `timeout` seconds passed first."""
         return self._finished.wait(timeout)
 
-    def stop(self, grace=1.0):
+    def stop(self, grace: float = 1.0) -> None:
         """End all connections."""
         self._service.stop(grace)
 
