@@ -75,6 +75,7 @@ test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by sid
 attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (13 minutes)
 	GCOMPRESS_LONG=1 $(BIN)/python -m pytest -n auto tests/test_hostile.py tests/test_split_hostile.py \
 		tests/test_split_failures.py tests/test_split_round_failures.py tests/test_split_checkpoints.py tests/test_split_cut.py $(ARGS)
+	GCOMPRESS_LONG=1 $(BIN)/python -m pytest tests/test_split_kills.py $(ARGS)
 
 test-gpu: $(READY) ## run the laws on this machine's GPU (adds CuPy the first time)
 	@$(BIN)/python -c 'import cupy' 2>/dev/null || $(PIP) install -q $(CUPY)

@@ -20,7 +20,7 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 from gcompress import ConfigError, split  # noqa: E402
 from tests.launching import REPOSITORY  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+starts_processes = pytest.mark.ranks
 
 EXAMPLE = REPOSITORY / "examples" / "split_learning.py"
 TIMEOUT_SECONDS = 240
@@ -183,6 +183,7 @@ def same(one, other):
     return one == other
 
 
+@starts_processes
 @needs_fashion
 def test_the_demo_trains_reports_and_resumes_to_the_bit(tmp_path):
     whole = run(
@@ -217,6 +218,7 @@ def test_the_demo_trains_reports_and_resumes_to_the_bit(tmp_path):
         assert same(expected, found)
 
 
+@starts_processes
 @needs_fashion
 def test_two_roles_with_certificates_by_the_command_line_and_a_client_that_differs(tmp_path):
     """As on two machines; the second client has another compressor and is told so by both sides."""
@@ -242,6 +244,7 @@ def test_two_roles_with_certificates_by_the_command_line_and_a_client_that_diffe
             server.communicate()
 
 
+@starts_processes
 @pytest.mark.parametrize("arch", ["vgg19_cifar10", "res34_imagenet"])
 def test_an_image_folder_by_path(tmp_path, arch):
     from PIL import Image
@@ -270,6 +273,7 @@ def test_an_image_folder_by_path(tmp_path, arch):
     assert json.loads((tmp_path / "log.jsonl").read_text())["test_top5"] >= 0
 
 
+@starts_processes
 def test_a_wrong_path_is_one_sentence(tmp_path):
     output = run("--role", "client", "--arch", "res34_imagenet", "--path", tmp_path, code=2)
     assert output.splitlines() == [f"split_learning.py: client: error: --path {tmp_path}: has no folder train/"]
