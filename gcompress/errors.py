@@ -10,7 +10,7 @@ class ConfigError(GcompressError, ValueError):
 
 
 class PayloadError(GcompressError, ValueError):
-    """Bytes that no peer or compressor of this configuration can have produced: the one error of decoding."""
+    """Bytes that cannot be decoded: no compressor of this configuration makes them. Decoding raises no other error."""
 
 
 class ConfigMismatchError(GcompressError, RuntimeError):
@@ -18,7 +18,7 @@ class ConfigMismatchError(GcompressError, RuntimeError):
 
 
 class ExchangeError(GcompressError, RuntimeError):
-    """An exchange that cannot be completed; the message says what to change."""
+    """An exchange that cannot be finished; the message says what to change."""
 
 
 class LinkError(GcompressError, ConnectionError):
@@ -26,15 +26,15 @@ class LinkError(GcompressError, ConnectionError):
 
 
 class RefusedError(LinkError):
-    """A peer that this side, or that refused this side; the message says for what."""
+    """One side of a connection refused the other; the message says why."""
 
 
 class ServerError(RefusedError):
-    """A server that failed at a request: it names the error there; neither half has carried the request out."""
+    """The server failed at a request; the message names its error. Neither half has carried the request out."""
 
 
 class RolledBack(GcompressError, RuntimeError):
-    """Not a failure: a half was lost, and both stand at `step` again; go on from there."""
+    """Not a failure: one half of the model was lost, and both are back at `step`. Go on from there."""
 
     def __init__(self, step):
         super().__init__(f"both halves stand at step {step} again: go on from there")

@@ -37,7 +37,7 @@ SumRounds = Generator[tuple[torch.Tensor, str], torch.Tensor, tuple[torch.Tensor
 class Section(NamedTuple):
     """A part of a payload whose bytes are alike, for wrappers that code it once more.
 
-    nbytes: its size. stride: byte i is like byte i + stride. floats: whether it is float32 values.
+    nbytes: its size. stride: byte i is of the same kind as byte i + stride. floats: whether it holds float32 values.
     """
 
     nbytes: int
@@ -49,18 +49,20 @@ class Section(NamedTuple):
 class Compressor:
     """A compressor without memory: equal values make equal bytes.
 
-    A subclass is a frozen dataclass that sets `name`, implements `nbytes` and the four
-    methods `_encode_reference`, `_decode_reference`, `_encode_native`, `_decode_native`,
-    and is in the registry from then on. All arithmetic is float32: other
-    floating-point types are converted on the way in and out. A finite tensor decodes to a finite
-    one: what would be larger than the largest number becomes that.
+    A subclass is a frozen dataclass that sets `name`. It implements `nbytes`, `_encode_reference` and
+    `_decode_reference`, and, if it names `kernels`, `_encode_native` and `_decode_native`. It is in the
+    registry as soon as it is defined. tests/toy/toy.py is a small one.
 
-    Traits, by which exchanges and feedback choose: `unbiased` (the expected decoded value
-    is the input), `summable` (an all-reduce can sum what it sends: it implements `sum_rounds`
-    and `summed_nbytes` as well), `fixed_size` (`nbytes` is exact, not a bound), `sparse`
-    (what decodes to zero was not sent), `exact` (and what does not is exact).
+    All arithmetic is float32; other floating-point types are converted on the way in and out. A finite
+    tensor decodes to a finite one: a value beyond the largest float32 becomes the largest.
 
-    A payload of variable size tells its own by how it begins: `payload_nbytes` reads it.
+    Exchanges and feedback choose by traits:
+        unbiased: the expected decoded value is the input.
+        summable: an all-reduce can add what it sends. It implements `sum_rounds` and `summed_nbytes`, too.
+        fixed_size: `nbytes` is exact, not a bound. Otherwise a payload begins with what tells its size, and
+            `payload_nbytes` reads it.
+        sparse: an entry that decodes to zero was not sent.
+        exact: sparse, and all other entries decode to what they were.
     """
 
     name: ClassVar[str]
@@ -263,6 +265,19 @@ class Compressor:
         return self.spec
 
 
+class Bucketed(Compressor):
+    """A compressor whose entries share a scale by the bucket; it has a field `bucket`, 0 for one scale of all."""
+
+    bucket_multiple: ClassVar[int] = 1  # of entries in a bucket
+
+    bucket: int
+
+    def _bucket(self, numel):
+        """Entries that share a scale: `bucket`, but of a smaller tensor all, rounded up to the multiple."""
+        whole = max(1, -(-numel // self.bucket_multiple)) * self.bucket_multiple
+        return min(self.bucket, whole) if self.bucket else whole
+
+
 def _spec_value(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -275,12 +290,6 @@ def code_section(numel: int, bits: int) -> Section:
 def kept_count(numel: int, sparsity: float) -> int:
     """Entries that a sparse compressor keeps: max(1, round(numel (1 - sparsity))), none of none."""
     return max(1, round(numel * (1 - sparsity))) if numel else 0
-
-
-def bucket_of(numel: int, bucket: int, multiple: int) -> int:
-    """Entries that share a scale: `bucket`, but of a smaller tensor (0: of any) all, rounded up to a `multiple`."""
-    whole = max(1, -(-numel // multiple)) * multiple
-    return min(bucket, whole) if bucket else whole
 
 
 def check_scales(what: str, payload: torch.Tensor, count: int, nan: bool = False) -> None:

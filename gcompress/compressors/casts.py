@@ -18,14 +18,14 @@ import torch
 from .. import packing
 from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice
-from .base import Compressor, bucket_of
+from .base import Bucketed, Compressor
 
 # Below it the largest magnitude of a bucket is not scaled up further: both factors stay normal numbers.
 SMALLEST_EXPONENT = 15
 CAST_NAMES = ("fp16", "fp8", "mxfp4")  # by form
 
 
-class _Cast(Compressor):
+class _Cast(Bucketed):
     """A float of `width` bits: a sign, an exponent with `bias`, `mantissa` bits; rounded to nearest, ties to even.
 
     Class variables besides: `largest`, the code of the largest finite magnitude; `target`, the
@@ -33,6 +33,7 @@ class _Cast(Compressor):
     magnitude's bit pattern decides where its exponent counts as the next one.
     """
 
+    bucket_multiple: ClassVar[int] = 64
     kernels: ClassVar[tuple] = ("cast_encode", "cast_decode")
     form: ClassVar[int]
     width: ClassVar[int]
@@ -44,9 +45,6 @@ class _Cast(Compressor):
 
     def nbytes(self, numel: int) -> int:
         return -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.width) if numel else 0
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()
@@ -151,7 +149,7 @@ class FP16(_Cast):
     bucket: int = 1024
 
     def __post_init__(self):
-        check_bucket(self.bucket, 64)
+        check_bucket(self.bucket, self.bucket_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +182,7 @@ class FP8(_Cast):
     bucket: int = 1024
 
     def __post_init__(self):
-        check_bucket(self.bucket, 64)
+        check_bucket(self.bucket, self.bucket_multiple)
 
 
 @dataclasses.dataclass(frozen=True)

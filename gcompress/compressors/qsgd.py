@@ -14,13 +14,13 @@ import torch
 from .. import packing
 from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, check_integer
-from .base import Compressor, bucket_of
+from .base import Bucketed
 
 LARGEST_NORM = 3.4e38  # s steps of it stay finite
 
 
 @dataclasses.dataclass(frozen=True)
-class QSGD(Compressor):
+class QSGD(Bucketed):
     """Every entry rounded at random to a multiple of its bucket's norm / s, the next lower or higher.
 
     Args:
@@ -36,6 +36,7 @@ class QSGD(Compressor):
     520
     """
 
+    bucket_multiple: ClassVar[int] = 64
     name: ClassVar[str] = "qsgd"
     examples: ClassVar[tuple] = (
         "qsgd:bits=4",
@@ -51,7 +52,7 @@ class QSGD(Compressor):
 
     def __post_init__(self):
         check_integer("bits", self.bits, 2, 8)
-        check_bucket(self.bucket, 64)
+        check_bucket(self.bucket, self.bucket_multiple)
         check_choice("norm", self.norm, ("l2", "max"))
 
     @property
@@ -60,9 +61,6 @@ class QSGD(Compressor):
 
     def nbytes(self, numel: int) -> int:
         return 4 * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, self.bits) if numel else 0
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

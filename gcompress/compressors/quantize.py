@@ -16,11 +16,11 @@ import torch
 from .. import packing
 from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, check_integer
-from .base import Compressor, Section, bucket_of, check_scales, code_section
+from .base import Bucketed, Section, check_scales, code_section
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize(Compressor):
+class Quantize(Bucketed):
     """Uniform quantization to 2^bits levels, with a step and a zero per bucket.
 
     An entry's value is (code - zero) * step.
@@ -42,6 +42,7 @@ class Quantize(Compressor):
     517
     """
 
+    bucket_multiple: ClassVar[int] = 8
     name: ClassVar[str] = "quantize"
     examples: ClassVar[tuple] = (
         "quantize:bits=4",
@@ -63,7 +64,7 @@ class Quantize(Compressor):
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, 8)
-        check_bucket(self.bucket, 8)
+        check_bucket(self.bucket, self.bucket_multiple)
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
 
     @property
@@ -84,9 +85,6 @@ class Quantize(Compressor):
     def check(self, payload: torch.Tensor, numel: int) -> None:
         buckets = -(-numel // self._bucket(numel)) if numel else 0
         check_scales("steps hold", payload, buckets, nan=True)
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 8)
 
     def _encode_native(self, kernels, values, payload, seed):
         kernels.quantize_encode(

@@ -21,14 +21,14 @@ from .. import backends, packing
 from ..backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
 from ..checks import check_choice, check_integer
 from ..errors import ConfigError
-from .base import Compressor, Section, SumRounds, bucket_of
+from .base import Bucketed, Section, SumRounds
 
 BLOCK_WORDS = 64
 MAX_WIDTH = 24
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedScale(Compressor):
+class SharedScale(Bucketed):
     """Integers on a scale that all ranks share, which an all-reduce adds exactly.
 
     An entry's value is code * largest / L: symmetric uniform quantization.
@@ -93,9 +93,6 @@ class SharedScale(Compressor):
 
     def sections(self, numel: int) -> list[Section]:
         return [Section(4 * self._buckets(numel), 4, floats=True), Section(8 * word_count(numel, self.bits), 8)]
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 1)
 
     def _buckets(self, numel):
         return -(-numel // self._bucket(numel))

@@ -17,11 +17,11 @@ import torch
 from .. import packing
 from ..backends.gpu.plans import FOUR, ceil_div, device_kernel
 from ..checks import check_bucket
-from .base import Compressor, bucket_of
+from .base import Bucketed
 
 
 @dataclasses.dataclass(frozen=True)
-class Sign(Compressor):
+class Sign(Bucketed):
     """Signs, and the mean magnitude of each bucket.
 
     Args:
@@ -36,6 +36,7 @@ class Sign(Compressor):
     132
     """
 
+    bucket_multiple: ClassVar[int] = 64
     name: ClassVar[str] = "sign"
     examples: ClassVar[tuple] = (
         "sign",
@@ -48,15 +49,12 @@ class Sign(Compressor):
     bucket: int = 0
 
     def __post_init__(self):
-        check_bucket(self.bucket, 64)
+        check_bucket(self.bucket, self.bucket_multiple)
 
     def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
         return 4 * self.means * -(-numel // self._bucket(numel)) + packing.packed_bytes(numel, 1)
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()

@@ -17,13 +17,13 @@ from .. import packing
 from ..backends.gpu.plans import THREADS, ceil_div, device_kernel
 from ..checks import check_bucket, check_choice, is_number, shown
 from ..errors import ConfigError
-from .base import Compressor, bucket_of
+from .base import Bucketed
 
 GROUP = 320  # entries whose trits lie in 64 bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Ternary(Compressor):
+class Ternary(Bucketed):
     """Minus, zero or plus one scale per bucket: 1.6 bits an entry.
 
     Args:
@@ -40,6 +40,7 @@ class Ternary(Compressor):
     204
     """
 
+    bucket_multiple: ClassVar[int] = 64
     name: ClassVar[str] = "ternary"
     examples: ClassVar[tuple] = (
         "ternary",
@@ -56,7 +57,7 @@ class Ternary(Compressor):
         check_choice("rounding", self.rounding, ("stochastic", "nearest"))
         if not is_number(self.clip) or not 0 <= self.clip < 1e6:
             raise ConfigError(f"clip: got {shown(self.clip)}, expected a number of root mean squares, or 0 for none")
-        check_bucket(self.bucket, 64)
+        check_bucket(self.bucket, self.bucket_multiple)
 
     @property
     def unbiased(self) -> bool:
@@ -65,9 +66,6 @@ class Ternary(Compressor):
 
     def nbytes(self, numel: int) -> int:
         return 4 * -(-numel // self._bucket(numel)) + -(-numel // 5) if numel else 0
-
-    def _bucket(self, numel):
-        return bucket_of(numel, self.bucket, 64)
 
     def _encode_native(self, kernels, values, payload, seed):
         numel = values.numel()
