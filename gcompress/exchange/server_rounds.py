@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,20 @@ from ..memory import Memory
 def memory_of(worker: int) -> str:
     """The name that ends those of a server's residuals for one worker."""
     return f"@{worker}"
+
+
+class Said(NamedTuple):
+    """What the first worker said of the last result: whether it applied it."""
+
+    worker: int
+    applied: bool
+
+
+class Result(NamedTuple):
+    """What a round came to."""
+
+    payload: torch.Tensor  # 1-D uint8
+    not_pulled: set[int]  # workers that have yet to pull it
 
 
 class SynchronousRounds:
@@ -30,8 +45,8 @@ class SynchronousRounds:
         # Rounds that were applied, before this server's first ones too (they enter the seeds), and the momentum.
         self._rounds, self._velocity = 0, Memory()
         self._unsettled = False  # whether a round is finished and nobody has said that it was applied
-        self._said = None  # (worker, whether the last round was applied), from the first that said so
-        self._results = {}  # round: (payload, the workers that have not pulled it)
+        self._said: Said | None = None
+        self._results: dict[int, Result] = {}  # by round
 
     def push(self, worker, payload, applied):
         self._settle(worker, applied)
@@ -42,12 +57,12 @@ class SynchronousRounds:
     def _settle(self, worker, applied):
         """All workers must have applied a result, or none: their weights would differ ever after."""
         if self._unsettled:
-            self._unsettled, self._said = False, (worker, applied)
+            self._unsettled, self._said = False, Said(worker, applied)
             self._rounds += applied
             self._codec.settle([self._key], applied)
             self._velocity.apply() if applied else self._velocity.discard()
-        elif self._said is not None and self._said[1] != applied:
-            did, did_not = (worker, self._said[0]) if applied else (self._said[0], worker)
+        elif self._said is not None and self._said.applied != applied:
+            did, did_not = (worker, self._said.worker) if applied else (self._said.worker, worker)
             raise ExchangeError(
                 f"gradient {self._codec.partitions[self._key].name!r}: worker {did} applied the last result, worker "
                 f"{did_not} did not, expected all workers to step or to skip a step alike"
@@ -94,7 +109,7 @@ class SynchronousRounds:
         else:
             mean, self._total = self._total.mul_(1.0 / self._count), None
             payload = self._codec.encode(self._key, self._with_momentum(mean), self._rounds)
-        self._results[self._collecting] = (payload, set(self._workers))
+        self._results[self._collecting] = Result(payload, set(self._workers))
         self._collecting, self._count = self._collecting + 1, 0
         self._unsettled, self._said = True, None
         return self._answer()
@@ -122,14 +137,14 @@ class SynchronousRounds:
         for worker in sorted(self._waiting):
             number = self.pulled[worker] - 1
             if number in self._results:
-                answers.append((worker, self._results[number][0]))
+                answers.append((worker, self._results[number].payload))
                 self._waiting.discard(worker)
                 self._drop(number, worker)
         return answers
 
     def _drop(self, number, worker):
-        self._results[number][1].discard(worker)
-        if not self._results[number][1]:
+        self._results[number].not_pulled.discard(worker)
+        if not self._results[number].not_pulled:
             del self._results[number]
 
 
