@@ -45,6 +45,7 @@ class Entropy(Compressor):
 
     All traits but the size are those of `inner`; `nbytes` is a bound.
 
+    >>> _ = torch.manual_seed(0)  # how much it saves depends on the largest entry
     >>> payload, ctx = Entropy(Quantize(bits=4, bucket=0)).compress(torch.randn(1 << 20))
     >>> payload.numel() < 0.7 * Quantize(bits=4, bucket=0).nbytes(1 << 20)
     True
