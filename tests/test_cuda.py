@@ -27,7 +27,7 @@ from tests.launching import REPOSITORY
 
 ON_DEVICE = [compressor for compressor in COMPRESSORS if backends.provides(DeviceKernels, compressor)]
 BUILD = REPOSITORY / "build"
-ARCHITECTURES = (70, 80, 90, 100)
+ARCHITECTURES = (70, 90, 100)  # the oldest, that of most, the newest
 every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
 watches_memory = pytest.mark.skipif(
     not emulation.watches_memory(), reason="watching memory needs a compiler with -fsanitize=thread"

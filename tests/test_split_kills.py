@@ -44,7 +44,7 @@ def assert_same(one, other, where=""):
 
 
 LONG = os.environ.get("GCOMPRESS_LONG") == "1"
-KILLED = [("labels", *((600, 50) if LONG else (240, 20))), ("delta", 120, 10), ("u-shaped", 120, 10)]
+KILLED = [("labels", *((600, 50) if LONG else (120, 10))), ("delta", 120, 10), ("u-shaped", 120, 10)]
 
 
 @pytest.mark.parametrize(("mode", "steps", "kills"), KILLED)
