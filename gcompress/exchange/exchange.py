@@ -23,8 +23,8 @@ from . import saved_state
 from .plan import Plan
 from .results import Results
 from .scaling import unscaled
-from .schedule import Schedule
-from .ways import Ways
+from .schedule import Schedule, Task
+from .ways import Encoded, Ways
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class GradientExchange(Results):
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
         self._schedule, self._ways = Schedule(), Ways(self)
-        self._waiting = {}  # bucket number: {name: what was encoded} until it is complete
-        self._tasks = {}  # bucket number: its task of this step
+        self._waiting: dict[int, dict[str, Encoded]] = {}  # by bucket number, until all of a bucket is there
+        self._tasks: dict[int, Task] = {}  # of this step, by bucket number
         self.feedback = new_memory(self.policy, at_once=False) if self.policy else None
         self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
-        self.absent = set()  # names without a gradient on this rank in this step
-        self.carried = {}  # name: how many results in a row its gradient contains
+        self.absent: set[str] = set()  # names without a gradient on this rank in this step
+        self.carried: dict[str, int] = {}  # name: how many results in a row its gradient contains
 
     def compressor_for(self, name: str, numel: int) -> Compressor | None:
         """The compressor that `start` would use, or None where the engine's own all-reduce is to be used."""

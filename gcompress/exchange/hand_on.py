@@ -57,7 +57,7 @@ def take_over(exchange, sums, ranks, memories, steps):
 
     Args:
         exchange: with a plan for the ranks that there are now.
-        sums: {name: sum over the earlier ranks} as of `sums_by`.
+        sums: {name: sum over the earlier ranks} as of `memory_sums`.
         ranks: how many ranks' sum that is.
         memories, steps: what all had alike.
     """
@@ -74,9 +74,7 @@ def take_over(exchange, sums, ranks, memories, steps):
             continue
         if not entry.pieces:  # it no longer travels by two phases
             kinds["residual"][name] += owner if exchange.average else owner / shares
-        for piece in entry.pieces:
-            if piece.owner == exchange.engine.rank():
-                pieces[piece.key(name)] = owner[piece.start : piece.stop].clone()
+        pieces.update(_own_pieces(exchange, name, owner))
     if exchange.feedback:
         exchange.feedback.load_tensors(kinds)
     exchange.owner_feedback.load_tensors({"residual": pieces})
@@ -93,7 +91,12 @@ def replan(exchange, shapes):
         if f"owner/{name}" not in sums or not entry.pieces:
             continue
         owner = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum").wait()
-        for piece in entry.pieces:
-            if piece.owner == exchange.engine.rank():
-                pieces[piece.key(name)] = owner[piece.start : piece.stop].clone()
+        pieces.update(_own_pieces(exchange, name, owner))
     exchange.owner_feedback.load_tensors({"residual": pieces})
+
+
+def _own_pieces(exchange, name, owner):
+    """{key: residual} of this rank's pieces, from the residuals of all owners of a parameter."""
+    rank = exchange.engine.rank()
+    pieces = exchange.plan.entries[name].pieces
+    return {piece.key(name): owner[piece.start : piece.stop].clone() for piece in pieces if piece.owner == rank}

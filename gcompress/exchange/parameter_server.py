@@ -7,6 +7,8 @@ arXiv 1905.10936). An engine hands a `ParameterServer` what arrives and sends wh
 computes, and knows no clock and no network.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ..checks import check_integer
@@ -14,11 +16,26 @@ from ..errors import ConfigError, ExchangeError, PayloadError
 from ..packing import bytes_to_float, float_to_bytes
 from .server_rounds import BoundedStaleness, SynchronousRounds, memory_of
 
+HEAD = 24  # bytes before the vectors of a memory: a round number and two flags, int64
+
+
+class Answer(NamedTuple):
+    """What can be sent to a worker."""
+
+    worker: int
+    key: int
+    payload: torch.Tensor  # 1-D uint8
+
+
+def memory_sizes(numel: int) -> list[int]:
+    """The bytes that `ParameterServer.memory` of a partition may have: with no vector, with one, with two."""
+    return [HEAD + 4 * numel * vectors for vectors in range(3)]
+
 
 class ParameterServer:
     """One server's rounds over its partitions.
 
-    `push`, `pull` and `remove` return what can be sent now: a list of (worker, key, payload).
+    `push`, `pull` and `remove` return what can be sent now, a list of Answers.
     A payload belongs to its round and to whoever still sends it: nothing is written into it
     again. Each worker pushes a key, then pulls it, then pushes the next round; with that push it
     says whether it applied what it pulled. If it did not, the server's memory is what it was
@@ -52,28 +69,28 @@ class ParameterServer:
             if part.server == server
         }
 
-    def push(self, worker, key, payload, applied=True):
+    def push(self, worker: int, key: int, payload: torch.Tensor, applied: bool = True) -> list[Answer]:
         """A worker's payload for its next round of a key; whether it applied the result of the last one."""
         state = self._state(worker, key)
         if state.pushed[worker] > state.pulled[worker]:
             raise ExchangeError(f"gradient {self._name(key)!r}: worker {worker} pushed again before it pulled")
-        return [(to, key, answer) for to, answer in state.push(worker, payload, applied)]
+        return [Answer(to, key, answer) for to, answer in state.push(worker, payload, applied)]
 
-    def pull(self, worker, key):
+    def pull(self, worker: int, key: int) -> list[Answer]:
         """A worker asks for the result of its round."""
         state = self._state(worker, key)
         if state.pulled[worker] >= state.pushed[worker]:
             raise ExchangeError(f"gradient {self._name(key)!r}: worker {worker} pulled before it pushed")
-        return [(to, key, answer) for to, answer in state.pull(worker)]
+        return [Answer(to, key, answer) for to, answer in state.pull(worker)]
 
-    def remove(self, worker):
+    def remove(self, worker: int) -> list[Answer]:
         """Go on without a worker: it has left, or died. What it had pushed counts."""
         self.workers.discard(worker)
-        answers = [(to, key, answer) for key, state in self._keys.items() for to, answer in state.remove(worker)]
+        answers = [Answer(to, key, answer) for key, state in self._keys.items() for to, answer in state.remove(worker)]
         self._codec.forget(memory_of(worker))
         return answers
 
-    def memory(self, key, applied=True):
+    def memory(self, key: int, applied: bool = True) -> torch.Tensor:
         """What this server keeps of a key from round to round, as bytes (1-D uint8) for `load_memory`.
 
         Complete when all workers have their results of the last round; applied: whether they have
@@ -84,19 +101,20 @@ class ParameterServer:
         floats = [values for values in (residual, velocity) if values is not None]
         return torch.cat([head.view(torch.uint8), *map(float_to_bytes, floats)])
 
-    def load_memory(self, key, memory):
+    def load_memory(self, key: int, memory: torch.Tensor) -> None:
         """Go on from `memory(key)`, between rounds; PayloadError if it is not one of this key."""
         state, numel = self._synchronous(key), self._codec.partitions[key].numel
-        rounds, *there = memory[:24].clone().view(torch.int64).tolist() if memory.numel() >= 24 else [0]
-        if memory.numel() != 24 + 4 * numel * sum(there):
+        head = memory[:HEAD].clone()
+        rounds, *there = head.view(torch.int64).tolist() if head.numel() == HEAD else [0]
+        if memory.numel() != HEAD + 4 * numel * sum(there):
             raise PayloadError(f"memory of {self._name(key)!r}: got {memory.numel()} bytes for {numel} entries")
-        floats = iter(bytes_to_float(memory[24:].clone()).split(numel))
+        floats = iter(bytes_to_float(memory[HEAD:].clone()).split(numel))
         residual, velocity = (next(floats) if here else None for here in there)
         state.load(rounds, residual, velocity)
 
-    def missing(self):
+    def missing(self) -> dict[int, str]:
         """{worker: the name of a parameter} for those whose push others wait for."""
-        found = {}
+        found: dict[int, str] = {}
         for key, state in self._keys.items():
             for worker in state.missing():
                 found.setdefault(worker, self._name(key))

@@ -2,6 +2,7 @@
 
 import heapq
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ..compressors import Compressor
 from ..errors import ConfigError, PayloadError
 from ..feedback import ErrorFeedback, new_memory
 from ..packing import bytes_to_float, float_to_bytes, to_type
+from ..policy import Policy
 
 
 class Partition(NamedTuple):
@@ -23,12 +25,14 @@ class Partition(NamedTuple):
     compressor: Compressor | None  # None: the entries travel as float32
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """The size of its payload in either direction; the largest possible if it is not `fixed_size`."""
         return self.compressor.nbytes(self.numel) if self.compressor else 4 * self.numel
 
 
-def partition(sizes, policy, servers, partition_numel=1 << 20):
+def partition(
+    sizes: dict[str, int], policy: Policy | None, servers: int, partition_numel: int = 1 << 20
+) -> list[Partition]:
     """Cut parameters into partitions and balance these over servers by payload bytes.
 
     Args:
@@ -60,7 +64,7 @@ def partition(sizes, policy, servers, partition_numel=1 << 20):
 class PartitionCodec:
     """One side's encoder and decoder of partitions, with its error feedback.
 
-    What an encoding leaves over is only proposed until `apply` or `discard` (see gcompress/memory.py).
+    The residual of an encoding is only proposed until `settle` (see gcompress/memory.py).
 
     Args:
         partitions: from `partition`.
@@ -77,7 +81,7 @@ class PartitionCodec:
         if self._feedback and side == "server":
             self._feedback = ErrorFeedback(at_once=False)
 
-    def encode(self, key, values, step, peer=""):
+    def encode(self, key: int, values: torch.Tensor, step: int, peer: str = "") -> torch.Tensor:
         """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
         part = self.partitions[key]
         if values.numel() != part.numel:
@@ -89,13 +93,13 @@ class PartitionCodec:
             return self._feedback.compress(memory_name(part) + peer, values, part.compressor, seed=seed)[0]
         return part.compressor.compress(values, seed=seed)[0]
 
-    def encode_nothing(self, key):
+    def encode_nothing(self, key: int) -> torch.Tensor:
         """The payload of zeros, without memory: no one had anything to send."""
         part = self.partitions[key]
         zeros = torch.zeros(part.numel)
         return part.compressor.compress(zeros)[0] if part.compressor else float_to_bytes(zeros)
 
-    def decode(self, key, payload, out, add=False):
+    def decode(self, key: int, payload: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """Decode into, or add to, a 1-D float32 tensor; PayloadError on bytes that do not fit."""
         part = self.partitions[key]
         try:
@@ -108,31 +112,31 @@ class PartitionCodec:
         except PayloadError as error:
             raise PayloadError(f"gradient {part.name!r} from entry {part.start} on: {error}") from None
 
-    def settle(self, keys, applied, peer=""):
+    def settle(self, keys: Iterable[int], applied: bool, peer: str = "") -> None:
         """The last results of these keys were applied, or not: memory follows them or stays."""
         if self._feedback:
             names = [memory_name(self.partitions[key]) + peer for key in keys]
             self._feedback.apply(names) if applied else self._feedback.discard(names)
 
-    def carry_on(self, key):
+    def carry_on(self, key: int) -> None:
         """The next gradient contains the last result: go on from what is proposed."""
         if self._feedback:
             self._feedback.carry_on(memory_name(self.partitions[key]))
 
-    def add(self, key, values):
-        """Owe what was not delivered after all, if this partition's losses are remembered."""
+    def add(self, key: int, values: torch.Tensor) -> None:
+        """Add what was not delivered after all to the partition's residual, if it has one."""
         part = self.partitions[key]
         if self._feedback and part.compressor and self._policy.feedback_for(part.compressor):
             self._feedback.add(memory_name(part), values)
 
-    def residual(self, key, proposed=False):
-        """What error feedback holds of a partition, or proposes if that is asked for; or None."""
+    def residual(self, key: int, proposed: bool = False) -> torch.Tensor | None:
+        """A partition's residual, or the one that is proposed if that is asked for; None if there is none."""
         if self._feedback is None:
             return None
         name = memory_name(self.partitions[key])
         return self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
 
-    def load_residual(self, key, values):
+    def load_residual(self, key: int, values: torch.Tensor | None) -> None:
         """Go on from `residual(key)`."""
         if self._feedback is None:
             return
@@ -142,21 +146,21 @@ class PartitionCodec:
             residuals.put(name, values)
             residuals.apply([name])
 
-    def forget(self, peer):
+    def forget(self, peer: str) -> None:
         """Drop the memories of a receiver that is gone."""
         if self._feedback:
             self._feedback.memories["residual"].drop(lambda name: name.endswith(peer))
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """This side's residuals by name; see `ErrorFeedback`."""
         return self._feedback.state_dict() if self._feedback else {}
 
-    def checked(self, state):
+    def checked(self, state: dict) -> dict[str, dict[str, torch.Tensor]]:
         """What `load` takes, of a `state_dict()` that a job with this policy and partitions saved; ConfigError else."""
         sizes = {memory_name(part): part.numel for part in self.partitions if part.compressor}
         return self._feedback.checked(state, sizes) if self._feedback else {}
 
-    def load(self, tensors):
+    def load(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Go on from tensors that `checked` returned."""
         if self._feedback:
             self._feedback.load_tensors(tensors)

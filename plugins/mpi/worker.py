@@ -9,6 +9,7 @@ from mpi4py import MPI
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.engine import agree
+from gcompress.exchange.parameter_server import memory_sizes
 from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
@@ -222,7 +223,11 @@ class Worker(Results):
         tensors = self._codec.checked(state["feedback"])
         for key, memory in state["servers"].items():
             known = isinstance(key, int) and key in range(len(self.partitions)) and isinstance(memory, torch.Tensor)
-            if not known or memory.dtype != torch.uint8 or memory.numel() not in self._memory_sizes(key):
+            if (
+                not known
+                or memory.dtype != torch.uint8
+                or memory.numel() not in memory_sizes(self.partitions[key].numel)
+            ):
                 raise ConfigError(f"state: got servers' memory of {key!r} that is none of this job's partitions'")
         self.discard()
         self._not_applied.clear()
@@ -232,10 +237,6 @@ class Worker(Results):
         for key, memory in state["servers"].items() if self.job.rank == 0 else ():
             rank = self.job.server_rank(self.partitions[key].server)
             self.job.send(memory.numpy(), rank, memory_tag(key))
-
-    def _memory_sizes(self, key):
-        """What a server's memory of a partition may take; see `_memory_of_servers`."""
-        return [24 + 4 * self.partitions[key].numel * vectors for vectors in range(3)]
 
     def _check_settings(self, state):
         if not isinstance(state, dict):
@@ -270,11 +271,11 @@ class Worker(Results):
             )
 
     def _memory_of_servers(self):
-        """{key: bytes}: a round number and two flags, then a residual and a velocity, as far as there are."""
+        """{key: `ParameterServer.memory`}."""
         pending = {}
         for key, part in enumerate(self.partitions):
             skipped = part.name in self._not_applied or (part.name in self.open_names and self._watch is not None)
-            pending[key] = self._ask(key, memory_tag(key), 24 + 8 * part.numel, question=int(skipped))
+            pending[key] = self._ask(key, memory_tag(key), max(memory_sizes(part.numel)), question=int(skipped))
         found = {}
 
         def all_came():
