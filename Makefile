@@ -68,9 +68,9 @@ $(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edi
 	$(BIN)/python tools/build_byteps.py --optional
 	@touch $@
 
-test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by side, then those that start ranks
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not ranks' $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m ranks $(ARGS) || [ $$? = 5 ]
+test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by side, then those that start ranks, two files at a time
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ranks $(ARGS) || [ $$? = 5 ]
 
 attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (13 minutes)
 	GCOMPRESS_LONG=1 $(BIN)/python -m pytest -n auto tests/test_hostile.py tests/test_split_hostile.py \
@@ -101,7 +101,7 @@ types: $(CHECKERS) ## check the types of the library (mypy)
 	$(BIN)/python -m mypy
 
 coverage: data $(ENGINES) ## run the tests that need one process and print the lines that none of them reaches
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not ranks' --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached wheels
 	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,15 +22,9 @@ FAST = (
 )
 
 
-# Files whose tests stay on one of pytest-xdist's workers, since what they begin with takes long.
-TOGETHER = {"test_cuda": "emulation", "test_cuda_polar": "emulation", "test_own_method": "checkout"}
-
-
 def pytest_collection_modifyitems(items):
-    """Mark the tests of FAST, and the examples in docstrings; keep those of TOGETHER so."""
+    """Mark the tests of FAST, and the examples in docstrings."""
     for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(TOGETHER[item.path.stem]))
         if item.path.stem in FAST or item.path.parent.name != "tests":
             item.add_marker(pytest.mark.fast)
 
