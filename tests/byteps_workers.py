@@ -19,7 +19,6 @@ from gcompress.plugins.byteps.push_pull import partition_lengths
 
 import gcompress
 from gcompress import Eden, MaskSparse, Policy, Quantize, RandomK, Rule, TopK
-from gcompress.exchange import engine
 from gcompress.feedback import ErrorFeedback
 
 SCENARIOS = {}
@@ -252,15 +251,6 @@ def misuse():
 
 
 # Scenarios that end the job; each is run alone.
-
-
-def different_compressor():
-    train("quantize:bits=4" if bps.rank() else "topk:sparsity=0.9")
-
-
-def different_format():
-    engine.FORMAT_VERSION += bps.rank()
-    train("topk:sparsity=0.9")
 
 
 def killed_worker():

@@ -24,7 +24,6 @@ from gcompress.plugins import ddp
 
 import gcompress
 from gcompress import Policy
-from gcompress.exchange import engine
 from gcompress.exchange.plan import Plan
 from tests.processes import expect_error
 from tests.simulation import Simulation
@@ -433,27 +432,8 @@ def one_rank_never_registers():
         backward(model, 0, dist.get_rank())
     finally:
         assert time.monotonic() - started < 20
-
-
-def different_configurations():
-    model, _ = wrapped(make_model(), "quantize:bits=4" if dist.get_rank() == 1 else "topk:sparsity=0.9")
-    backward(model, 0, dist.get_rank())
-
-
-def different_format():
-    if dist.get_rank() == 1:
-        engine.FORMAT_VERSION += 1
-    model, _ = wrapped(make_model(), "topk:sparsity=0.9")
-    backward(model, 0, dist.get_rank())
-
-
-def another_ranks_state():
-    policy = Policy("topk:sparsity=0.9", exchange="twophase")
-    model, state = wrapped(make_model(), policy)
-    backward(model, 0, dist.get_rank())
-    saved = [None] * dist.get_world_size()
-    dist.all_gather_object(saved, copy.deepcopy(state.state_dict()))
-    ddp.GradientState(make_model(), policy).load_state_dict(saved[(dist.get_rank() + 1) % len(saved)])
+        if dist.get_rank() == 1:
+            time.sleep(3)  # its end, with which its connections close, must not be what the others hear of first
 
 
 def killed_rank():

@@ -11,8 +11,7 @@ import sys
 import gcompress.plugins.horovod  # noqa: F401
 import horovod.torch as hvd
 
-from gcompress import Policy, Quantize, TopK
-from gcompress.exchange import engine
+from gcompress import Policy, TopK
 from tests.horovod_ranks import backward, make_model, make_optimizer
 
 
@@ -51,29 +50,6 @@ def join_while_others_train_something_uncompressed():
     optimizer.zero_grad()
     backward(model, 9)
     optimizer.step()
-
-
-def different_exchange():
-    exchange = "twophase" if hvd.rank() else "allgather"
-    steps_before_the_end(Policy(TopK(sparsity=0.9), exchange=exchange))
-
-
-def different_compressor():
-    steps_before_the_end(TopK(sparsity=0.9) if hvd.rank() else Quantize(bits=4))
-
-
-def different_threshold():
-    steps_before_the_end(Policy(TopK(sparsity=0.9), min_numel=1024 if hvd.rank() else 2500))
-
-
-def different_format():
-    if hvd.rank() == 1:
-        engine.FORMAT_VERSION += 1
-    steps_before_the_end(TopK(sparsity=0.9))
-
-
-def compressed_and_not():
-    steps_before_the_end(TopK(sparsity=0.9) if hvd.rank() else hvd.Compression.none)
 
 
 def killed_rank():

@@ -308,12 +308,25 @@ def misuse(job):
     expect_error(gcompress.ConfigError, "server ranks only", job.serve)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    expect_error(gcompress.ConfigError, "at least one worker", lambda: servers.Job(99))
+    expect_error(gcompress.ConfigError, "--with-ft ulfm", lambda: servers.Job(1, "continue"))
     wrong = lambda: servers.DistributedOptimizer(optimizer, model[0].named_parameters(), job)  # noqa: E731
     expect_error(gcompress.ConfigError, "of which 1 that the optimizer steps are missing", wrong)
     expect_error(gcompress.ConfigError, "SGD", lambda: servers.exchange(optimizer))
 
 
+@scenario
+def a_worker_that_has_fewer_steps_leaves(job):
+    """The others' means are over those that are left."""
+    train(job, steps=3 + 2 * job.rank)
+
+
 # Scenarios that end badly, or should; each is run alone.
+
+
+def job_of_three(on_failure="end"):
+    """Three workers; all others serve."""
+    return servers.Job(servers.job.MPI.COMM_WORLD.size - 3, on_failure)
 
 
 def train(job, compression="topk:sparsity=0.9", steps=5, **options):
@@ -328,27 +341,17 @@ def train(job, compression="topk:sparsity=0.9", steps=5, **options):
     return model
 
 
-def different_compressor():
-    job = servers.Job(SERVERS)
-    train(job, "quantize:bits=4" if job.rank == 0 else "topk:sparsity=0.9")
-
-
 def different_format():
     """Of a server."""
-    job = servers.Job(SERVERS)
-    if job.is_server and job.rank == 1:
+    job = job_of_three()
+    if job.is_server and job.rank == 0:
         engine.FORMAT_VERSION += 1
     train(job)
 
 
-def different_staleness():
-    job = servers.Job(SERVERS)
-    train(job, staleness=job.rank)
-
-
 def killed_worker(on_failure="end", steps=60):
     """Worker 1 dies in its fourth step, between a push and its pull; the others take all their steps."""
-    job = servers.Job(SERVERS, on_failure)
+    job = job_of_three(on_failure)
     if job.is_server:
         return job.serve()
     worker = servers.Worker(job, {"w": 5000}, "quantize:bits=8")
@@ -370,7 +373,7 @@ def killed_worker_continue():
 
 def killed_worker_stale():
     """The same under bounded staleness, where nobody waits for the dead one at first."""
-    job = servers.Job(SERVERS, "continue")
+    job = job_of_three("continue")
     if job.is_server:
         return job.serve()
     worker = servers.Worker(job, {"w": 5000}, "quantize:bits=8", staleness=2)
@@ -382,7 +385,7 @@ def killed_worker_stale():
 
 def killed_at_sum():
     """Worker 1 dies while the others wait for its numbers."""
-    job = servers.Job(SERVERS, "continue")
+    job = job_of_three("continue")
     if job.is_server:
         return job.serve()
     servers.Worker(job, {"w": 5})
@@ -393,8 +396,8 @@ def killed_at_sum():
 
 
 def killed_server():
-    job = servers.Job(SERVERS, "continue")
-    if job.is_server and job.rank == 1:
+    job = job_of_three("continue")
+    if job.is_server and job.rank == 0:
         # It agrees, then it is gone.
         engine.agree(job.all_ranks, job.settings)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -403,7 +406,7 @@ def killed_server():
 
 def failing_worker():
     """An exception on one worker, which the others must not wait for."""
-    job = servers.Job(SERVERS, "continue")
+    job = job_of_three("continue")
     if job.is_server:
         return job.serve()
     worker = servers.Worker(job, {"w": 5000})
@@ -414,7 +417,7 @@ def failing_worker():
 
 
 def hanging_worker(on_failure="end"):
-    job = servers.Job(SERVERS, on_failure)
+    job = job_of_three(on_failure)
     if job.is_server:
         return job.serve()
     worker = servers.Worker(job, {"w": 5000})
@@ -431,20 +434,6 @@ def hang():
 
 def hanging_worker_continue():
     hanging_worker("continue")
-
-
-def continue_without_support():
-    servers.Job(SERVERS, "continue")
-
-
-def too_many_servers():
-    servers.Job(99)
-
-
-def uneven_steps():
-    """A worker that has fewer steps leaves; the others' means are over those that are left."""
-    job = servers.Job(SERVERS)
-    train(job, steps=3 + 2 * job.rank)
 
 
 def run_scenario(function):

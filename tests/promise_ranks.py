@@ -12,6 +12,7 @@ import torch
 
 import gcompress
 import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_refusals  # noqa: F401
 from tests.promises import PROMISES, Trainer, sgd
 
 
@@ -153,7 +154,10 @@ def start(engine):
     if world.rank < world.size - 1:
         return world.rank
     while world.bcast(None, root=0):
-        servers.Job(1).serve()
+        try:
+            servers.Job(1).serve()
+        except gcompress.ConfigMismatchError:
+            pass  # which the workers must be told, too
     return None
 
 
@@ -168,7 +172,7 @@ def main():
     def new(*arguments, **options):
         return trainer(*arguments, **options)
 
-    new.trainer = trainer
+    new.trainer, new.rank = trainer, rank
     for name, (function, engines) in PROMISES.items():
         if (names and name not in names) or (engines and engine not in engines):
             continue

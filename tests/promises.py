@@ -454,9 +454,12 @@ def an_accumulation_that_is_interrupted_begins_again(new):
 
 @contextlib.contextmanager
 def refused(kind, text, what=""):
+    """The body must raise such an error with such a text; gives a list that the error is then in."""
+    caught = []
     try:
-        yield
+        yield caught
     except kind as error:
         assert text in str(error), f"{text!r} is not in {error}"
+        caught.append(error)
     else:
         raise AssertionError(f"{what}: expected {kind.__name__}")

@@ -36,39 +36,6 @@ def failing(tmp_path, name, ranks=3):
     return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
 
 
-def test_a_different_compressor_on_one_rank_is_refused_everywhere_with_both_named(tmp_path):
-    errors = failing(tmp_path, "different_compressor")
-    assert len(errors) == 3
-    for kind, message in errors.values():
-        assert kind == "ConfigMismatchError"
-        assert '"topk"' in message and '"quantize"' in message and "ranks [1, 2]" in message
-
-
-def test_a_different_threshold_is_refused_everywhere(tmp_path):
-    errors = failing(tmp_path, "different_threshold", ranks=2)
-    assert len(errors) == 2
-    assert all(kind == "ConfigMismatchError" and "2500" in message for kind, message in errors.values())
-
-
-def test_a_rank_that_does_not_compress_is_refused_everywhere(tmp_path):
-    errors = failing(tmp_path, "compressed_and_not", ranks=2)
-    assert len(errors) == 2
-    assert all(kind == "ConfigMismatchError" and "NoneCompressor" in text for kind, text in errors.values())
-
-
-def test_a_rank_of_another_release_is_refused_everywhere(tmp_path):
-    errors = failing(tmp_path, "different_format")
-    assert len(errors) == 3
-    for kind, message in errors.values():
-        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 2]" in message
-
-
-def test_a_different_exchange_is_refused_everywhere(tmp_path):
-    errors = failing(tmp_path, "different_exchange")
-    assert len(errors) == 3
-    assert all(kind == "ConfigMismatchError" and '"twophase"' in message for kind, message in errors.values())
-
-
 @pytest.mark.parametrize("how", ["", "_in_two_phases", "_something_uncompressed"])
 def test_join_while_another_rank_trains_ends_with_an_error_on_all(tmp_path, how):
     errors = failing(tmp_path, f"join_while_others_train{how}", ranks=2)

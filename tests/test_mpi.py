@@ -36,29 +36,23 @@ def test_scenario(outcomes, name):
     assert outcomes[name] == "ok", outcomes[name]
 
 
+RANKS = 4  # three workers and a server
+
+
 def run(tmp_path, name, *options, **environment):
     """Run one scenario alone; returns (exit code, {rank: what it returned or [error type, message]}, output)."""
     out = tmp_path / "outcome"
-    code, output = launch_mpi(5, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
+    code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
     assert not wait_until_gone(str(out))
-    files = {rank: out.with_name(f"outcome.{rank}") for rank in range(5)}
+    files = {rank: out.with_name(f"outcome.{rank}") for rank in range(RANKS)}
     return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output
-
-
-def test_a_different_configuration_on_one_worker_is_refused_everywhere_with_both_named(tmp_path):
-    code, told, _ = run(tmp_path, "different_compressor")
-    assert code != 0 and len(told) == 5
-    for kind, message in told.values():
-        assert kind == "ConfigMismatchError"
-        assert '"topk"' in message and '"quantize"' in message and "ranks [1, 2]" in message
-        assert "staleness" not in message  # it does not differ
 
 
 def test_a_server_of_another_release_is_refused_everywhere(tmp_path):
     code, told, _ = run(tmp_path, "different_format")
-    assert code != 0 and len(told) == 5
+    assert code != 0 and len(told) == 4
     for kind, message in told.values():
-        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 1, 2, 3]" in message
+        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 1, 2]" in message
 
 
 def test_a_killed_worker_ends_the_job_and_is_reported(tmp_path):
@@ -85,28 +79,16 @@ def test_the_rest_go_on_when_a_worker_dies(tmp_path, name):
 
 def test_a_dead_server_ends_all_with_its_name(tmp_path):
     code, told, _ = run(tmp_path, "killed_server", *needs_ulfm())
-    assert code != 0 and told and all("server 1 (rank 4) died" in message for _, message in told.values()), told
+    assert code != 0 and told and all("server 0 (rank 3) died" in message for _, message in told.values()), told
 
 
 @pytest.mark.parametrize("name", ["hanging_worker", "hanging_worker_continue"])
 def test_a_worker_that_hangs_is_reported_by_name(tmp_path, name):
     options = needs_ulfm() if "continue" in name else ()
-    code, told, output = run(tmp_path, name, *options, GCOMPRESS_TIMEOUT="20")
+    code, told, output = run(tmp_path, name, *options, GCOMPRESS_TIMEOUT="10")
     assert re.search(r"nothing came within \S+ s from worker 1 \(gradient 'w'\)", output), output[-4000:]
     assert code != 0
     if "continue" in name:
         assert told[0] == told[2] == "finished" and "worker 1 never came back" in output
     else:
         assert "finished" not in told.values()
-
-
-def test_a_worker_that_has_fewer_steps_leaves(tmp_path):
-    code, told, output = run(tmp_path, "uneven_steps")
-    assert code == 0 and set(told.values()) == {"finished"}, (told, output[-2000:])
-
-
-@pytest.mark.parametrize("name", ["continue_without_support", "too_many_servers"])
-def test_what_cannot_be_is_refused(tmp_path, name):
-    code, told, _ = run(tmp_path, name)
-    text = "--with-ft ulfm" if name == "continue_without_support" else "at least one worker"
-    assert code != 0 and any(kind == "ConfigError" and text in message for kind, message in told.values()), told

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_refusals  # noqa: F401
 from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
 from tests.promises import PROMISES
 

@@ -27,6 +27,8 @@ from gcompress.exchange.engine import wait_until  # noqa: E402
 
 from .server_rank import serve  # noqa: E402
 
+TIMES_TOLD_TO_END = 10  # once a second
+
 log = logging.getLogger("gcompress.plugins.mpi")
 
 
@@ -58,6 +60,7 @@ class Job:
 
     def __init__(self, servers: int = 1, on_failure: str = "end", comm: MPI.Comm | None = None):
         self.world, self.servers, self.on_failure = comm or MPI.COMM_WORLD, servers, on_failure
+        self.connection = None  # this worker's Worker, once it is made
         sys.excepthook = self._uncaught
         check_integer("servers", servers, 1)
         check_choice("on_failure", on_failure, ("end", "continue"))
@@ -70,20 +73,19 @@ class Job:
             log.warning(
                 "mpi4py.MPI was imported before gcompress.plugins.mpi: after a death this job may hang at its end"
             )
-        die_with_the_launcher()
-        self.world = self.world.Dup()
         self.size = self.world.size - servers
         if self.size < 1:
             raise ConfigError(
                 f"servers: got {servers} of {self.world.size} ranks, expected to leave at least one worker"
             )
+        die_with_the_launcher()
+        self.world = self.world.Dup()
         self.is_server = self.world.rank >= self.size
         self.rank = self.world.rank - (self.size if self.is_server else 0)
         self.workers = self.world.Split(int(self.is_server), self.world.rank)
         for communicator in (self.world, self.workers):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
         self.all_ranks, self.settings = MpiRanks(self), {"servers": servers, "on_failure": on_failure}
-        self.connection = None  # this worker's Worker, once it is made
         self._sending = []  # (request, buffer): a buffer must live until it is sent
         self._known_dead = set()
         self._next_look = 0.0
@@ -188,6 +190,17 @@ class Job:
             connection.leave()
             self.flush()
 
+    def end_all(self) -> None:
+        """End the job with an error, ranks that hang included; does not return.
+
+        With `--with-ft ulfm`, MPI_Abort on one rank may leave the others alive, so the launcher is told: the parent of
+        this process, which ends its ranks when it is told to end, and at once when it is told again.
+        """
+        for _ in range(TIMES_TOLD_TO_END if FAULT_TOLERANT else 0):
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(1)
+        self.world.Abort(1)
+
     def _uncaught(self, kind, error, trace):
         """An exception that nobody caught must not leave the other ranks waiting for this one."""
         name, trace = f"rank {self.world.rank}", "".join(traceback.format_exception(kind, error, trace))
@@ -196,7 +209,7 @@ class Job:
         if self.connection is not None and self.on_failure == "continue" and not isinstance(error, ExchangeError):
             # Seen by the others at once; a process that exits would wait for them in MPI_Finalize.
             os.kill(os.getpid(), signal.SIGKILL)
-        self.world.Abort(1)
+        self.end_all()
 
 
 class MpiRanks:

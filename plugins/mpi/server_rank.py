@@ -45,7 +45,7 @@ def serve(job) -> tuple[int, int]:
     if server.given_up:
         # MPI would wait for them when the job ends; the others have left, so nothing is lost.
         log.error("ending the job with an error: %s never came back", ", ".join(f"worker {w}" for w in server.given_up))
-        job.world.Abort(1)
+        job.end_all()
     return server.received, server.sent
 
 
