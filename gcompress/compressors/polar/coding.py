@@ -1,9 +1,4 @@
-"""A tensor to the bytes of a polar payload and back, on either backend (docs/FORMAT.md).
-
-A backend is a module or object with the functions of reference.py: `sums`, `beyond`, `energies`,
-`encode`, `decode` and `scatter`, for unbiased payloads also `turn`, `turn_scales` and `turn_back`. Everything else,
-here and in what it imports, is common to all.
-"""
+"""A tensor to the bytes of a polar payload and back, on any Backend (backend.py); docs/FORMAT.md gives the bytes."""
 
 import math
 from typing import NamedTuple
@@ -12,6 +7,7 @@ import numpy as np
 import torch
 
 from . import limit_model, outliers, products, turning
+from .backend import Backend
 from .header import pack_header, read_header
 from .layout import (
     CLASSES,
@@ -47,8 +43,22 @@ class Survey(NamedTuple):
     error: float
 
 
-def encode(backend, values, payload, *, block, scales, flat, share, list_size, rank):
-    """Encode a contiguous float32 tensor of any shape to all bytes of `payload`, a uint8 tensor on its device."""
+def encode(
+    backend: Backend,
+    values: torch.Tensor,
+    payload: torch.Tensor,
+    *,
+    block: int,
+    scales: str,
+    flat: bool,
+    share: float | str,
+    list_size: int,
+    rank: int | str,
+) -> None:
+    """Encode a contiguous float32 tensor of any shape to all bytes of `payload`, a uint8 tensor on its device.
+
+    flat: allocation="flat". share: of outliers. The others are as in `Polar`.
+    """
     columns, by_column = _matrix(values.shape, scales)
     values = values.view(-1)
     survey = _survey(backend, values, columns, by_column, payload.numel(), scales, flat)
@@ -180,11 +190,13 @@ def _variances(backend, values, layout, total, measured):
 def _encode_words(backend, values, spending, rates, variances, list_size):
     """(spending with amplitudes, words)."""
     scales = sample_scales(spending, variances, rates)
-    words, products = backend.encode(values, spending, scales, list_size)
-    return with_amplitudes(spending, scales, products), words
+    words, moments = backend.encode(values, spending, scales, list_size)
+    return with_amplitudes(spending, scales, moments), words
 
 
-def encode_unbiased(backend, values, payload, *, block, list_size, seed):
+def encode_unbiased(
+    backend: Backend, values: torch.Tensor, payload: torch.Tensor, *, block: int, list_size: int, seed: int
+) -> None:
     """Encode a contiguous float32 tensor, turned at random, to all bytes of `payload`, a uint8 tensor on its device."""
     values = values.view(-1)
     numel = values.numel()
@@ -205,7 +217,7 @@ def encode_unbiased(backend, values, payload, *, block, list_size, seed):
 # Bytes -------------------------------------------------------------------------------------
 
 
-def decode_into(backend, payload, out, add, block):
+def decode_into(backend: Backend, payload: torch.Tensor, out: torch.Tensor, add: bool, block: int) -> None:
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
     if not int(payload[0]) & PRODUCT:
         return _decode_rest_into(backend, payload, out, add, block)
@@ -219,19 +231,19 @@ def decode_into(backend, payload, out, add, block):
 
 
 def _decode_rest_into(backend, payload, out, add, block):
-    spending, apart, at = read_header(payload, out.numel(), block)
-    if isinstance(apart, list):
+    head = read_header(payload, out.numel(), block)
+    spending, apart, words = head.spending, head.outliers, payload[head.nbytes :]
+    if head.turned is not None:
         turned = torch.empty_like(out)
-        _decode_spending(backend, payload[at:], spending, turned, False)
-        backend.turn_back(turned, *apart, out, add)
+        _decode_spending(backend, words, spending, turned, False)
+        backend.turn_back(turned, *head.turned, out, add)
         return
     if apart is not None and add:  # an entry's two parts are added to each other first
         before, out[apart.places] = out[apart.places], 0.0
-    if isinstance(spending, float) or not spending.classes:
-        value = spending if isinstance(spending, float) else 0.0
-        out.add_(value) if add else out.fill_(value)
+    if spending is None or not spending.classes:
+        out.add_(head.constant) if add else out.fill_(head.constant)
     else:
-        _decode_spending(backend, payload[at:], spending, out, add)
+        _decode_spending(backend, words, spending, out, add)
     if apart is not None:
         whole = (out[apart.places] + apart.coarse(spending.layout)).clamp_(-LARGEST, LARGEST)
         out[apart.places] = before + whole if add else whole

@@ -29,7 +29,7 @@ def backend_of(kernels):
 
 
 class DevicePolar:
-    """A backend for codec.py.
+    """The Backend of a device.
 
     Args:
         kernels: a DeviceKernels.

@@ -1,6 +1,7 @@
 """The header of a payload: writing it, and reading it from bytes that may be anything."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from .layout import (
     Layout,
     code_form,
 )
+from .outliers import Outliers
 from .payload import APART, CLASS, COLUMNS, HEADER, NOT_FINITE, ROWS, TILE, TURNED
 from .spending import CodedClass, Spending, make_tiles
 from .tables import MAX_LEVELS, design_count
@@ -53,18 +55,29 @@ class Beginning:
         return self._known[part]
 
 
-def read_header(payload, numel, block):
-    """(spending, Outliers or what turning.unpack finds or None, where the words begin).
+class Header(NamedTuple):
+    """What a payload says before its words.
 
-    A float in place of the first if all entries are that.
+    nbytes: where the words begin. spending: None if no entry is coded: all are `constant`.
+    outliers: what went apart. turned: the seed and the blocks' scales of an unbiased payload.
     """
+
+    nbytes: int = 0
+    spending: Spending | None = None
+    constant: float = 0.0
+    outliers: Outliers | None = None
+    turned: tuple[int, torch.Tensor] | None = None
+
+
+def read_header(payload: torch.Tensor, numel: int, block: int) -> Header:
+    """Read the header of a payload (1-D uint8) of numel entries; PayloadError if its parts contradict each other."""
     data = Beginning(payload)
     flags, count, base, columns, *forms = HEADER.unpack(data[: HEADER.size])
     known = (TURNED,) if flags & TURNED else (NOT_FINITE, ROWS, COLUMNS, APART)
     if flags & ~sum(known):
         raise PayloadError(f"payload: unknown flags {flags:#x}")
     if flags & NOT_FINITE or (count == 0 and not flags & APART):
-        return (math.nan if flags & NOT_FINITE else 0.0), None, 0
+        return Header(constant=math.nan if flags & NOT_FINITE else 0.0)
     if not -200 <= base <= 200:
         raise PayloadError(f"payload: a scale of 2^{base}")
     at = HEADER.size
@@ -76,13 +89,14 @@ def read_header(payload, numel, block):
     for k, (flag, length) in enumerate(((ROWS, -(-numel // columns)), (COLUMNS, columns))):
         if flags & flag:
             codes[k], at = _read_codes(data, at, length, *forms[2 * k : 2 * k + 2])
-    layout, apart = Layout(numel, columns, *codes), None
+    layout, apart, turned = Layout(numel, columns, *codes), None, None
     if flags & APART:
         apart, at = outliers.unpack(payload, at, layout)
     elif flags & TURNED:
-        *apart, at = turning.unpack(payload, at, numel)
+        seed, scales, at = turning.unpack(payload, at, numel)
+        turned = seed, scales
     if count == 0:
-        return Spending(layout, 0, [], []), apart, at
+        return Header(at, Spending(layout, 0, [], []), outliers=apart, turned=turned)
     classes, at = _read_classes(data, at, count, layout)
     tiles = make_tiles(classes, block)
     if len(data) < at + TILE.size * len(tiles):
@@ -95,7 +109,7 @@ def read_header(payload, numel, block):
     at += TILE.size * len(tiles)
     if len(data) < at + sum(tile.nbytes for tile in tiles):
         raise PayloadError(f"payload: {sum(tile.nbytes for tile in tiles)} bytes of code do not fit {len(data)}")
-    return Spending(layout, base, classes, tiles), apart, at
+    return Header(at, Spending(layout, base, classes, tiles), outliers=apart, turned=turned)
 
 
 def _read_codes(data, at, length, width, low):

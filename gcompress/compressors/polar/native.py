@@ -40,7 +40,7 @@ class _Layout(ctypes.Structure):
 
 
 class NativePolar:
-    """A backend for codec.py."""
+    """The Backend of the C++ kernels; kernels: a CpuKernels with those of polar."""
 
     def __init__(self, kernels):
         self._kernels = kernels

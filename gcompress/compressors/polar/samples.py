@@ -32,10 +32,10 @@ def sample_scales(spending, variances, rates):
     )
 
 
-def with_amplitudes(spending, scales, products):
+def with_amplitudes(spending, scales, moments):
     """The classes with the factors of least error, from <sample, reproduction> and |reproduction|^2 in integers."""
     classes = []
-    for c, scale, (dot, norm) in zip(spending.classes, scales.tolist(), products, strict=True):
+    for c, scale, (dot, norm) in zip(spending.classes, scales.tolist(), moments, strict=True):
         norm = float(c.count) if c.levels == 1 else int(norm) / POINT_ONE
         amplitude = int(dot) / (scale * norm) if norm else 0.0
         relative = math.ldexp(amplitude, -spending.base)
