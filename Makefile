@@ -69,7 +69,7 @@ $(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edi
 	@touch $@
 
 test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by side, then those that start ranks, two files at a time
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not ranks' $(ARGS) || [ $$? = 5 ]
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ranks $(ARGS) || [ $$? = 5 ]
 
 attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (13 minutes)

@@ -101,7 +101,7 @@ def designs():
 def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backend, designs):
     generator = torch.Generator().manual_seed(12)
     with backends.use_backend(backend):
-        for numel in (1000, 30000):
+        for numel in (1000, 8000 if backend == "reference" else 30000):
             payload = example(compressor, numel)
             decoded(compressor, payload, numel)  # makes tables and workspaces that stay
             for wrong in (payload, *hostile(payload, generator, TRIALS // 3)):
@@ -113,7 +113,7 @@ def test_a_decoder_allocates_in_proportion_to_what_it_returns(compressor, backen
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_polar_is_told_of_it_believes_when_it_is_there(backend, designs):
     """Products and outliers: room was made for 20 times the entries that a few bytes claimed."""
-    compressor, numel = from_spec("polar:rate=4"), 40000
+    compressor, numel = from_spec("polar:rate=4"), 16000 if backend == "reference" else 40000
     with backends.use_backend(backend):
         decoded(compressor, example(compressor, numel), numel)
         for wrong in hostile_polar(numel, compressor.nbytes(numel)):
