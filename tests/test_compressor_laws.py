@@ -26,7 +26,7 @@ def test_the_configuration_survives_json_and_its_spec(compressor):
 
 
 # Inputs of which the largest size has something to add: others are decided entry by entry, or are one value.
-AT_LENGTH = ("gauss", "heavy", "ties", "zero", "one nan", "many")
+AT_LENGTH = ("gauss", "heavy", "ties", "many")
 
 
 @every_compressor
@@ -39,8 +39,7 @@ def test_native_bytes_are_the_reference_bytes(compressor):
             with backends.use_backend("reference"):
                 payload, ctx = compressor.compress(tensor, seed=7)
                 decoded = compressor.decompress(payload, ctx)
-                total = torch.ones(numel)
-                compressor.decode_into(payload, total, add=True)
+            total = torch.ones(numel) + decoded  # which is what the reference does
             assert payload.dtype == torch.uint8 and fits(compressor, payload, numel)
             for isa in backends.available_backends()[1:]:
                 with backends.use_backend(isa):
@@ -145,11 +144,9 @@ def large():
     return torch.randn(LARGE, generator=torch.Generator().manual_seed(5))
 
 
-@every_compressor
+@pytest.mark.parametrize("compressor", {each.name: each for each in reversed(COMPRESSORS)}.values(), ids=str)
 def test_sixteen_million_entries_and_seven(compressor, large):
-    """The same bytes on every instruction set; the reference, slow, is asked for one spec of each method below."""
-    if getattr(compressor, "list_size", 1) > 1:
-        pytest.skip("lists cost a minute here and work tile by tile, as the sizes above show")
+    """The same bytes on every instruction set, a spec of each method; the reference, slow, is asked for three below."""
     payloads = []
     for isa in backends.available_backends()[1:] or ["reference"]:
         with backends.use_backend(isa):

@@ -27,7 +27,7 @@ from tests.launching import REPOSITORY
 
 ON_DEVICE = [compressor for compressor in COMPRESSORS if backends.provides(DeviceKernels, compressor)]
 BUILD = REPOSITORY / "build"
-ARCHITECTURES = (70, 90, 100)  # the oldest, that of most, the newest
+ARCHITECTURES = (70, 100)  # the oldest and the newest
 every_compressor = pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
 watches_memory = pytest.mark.skipif(
     not emulation.watches_memory(), reason="watching memory needs a compiler with -fsanitize=thread"
@@ -122,10 +122,10 @@ def check_bytes(compressor, table, tensor, where):
 @needs_compiler
 @every_compressor
 def test_the_bytes_are_those_of_the_cpu(compressor, launcher):
-    """Whatever the input, and whichever thread comes first: schedules take turns. (Of the largest size, six inputs.)"""
+    """Whatever the input, and whichever thread comes first: schedules take turns. (Four of the largest size.)"""
     for numel in SIZES:
         for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
-            if numel == max(SIZES) and name not in ("gauss", "heavy", "ties", "constant", "one inf", "many"):
+            if numel == max(SIZES) and name not in ("gauss", "heavy", "ties", "many"):
                 continue
             check_bytes(compressor, DeviceKernels(launcher), tensor, (numel, name))
 
