@@ -23,6 +23,22 @@ enum {
 enum { GC_FP16 = 0, GC_FP8 = 1, GC_MXFP4 = 2 };
 enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2 };
 
+// What an encoder remembers (error feedback): it encodes x + residual and writes to `fresh` what the payload loses of it.
+typedef struct {
+    const float* residual;  // NULL: zeros
+    float* fresh;
+    int32_t poisoned;  // becomes 1 where an entry of `fresh` is not finite
+} gc_memory;
+
+enum { GC_MOST_MORE = 63 };
+
+// What a decoder does besides: it adds what these payloads decode to, in order, then multiplies all by `factor`.
+typedef struct {
+    const uint8_t* const* payloads;
+    int64_t count;  // at most GC_MOST_MORE
+    float factor;
+} gc_more;
+
 // The kernels of one instruction set.
 typedef struct {
 #define GC_KERNEL(result, name, parameters) result(*name) parameters;

@@ -13,16 +13,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from . import backends
+from .backends.cpu import Remembering
 from .compressors import Compressor, Context
 from .errors import ConfigError
 from .memory import Memory, checked_copies
 from .packing import to_type
 
 WARM_UP_STAGES = 4
+
+
+class Slice(NamedTuple):
+    """Some entries of a gradient, which are encoded together."""
+
+    start: int  # of the flat gradient
+    stop: int
+    shape: torch.Size
+    seed: int  # see `Compressor.compress`
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a 1-D tensor, in its shape."""
+        return flat[self.start : self.stop].view(self.shape)
+
+
+class Lost(NamedTuple):
+    """What payloads lose of a gradient."""
+
+    residual: torch.Tensor
+    poisoned: bool | torch.Tensor  # whether an entry of the residual is not finite; one entry that is not 0 if so
+    restored: bool  # whether the residual is the old one then (minus zeros if there was none): nobody waited for a GPU
+
+
+def whole(gradient: torch.Tensor, seed: int) -> Slice:
+    """All of a gradient."""
+    return Slice(0, gradient.numel(), gradient.shape, seed)
+
+
+def flat_values(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient's entries as contiguous 1-D float32; not a copy where they are that already."""
+    return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
 
 
 class ErrorFeedback:
@@ -37,7 +70,6 @@ class ErrorFeedback:
     """
 
     kinds: tuple[str, ...] = ("residual",)  # of tensors that it remembers for a parameter
-    fuses = True  # whether an encoder may keep the residual, as the kernels of the GPU do
 
     def __init__(self, at_once=True):
         self.memories = {kind: Memory(at_once) for kind in self.kinds}
@@ -57,51 +89,72 @@ class ErrorFeedback:
         Returns:
             (payload, ctx) as `Compressor.compress` does.
         """
-        if self.fuses:
-            residual = self._residual_for(name, gradient)
-            kernels = backends.kernels(gradient, compressor)
-            if kernels is not None and kernels.on_device and gradient.numel() > 0:
-                payload, residual = _compress_on_device(kernels, compressor, gradient, residual, seed)
-                self._residuals.put(name, residual)
-                return payload, Context(gradient.shape, gradient.dtype)
-        corrected = self.corrected(name, gradient)
-        payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
-        decoded = torch.empty_like(corrected)
-        compressor.decode_into(payload, decoded)
-        self.keep(name, corrected, decoded, sparse=compressor.sparse)
+        (payload,) = self.compress_parts(name, gradient, compressor, [whole(gradient, seed)])
         return payload, Context(gradient.shape, gradient.dtype)
 
+    def compress_parts(
+        self, name: str, gradient: torch.Tensor, compressor: Compressor, parts: list[Slice]
+    ) -> list[torch.Tensor]:
+        """Encode a gradient plus the residual of `name` part by part, and remember what all parts lost.
+
+        Args:
+            parts: in order; together they are the gradient.
+
+        Returns the parts' payloads.
+        """
+        values = self._input(name, flat_values(gradient))
+        residual, fresh = self._residual_for(name, values), self._residuals.spare(name, values)
+        payloads, lost = _compress_keeping(compressor, values, residual, fresh, parts)
+        self._keep(name, lost, lambda: decoded_parts(compressor, payloads, parts, values), compressor.sparse)
+        return payloads
+
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient plus the residual of `name`: a new 1-D float32 tensor."""
-        values = to_type(gradient.detach().reshape(-1), torch.float32)
-        residual = self._residual_for(name, gradient)
-        return values.clone() if residual is None else values + residual
+        """Gradient plus the residual of `name`: a 1-D float32 tensor for `keep`."""
+        values = self._input(name, flat_values(gradient))
+        residual, fresh = self._residual_for(name, values), self._residuals.spare(name, values)
+        return fresh.copy_(values) if residual is None else torch.add(values, residual, out=fresh)
 
-    def _residual_for(self, name, gradient):
+    def _input(self, name, values):
+        """What is added to the residual for a gradient of these 1-D float32 values."""
+        return values
+
+    def _residual_for(self, name, values):
         residual = self._residuals.get(name)
-        if residual is not None and residual.numel() != gradient.numel():
-            raise ConfigError(
-                f"gradient {name!r}: got {gradient.numel()} entries, expected {residual.numel()} as before"
-            )
-        return residual if residual is None else residual.to(gradient.device)  # one that was loaded may lie elsewhere
+        if residual is not None and residual.numel() != values.numel():
+            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
+        return residual if residual is None else residual.to(values.device)  # one that was loaded may lie elsewhere
 
-    def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> bool:
-        """Store corrected - sent as the residual. If it is not finite, keep the old one and return False.
+    def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> None:
+        """Store corrected - sent as the residual; if it is not finite, the old one stays.
 
-        corrected: changed in place. sparse: whether zeros of `sent` mean entries that were not sent.
+        corrected: what `corrected` returned; changed in place. sparse: whether zeros of `sent` mean entries that were
+        not sent.
         """
         corrected.sub_(sent)
-        finite = bool(torch.isfinite(torch.linalg.vector_norm(corrected, float("inf"))))
-        if finite:
-            self._residuals.put(name, corrected)
-        return finite
+        poisoned = _not_finite(corrected)
+        if corrected.is_cuda:  # which is not asked, since the answer would have to be waited for
+            residual = self._residuals.get(name)
+            before = torch.full_like(corrected, -0.0) if residual is None else residual
+            torch.where(poisoned, before, corrected, out=corrected)
+        self._keep(name, Lost(corrected, poisoned, corrected.is_cuda), lambda: sent, sparse)
+
+    def _keep(self, name, lost, sent, sparse):
+        """Propose what was lost as the residual.
+
+        Args:
+            lost: a Lost, in a tensor of `Memory.spare`.
+            sent: a function that returns what was sent, 1-D float32.
+            sparse: see `keep`.
+        """
+        keep = lost.restored or not bool(lost.poisoned)
+        (self._residuals.put if keep else self._residuals.give_back)(name, lost.residual)
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
         self._residuals.add(name, values)
 
     def residual(self, name: str) -> torch.Tensor | None:
-        """The residual of `name` (1-D float32, not a copy), or None before its first step."""
+        """The residual of `name` (1-D float32, valid until the next step), or None before its first one."""
         return self._residuals.values().get(name)
 
     def apply(self, names: Iterable[str] | None = None) -> None:
@@ -123,8 +176,12 @@ class ErrorFeedback:
         """{kind: {name: tensor}} of all that is remembered; not copies."""
         return {kind: memory.values() for kind, memory in self.memories.items()}
 
+    def copies(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{kind: {name: tensor}} of all that is remembered, copied: later steps write to the tensors themselves."""
+        return {kind: {name: each.clone() for name, each in values.items()} for kind, values in self.tensors().items()}
+
     def load_tensors(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Replace all memory by these tensors."""
+        """Replace all memory by these tensors, which must be nobody else's."""
         for kind, memory in self.memories.items():
             memory.load(tensors[kind])
 
@@ -136,8 +193,8 @@ class ErrorFeedback:
         return {"residual": checked_copies("residual", state, sizes)}
 
     def state_dict(self) -> dict:
-        """{name: residual}; the residuals are this rank's own and must not be broadcast."""
-        return self._residuals.values()
+        """{name: residual}, copies; the residuals are this rank's own and must not be broadcast."""
+        return self.copies()["residual"]
 
     def load_state_dict(self, state: dict) -> None:
         """Replace all residuals by copies of those of `state_dict()`; ConfigError, and no change, if it is none."""
@@ -155,9 +212,17 @@ class NoFeedback:
         return compressor.compress(gradient, seed=seed)
 
     @staticmethod
+    def compress_parts(
+        name: str, gradient: torch.Tensor, compressor: Compressor, parts: list[Slice]
+    ) -> list[torch.Tensor]:
+        """The payloads of the gradient's parts alone."""
+        values = flat_values(gradient)
+        return [compressor.compress(part.of(values), seed=part.seed)[0] for part in parts]
+
+    @staticmethod
     def corrected(name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient, 1-D float32, contiguous; not a copy where it is that already."""
-        return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
+        return flat_values(gradient)
 
 
 class MomentumCorrection(ErrorFeedback):
@@ -175,36 +240,45 @@ class MomentumCorrection(ErrorFeedback):
     """
 
     kinds = ("residual", "velocity")
-    fuses = False
 
     def __init__(self, momentum=0.9, clip=None, at_once=True):
         super().__init__(at_once)
         self.momentum, self.clip = momentum, clip
         self._velocities = self.memories["velocity"]
-        self._moving = {}  # velocities of gradients between `corrected` and `keep`
+        self._moving = {}  # velocities of gradients that were not kept yet
 
-    def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Velocity plus the residual of `name`: a new 1-D float32 tensor."""
-        velocity = to_type(gradient.detach().reshape(-1), torch.float32)
+    def _input(self, name, values):
+        """The velocity."""
+        before, velocity = self._velocity_before(name, values), self._velocities.spare(name, values)
+        velocity.copy_(values)
         if self.clip is not None:
-            norm = float(torch.linalg.vector_norm(velocity))
-            if self.clip < norm < float("inf"):
-                velocity = velocity * (self.clip / norm)
-        before = self._velocities.get(name)
-        if before is not None and before.numel() == velocity.numel():
-            velocity = torch.add(velocity, before, alpha=self.momentum)
+            norm = torch.linalg.vector_norm(values).double()
+            velocity.mul_(torch.where((self.clip < norm) & norm.isfinite(), self.clip / norm, 1.0).float())
+        if before is not None:
+            velocity.add_(before, alpha=self.momentum)
         self._moving[name] = velocity
-        return super().corrected(name, velocity)
+        return velocity
 
-    def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> bool:
+    def _velocity_before(self, name, values):
+        before = self._velocities.get(name)
+        return before.to(values.device) if before is not None and before.numel() == values.numel() else None
+
+    def _keep(self, name, lost, sent, sparse):
+        super()._keep(name, lost, sent, sparse)
         velocity = self._moving.pop(name)
-        finite = super().keep(name, corrected, sent)
-        if finite:
-            self._velocities.put(name, torch.where(sent == 0, velocity, 0.0) if sparse else velocity.clone())
-        return finite
+        if not lost.restored and bool(lost.poisoned):
+            self._velocities.give_back(name, velocity)
+            return
+        if sparse:
+            velocity.masked_fill_(sent() != 0, 0.0)
+        if lost.restored:
+            before = self._velocity_before(name, velocity)
+            before = torch.zeros_like(velocity) if before is None else before
+            torch.where(lost.poisoned.bool(), before, velocity, out=velocity)
+        self._velocities.put(name, velocity)
 
     def velocity(self, name: str) -> torch.Tensor | None:
-        """The velocity of `name` (1-D float32, not a copy), or None before its first step."""
+        """The velocity of `name` (1-D float32, valid until the next step), or None before its first one."""
         return self._velocities.values().get(name)
 
     def checked(self, state: dict, sizes: dict[str, int] | None = None) -> dict[str, dict[str, torch.Tensor]]:
@@ -214,34 +288,68 @@ class MomentumCorrection(ErrorFeedback):
         return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
 
     def state_dict(self) -> dict:
-        """{"residual": {name: tensor}, "velocity": {name: tensor}}, this rank's own."""
-        return self.tensors()
+        """{"residual": {name: tensor}, "velocity": {name: tensor}}, copies, this rank's own."""
+        return self.copies()
 
 
-def _compress_on_device(kernels, compressor, gradient, residual, seed):
-    """Encode gradient + residual and find what the payload loses of it, without waiting for the device.
+def _compress_keeping(compressor, values, residual, fresh, parts):
+    """Encode values + residual by parts, and write what the payloads lose of it to `fresh`.
 
     Args:
-        kernels: a DeviceKernels with those of the compressor.
-        residual: 1-D float32 on the gradient's device, or None if there is none yet.
+        values: contiguous 1-D float32.
+        residual: like values, or None.
+        fresh: like values.
 
-    Returns:
-        (payload, the new residual). If gradient + residual is not finite, the new residual is the old one.
+    Returns (payloads, Lost).
     """
-    values = compressor.values_of(gradient).view(-1)
-    fresh, poisoned = torch.empty_like(values), torch.zeros(1, dtype=torch.int32, device=values.device)
+    kernels = backends.kernels(values, compressor) if values.numel() else None
+    names = kernels and (kernels.on_device and compressor.device_kernels or compressor.kernels)
+    keeps = kernels is not None and kernels.keeps_residual_with(names)
     before = 0 if residual is None else residual.data_ptr()
-    remembering = kernels.remembering(before, fresh.data_ptr(), poisoned.data_ptr())
-    if kernels.keeps_residual_with(compressor.device_kernels or compressor.kernels):
-        payload = compressor.encode_with(remembering, values, seed)
+
+    def places(part):
+        offset = values.element_size() * part.start
+        return before and before + offset, fresh.data_ptr() + offset
+
+    if keeps and not kernels.on_device:
+        payloads, poisoned = [], False
+        for part in parts:
+            remembering = Remembering(kernels, *places(part))
+            payloads.append(compressor.encode_with(remembering, compressor.values_of(part.of(values)), part.seed))
+            poisoned |= remembering.poisoned
+        return payloads, Lost(fresh, poisoned, False)
+    flag = torch.zeros(1, dtype=torch.int32, device=values.device)
+    if keeps:
+        payloads = []
+        for part in parts:
+            remembering = kernels.remembering(*places(part), flag.data_ptr())
+            payloads.append(compressor.encode_with(remembering, compressor.values_of(part.of(values)), part.seed))
     else:
-        corrected = values if residual is None else values + residual
-        payload, _ = compressor.compress(corrected.view(gradient.shape), seed=seed)
-        sent = torch.empty_like(values)
-        compressor.decode_into(payload, sent)
+        torch.add(values, residual, out=fresh) if residual is not None else fresh.copy_(values)
+        payloads = [compressor.compress(part.of(fresh), seed=part.seed)[0] for part in parts]
+        sent = decoded_parts(compressor, payloads, parts, values)
+        if kernels is None or not kernels.on_device:
+            return payloads, Lost(fresh.sub_(sent), _not_finite(fresh), False)
+        remembering = kernels.remembering(before, fresh.data_ptr(), flag.data_ptr())
         remembering.keep_residual(values.data_ptr(), values.numel(), sent.data_ptr())
-    kernels.feedback_restore(before, values.numel(), poisoned.data_ptr(), fresh.data_ptr())
-    return payload, fresh
+    kernels.feedback_restore(before, values.numel(), flag.data_ptr(), fresh.data_ptr())
+    return payloads, Lost(fresh, flag, True)
+
+
+def decoded_parts(
+    compressor: Compressor, payloads: list[torch.Tensor], parts: list[Slice], like: torch.Tensor
+) -> torch.Tensor:
+    """What the payloads of all parts decode to: a new tensor like `like`."""
+    decoded = torch.empty_like(like)
+    for payload, part in zip(payloads, parts, strict=True):
+        compressor.decode_into(payload, decoded[part.start : part.stop])
+    return decoded
+
+
+def _not_finite(values):
+    """A tensor without dimensions: whether an entry is not finite."""
+    low, high = torch.aminmax(values) if values.numel() else (torch.zeros(()), torch.zeros(()))
+    return torch.logical_not(low.isfinite() & high.isfinite())
 
 
 def new_memory(policy, at_once=True):

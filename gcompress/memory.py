@@ -4,7 +4,8 @@ A gradient that was exchanged may never reach the weights: a loss scaler skips t
 script throws the gradient away, another rank's gradient was not finite. So what an exchange
 wants to remember is only proposed at first. `apply` makes it the memory once the weights have
 changed; `discard` leaves the memory as it was. Both values are held in between, which costs a
-second copy of what is remembered from the backward pass to the optimizer's step.
+second copy of what is remembered. The tensor that is given up in either case is written anew in the
+next step (`spare`), so that a steady step allocates none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ class Memory:
     def __init__(self, at_once=False):
         self._at_once = at_once
         self._values, self._proposed, self._carried = {}, {}, set()
+        self._spare = {}  # by name, once `spare` was asked for it: a tensor that holds nothing any more, or None
+
+    def spare(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the form of `like`, its contents undefined, for the next value of `name`."""
+        found, self._spare[name] = self._spare.get(name), None
+        if found is not None and found.shape == like.shape and found.device == like.device:
+            return found
+        return torch.empty_like(like)
+
+    def give_back(self, name: str, value: object) -> None:
+        """Let `spare` have a tensor of `name` that nobody else holds."""
+        if name in self._spare:
+            self._spare[name] = value
 
     def get(self, name, default=None):
         """The value of `name`; what was proposed for it if that was carried on."""
@@ -39,7 +53,9 @@ class Memory:
 
     def put(self, name: str, value: object) -> None:
         """Propose a value. The one before stays as it is: do not change it in place."""
-        (self._values if self._at_once else self._proposed)[name] = value
+        values = self._values if self._at_once else self._proposed
+        self.give_back(name, values.get(name))
+        values[name] = value
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add a tensor to the one that was put last, or put it if there was none."""
@@ -50,13 +66,14 @@ class Memory:
         """Make the proposed values of these names (default: of all) the memory."""
         for name in list(self._proposed) if names is None else names:
             if name in self._proposed:
+                self.give_back(name, self._values.get(name))
                 self._values[name] = self._proposed.pop(name)
             self._carried.discard(name)
 
     def discard(self, names: Iterable[str] | None = None) -> None:
         """Forget the proposed values of these names (default: of all)."""
         for name in list(self._proposed) if names is None else names:
-            self._proposed.pop(name, None)
+            self.give_back(name, self._proposed.pop(name, None))
             self._carried.discard(name)
 
     def carry_on(self, name: str) -> None:
@@ -65,16 +82,16 @@ class Memory:
 
     def drop(self, matches) -> None:
         """Drop what has a name for which `matches` is true."""
-        for values in (self._values, self._proposed):
+        for values in (self._values, self._proposed, self._spare):
             for name in [name for name in values if matches(name)]:
                 del values[name]
 
     def values(self) -> dict:
-        """{name: value} of what is applied; not copies."""
+        """{name: value} of what is applied; not copies: tensors hold something else once a later step is applied."""
         return dict(self._values)
 
     def load(self, values: dict) -> None:
-        """Replace everything by these applied values."""
+        """Replace everything by these applied values, which are its own from then on."""
         self.discard()
         self._values = dict(values)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gcompress import Chain, ConfigError, Entropy, PayloadError, Quantize, TopK, backends, from_dict, from_spec
+from gcompress.feedback import ErrorFeedback
 from tests.compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
@@ -53,6 +54,31 @@ def test_native_bytes_are_the_reference_bytes(compressor):
 
 def same(one, other):
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+@every_compressor
+def test_what_is_kept_and_what_is_added_up_are_those_of_the_reference(compressor):
+    """Three steps of error feedback, one of which is not finite, and the sum of their payloads, in one pass or not."""
+    for numel in (1, 65, 1023, 8200):
+        gradients = [inputs(numel, seed=0)["heavy"], poisoned(numel)["one inf"], inputs(numel, seed=1)["gauss"]]
+        found = []
+        for backend in backends.available_backends():
+            with backends.use_backend(backend):
+                feedback, steps = ErrorFeedback(), []
+                for step, gradient in enumerate(gradients):
+                    payload, _ = feedback.compress("w", gradient, compressor, seed=step)
+                    residual = feedback.residual("w")
+                    steps.append((payload, residual if residual is None else residual.clone()))
+                out = torch.empty(numel)
+                compressor.decode_sum([steps[each][0] for each in (0, 2, 0, 2)], out, 0.3)
+                found.append((steps, out))
+        (expected, total), *others = found
+        assert expected[0][1] is None or same(expected[0][1], expected[1][1]), numel
+        for steps, out in others:
+            for (payload, residual), (expected_payload, expected_residual) in zip(steps, expected, strict=True):
+                assert torch.equal(payload, expected_payload), numel
+                assert residual is None if expected_residual is None else same(residual, expected_residual), numel
+            assert same(out, total), numel
 
 
 @every_compressor

@@ -123,4 +123,4 @@ def test_gathered_bytes_of_another_model_are_refused_by_name():
         exchange.start("layer.weight", torch.randn(2000))()
     good = TopK(sparsity=0.9).compress(torch.randn(2000))[0]
     with pytest.raises(PayloadError, match="'layer.weight' from rank 1"):
-        decode_sum(TopK(sparsity=0.9), [good, torch.zeros_like(good)], 2000, "layer.weight")
+        decode_sum(TopK(sparsity=0.9), [good, torch.zeros_like(good)], torch.empty(2000), 1.0, "layer.weight")

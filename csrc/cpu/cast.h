@@ -6,6 +6,7 @@
 #include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
+#include "units.h"
 
 namespace {
 
@@ -114,14 +115,15 @@ inline void decode_mxfp4(const uint8_t* codes, const uint8_t* scales, bool add, 
 #endif
 
 template <int form>
-void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+void cast_encode_range(const float* x, int64_t n, int64_t bucket, int64_t from, int64_t to, uint8_t* payload) {
     typedef Cast<form> C;
     uint8_t* packed = payload + (n + bucket - 1) / bucket;
+    payload += from / bucket;
     float tail[64] = {0}, factors[64] = {0};
     int32_t tops[64] = {0};
     bool ordinary = true;
     typename C::Code codes[64];
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = from; i < to; i += 64) {
         const int64_t size = min64(64, n - i);
 #if defined(__AVX512BW__)
         if (form == GC_MXFP4 && bucket == 32 && i + 128 <= n && encode_ordinary_mxfp4(x + i, payload, packed + i / 2)) {
@@ -157,14 +159,15 @@ void cast_encode_form(const float* x, int64_t n, int64_t bucket, uint8_t* payloa
 }
 
 template <int form, bool add>
-void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
     typedef Cast<form> C;
     const uint8_t* packed = payload + (n + bucket - 1) / bucket;
+    payload += from / bucket;
     float factors[64] = {0}, values[64];
     typename C::Code codes[64] = {0};
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = from; i < to; i += 64, out += 64) {
         const int64_t size = min64(64, n - i);
-        if (i % bucket == 0 || bucket < 64) {
+        if (i == from || i % bucket == 0 || bucket < 64) {
             for (int64_t j = 0; j < size; j += bucket) {
                 const uint32_t scale = *payload++;
                 const float factor = cast_back(scale);
@@ -181,7 +184,7 @@ void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* 
         if (size == 64) {
 #if defined(__AVX512BW__)
             if (form == GC_MXFP4 && bucket == 32) {
-                decode_mxfp4((const uint8_t*)codes, payload - 2, add, out + i);
+                decode_mxfp4((const uint8_t*)codes, payload - 2, add, out);
                 continue;
             }
 #endif
@@ -190,66 +193,96 @@ void cast_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* 
                 for (int j = 0; j < 64; j += 8) {
                     __m256 value = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(codes + j)));
                     value = _mm256_mul_ps(value, _mm256_loadu_ps(factors + j));
-                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + i + j), value);
-                    _mm256_storeu_ps(out + i + j, value);
+                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + j), value);
+                    _mm256_storeu_ps(out + j, value);
                 }
                 continue;
             }
 #endif
             for (int j = 0; j < 64; ++j) {  // vectorised
                 const float value = from_code<form>(codes[j]) * factors[j];
-                out[i + j] = add ? out[i + j] + value : value;
+                out[j] = add ? out[j] + value : value;
             }
         } else {
             for (int j = 0; j < 64; ++j) values[j] = from_code<form>(codes[j]) * factors[j];
-            for (int64_t j = 0; j < size; ++j) out[i + j] = add ? out[i + j] + values[j] : values[j];
+            for (int64_t j = 0; j < size; ++j) out[j] = add ? out[j] + values[j] : values[j];
         }
     }
 }
 
-void cast_encode(const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload) {
+template <int form>
+void cast_encode_form(gc_memory* memory, const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+    encode_units(
+        memory, x, n, bucket < 64 ? 64 : bucket,
+        [&](const float* source, int64_t first, int64_t end) {
+            cast_encode_range<form>(source, n, bucket, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            cast_decode_range<form, false>(payload, n, bucket, first, end, sent);
+        });
+}
+
+void cast_encode(gc_memory* memory, const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload) {
     if (form == GC_FP16)
-        cast_encode_form<GC_FP16>(x, n, bucket, payload);
+        cast_encode_form<GC_FP16>(memory, x, n, bucket, payload);
     else if (form == GC_FP8)
-        cast_encode_form<GC_FP8>(x, n, bucket, payload);
+        cast_encode_form<GC_FP8>(memory, x, n, bucket, payload);
     else
-        cast_encode_form<GC_MXFP4>(x, n, bucket, payload);
+        cast_encode_form<GC_MXFP4>(memory, x, n, bucket, payload);
 }
 
-template <bool add>
-void cast_decode_any(const uint8_t* payload, int64_t n, int form, int64_t bucket, float* out) {
+template <int form>
+void cast_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
+    decode_units(more, payload, n, bucket < 64 ? 64 : bucket, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     if (adds)
+                         cast_decode_range<form, true>(one, n, bucket, first, end, target);
+                     else
+                         cast_decode_range<form, false>(one, n, bucket, first, end, target);
+                     return (int)GC_OK;
+                 });
+}
+
+void cast_decode(const gc_more* more, const uint8_t* payload, int64_t n, int form, int64_t bucket, int add,
+                 float* out) {
     if (form == GC_FP16)
-        cast_decode_form<GC_FP16, add>(payload, n, bucket, out);
+        cast_decode_form<GC_FP16>(more, payload, n, bucket, add, out);
     else if (form == GC_FP8)
-        cast_decode_form<GC_FP8, add>(payload, n, bucket, out);
+        cast_decode_form<GC_FP8>(more, payload, n, bucket, add, out);
     else
-        cast_decode_form<GC_MXFP4, add>(payload, n, bucket, out);
+        cast_decode_form<GC_MXFP4>(more, payload, n, bucket, add, out);
 }
 
-void cast_decode(const uint8_t* payload, int64_t n, int form, int64_t bucket, int add, float* out) {
-    if (add)
-        cast_decode_any<true>(payload, n, form, bucket, out);
-    else
-        cast_decode_any<false>(payload, n, form, bucket, out);
+void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload) {
+    encode_units(
+        memory, x, n, 64,
+        [&](const float* source, int64_t first, int64_t end) {
+            uint16_t codes[64];
+            for (int64_t i = first; i < end; i += 64) {
+                const int64_t size = min64(64, end - i);
+                if (size == 64)
+                    for (int j = 0; j < 64; ++j) codes[j] = to_bf16(source[i + j]);  // vectorised
+                else
+                    for (int64_t j = 0; j < size; ++j) codes[j] = to_bf16(source[i + j]);
+                memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
+            }
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            for (int64_t i = first; i < end; ++i) sent[i - first] = from_bf16(load<uint16_t>(payload + 2 * i));
+        });
 }
 
-void bf16_encode(const float* x, int64_t n, uint8_t* payload) {
-    uint16_t codes[64];
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t size = min64(64, n - i);
-        if (size == 64)
-            for (int j = 0; j < 64; ++j) codes[j] = to_bf16(x[i + j]);  // vectorised
-        else
-            for (int64_t j = 0; j < size; ++j) codes[j] = to_bf16(x[i + j]);
-        memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
-    }
-}
-
-void bf16_decode(const uint8_t* payload, int64_t n, int add, float* out) {
-    if (add)
-        for (int64_t i = 0; i < n; ++i) out[i] += from_bf16(load<uint16_t>(payload + 2 * i));
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(load<uint16_t>(payload + 2 * i));
+void bf16_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
+    decode_units(more, payload, n, 64, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     const uint8_t* codes = one + 2 * first;
+                     if (adds)
+                         for (int64_t i = 0; i < end - first; ++i)
+                             target[i] += from_bf16(load<uint16_t>(codes + 2 * i));
+                     else
+                         for (int64_t i = 0; i < end - first; ++i) target[i] = from_bf16(load<uint16_t>(codes + 2 * i));
+                     return (int)GC_OK;
+                 });
 }
 
 }  // namespace

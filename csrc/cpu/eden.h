@@ -7,6 +7,7 @@
 #include "hadamard.h"
 #include "select.h"
 #include "sums.h"
+#include "units.h"
 #include "for_bits.h"
 
 namespace {
@@ -185,13 +186,11 @@ void pack_codes(const uint8_t* codes, int64_t count, int64_t following, uint8_t*
 }
 
 template <int bits>
-void eden_encode_bits(const float* x, int64_t n, int64_t block, int64_t sent, int64_t sent_tail, bool unbiased,
-                      uint32_t seed, const float* level_table, uint8_t* payload) {
-    const EdenLevels<bits> levels(level_table);
+void eden_encode_range(const float* x, int64_t n, int64_t block, int64_t sent, int64_t sent_tail, bool unbiased,
+                       uint32_t seed, const EdenLevels<bits>& levels, int64_t from, int64_t to, uint8_t* payload) {
     uint8_t codes[EDEN_LARGEST_BLOCK];
-    store<uint32_t>(payload, seed);
-    uint8_t* packed = payload + 4 + 4 * ((n + block - 1) / block);
-    for (int64_t first = 0; first < n; first += block) {
+    uint8_t* packed = payload + 4 + 4 * ((n + block - 1) / block) + from / block * (sent / 8 * bits);
+    for (int64_t first = from; first < to; first += block) {
         const int64_t entries = min64(block, n - first), here = entries == block ? sent : sent_tail;
         const uint32_t number = (uint32_t)(first / block);
         const float scale =
@@ -202,17 +201,17 @@ void eden_encode_bits(const float* x, int64_t n, int64_t block, int64_t sent, in
     }
 }
 
-template <int bits, bool add>
-void eden_decode_bits(const uint8_t* payload, int64_t n, int64_t block, int64_t sent, int64_t sent_tail,
-                      const float* levels, float* out) {
+template <int bits>
+void eden_decode_range(const uint8_t* payload, int64_t n, int64_t block, int64_t sent, int64_t sent_tail,
+                       const float* levels, int64_t from, int64_t to, bool add, float* out) {
     float table[bits <= 4 ? 16 : 256] = {0}, y[EDEN_LARGEST_BLOCK + 64], values[EDEN_LARGEST_BLOCK + 64];
     for (int m = 0; m < 1 << (bits - 1); ++m) {
         table[m] = levels[m];
         table[m + (1 << (bits - 1))] = -levels[m];
     }
     const uint32_t seed = load<uint32_t>(payload);
-    const uint8_t* packed = payload + 4 + 4 * ((n + block - 1) / block);
-    for (int64_t first = 0; first < n; first += block) {
+    const uint8_t* packed = payload + 4 + 4 * ((n + block - 1) / block) + from / block * (sent / 8 * bits);
+    for (int64_t first = from; first < to; first += block, out += block) {
         const int64_t entries = min64(block, n - first), here = entries == block ? sent : sent_tail;
         const uint32_t number = (uint32_t)(first / block);
         const EdenBlock turned(first, entries, seed);
@@ -236,23 +235,54 @@ void eden_decode_bits(const uint8_t* payload, int64_t n, int64_t block, int64_t 
         for (int64_t i = 0; i < entries; ++i) y[i] = saturated(y[i] * scale);  // vectorised
         flip_signs(y, entries, turned.word, seed);
         if (add)
-            for (int64_t i = 0; i < entries; ++i) out[first + i] += y[i];
+            for (int64_t i = 0; i < entries; ++i) out[i] += y[i];
         else
-            memcpy(out + first, y, (size_t)entries * sizeof(float));
+            memcpy(out, y, (size_t)entries * sizeof(float));
     }
 }
 
-void eden_encode(const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail, int unbiased,
-                 uint32_t seed, const float* levels, uint8_t* payload) {
-    GC_FOR_BITS(bits, (eden_encode_bits<B>(x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+template <int bits>
+void eden_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t block, int64_t sent, int64_t sent_tail,
+                      bool unbiased, uint32_t seed, const float* level_table, uint8_t* payload) {
+    const EdenLevels<bits> levels(level_table);
+    store<uint32_t>(payload, seed);
+    const auto encode = [&](const float* source, int64_t first, int64_t end) {
+        eden_encode_range<bits>(source, n, block, sent, sent_tail, unbiased, seed, levels, first, end, payload);
+    };
+    if (!memory) return encode(x, 0, n);
+    float decoded[EDEN_LARGEST_BLOCK];
+    for (int64_t first = 0; first < n; first += block) {
+        const int64_t end = min64(n, first + block);
+        correct(memory, x, first, end);
+        encode(memory->fresh, first, end);
+        eden_decode_range<bits>(payload, n, block, sent, sent_tail, level_table, first, end, false, decoded);
+        keep_lost(memory, first, end - first, decoded);
+    }
 }
 
-void eden_decode(const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
-                 const float* levels, int add, float* out) {
-    if (add)
-        GC_FOR_BITS(bits, (eden_decode_bits<B, true>(payload, n, block, sent, sent_tail, levels, out)))
-    else
-        GC_FOR_BITS(bits, (eden_decode_bits<B, false>(payload, n, block, sent, sent_tail, levels, out)))
+void eden_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
+                 int unbiased, uint32_t seed, const float* levels, uint8_t* payload) {
+    GC_FOR_BITS(bits, (eden_encode_bits<B>(memory, x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+}
+
+template <int bits>
+void eden_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t block, int64_t sent,
+                      int64_t sent_tail, const float* levels, int add, float* out) {
+    const auto decode = [&](const uint8_t* one, int64_t first, int64_t end, bool adds) {
+        eden_decode_range<bits>(one, n, block, sent, sent_tail, levels, first, end, adds, out + first);
+    };
+    if (!more) return decode(payload, 0, n, add != 0);
+    for (int64_t first = 0; first < n; first += block) {
+        const int64_t end = min64(n, first + block);
+        decode(payload, first, end, add != 0);
+        for (int64_t r = 0; r < more->count; ++r) decode(more->payloads[r], first, end, true);
+        multiply(out + first, end - first, more->factor);
+    }
+}
+
+void eden_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent,
+                 int64_t sent_tail, const float* levels, int add, float* out) {
+    GC_FOR_BITS(bits, (eden_decode_bits<B>(more, payload, n, block, sent, sent_tail, levels, add, out)))
 }
 
 }  // namespace

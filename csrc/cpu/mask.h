@@ -6,6 +6,7 @@
 #include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
+#include "units.h"
 #include "for_bits.h"
 
 namespace {
@@ -164,70 +165,106 @@ void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace,
     }
 }
 
-template <int bits, bool is_signed, bool add>
-int mask_decode_form(const uint8_t* payload, int64_t n, int64_t k, float* out) {
+// What of one payload is decoded from front to back: its levels, and the kept values that come next.
+template <int bits, bool is_signed>
+struct MaskReader {
     typedef MaskClasses<bits, is_signed> Classes;
-    float table[bits <= 4 ? 16 : 256] = {0};
-    for (int s = 0; s < Classes::sent; ++s) {
-        const float level = load<float>(payload + 4 * s);
-        if (is_signed) {
-            table[Classes::centre + 1 + s] = level;
-            table[Classes::centre - 1 - s] = -level;
-        } else {
-            table[s] = level;
-        }
-    }
-    const uint8_t* values = payload + 4 * Classes::sent;
-    const uint8_t* packed = values + 4 * k;
-    const uint8_t* const values_end = packed;
-    uint8_t codes[64];
-    float tail[64];
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t block = min64(64, n - i);
-        if (i + 128 <= n)
-            unpack_64<bits>(packed + i / 8 * bits, codes);
-        else
-            unpack_tail<bits>(packed + i / 8 * bits, block, codes);
-        uint64_t kept = equal_64(codes, (uint8_t)Classes::codes);
-        float* target = out + i;
-        if (block < 64) {
-            kept &= (1ull << block) - 1;
-            if (add) memcpy(tail, target, (size_t)block * sizeof(float));
-            target = tail;
-        }
-        look_up_64<add>(codes, table, bits > 4, target);
-        if (values + 4 * __builtin_popcountll(kept) > values_end) return GC_BAD_COUNT;
-        for (; kept; kept &= kept - 1, values += 4) {
-            float* entry = target + __builtin_ctzll(kept);
-            *entry = add ? *entry + load<float>(values) : load<float>(values);
-        }
-        if (block < 64) memcpy(out + i, tail, (size_t)block * sizeof(float));
-    }
-    return values == values_end ? GC_OK : GC_BAD_COUNT;
-}
+    float table[bits <= 4 ? 16 : 256];
+    const uint8_t *packed, *values;
 
-void mask_encode(const float* x, int64_t n, int64_t k, int bits, int is_signed, int lloyd, uint32_t* workspace,
-                 int64_t capacity, uint8_t* payload) {
-    if (is_signed && lloyd)
-        GC_FOR_BITS(bits, (mask_encode_form<B, true, true>(x, n, k, workspace, capacity, payload)))
-    else if (is_signed)
-        GC_FOR_BITS(bits, (mask_encode_form<B, true, false>(x, n, k, workspace, capacity, payload)))
-    else if (lloyd)
-        GC_FOR_BITS(bits, (mask_encode_form<B, false, true>(x, n, k, workspace, capacity, payload)))
+    MaskReader() {}
+    MaskReader(const uint8_t* payload, int64_t k) : table() {
+        for (int s = 0; s < Classes::sent; ++s) {
+            const float level = load<float>(payload + 4 * s);
+            if (is_signed) {
+                table[Classes::centre + 1 + s] = level;
+                table[Classes::centre - 1 - s] = -level;
+            } else {
+                table[s] = level;
+            }
+        }
+        values = payload + 4 * Classes::sent;
+        packed = values + 4 * k;
+    }
+
+    template <bool add>
+    int decode(int64_t n, int64_t from, int64_t to, float* out) {
+        uint8_t codes[64];
+        float tail[64];
+        for (int64_t i = from; i < to; i += 64, out += 64) {
+            const int64_t block = min64(64, n - i);
+            if (i + 128 <= n)
+                unpack_64<bits>(packed + i / 8 * bits, codes);
+            else
+                unpack_tail<bits>(packed + i / 8 * bits, block, codes);
+            uint64_t kept = equal_64(codes, (uint8_t)Classes::codes);
+            float* target = out;
+            if (block < 64) {
+                kept &= (1ull << block) - 1;
+                if (add) memcpy(tail, target, (size_t)block * sizeof(float));
+                target = tail;
+            }
+            look_up_64<add>(codes, table, bits > 4, target);
+            if (values + 4 * __builtin_popcountll(kept) > packed) return GC_BAD_COUNT;
+            for (; kept; kept &= kept - 1, values += 4) {
+                float* entry = target + __builtin_ctzll(kept);
+                *entry = add ? *entry + load<float>(values) : load<float>(values);
+            }
+            if (block < 64) memcpy(out, tail, (size_t)block * sizeof(float));
+        }
+        return to < n || values == packed ? GC_OK : GC_BAD_COUNT;
+    }
+};
+
+template <int bits, bool is_signed>
+void mask_encode_keeping(gc_memory* memory, const float* x, int64_t n, int64_t k, bool lloyd, uint32_t* workspace,
+                         int64_t capacity, uint8_t* payload) {
+    if (memory) {
+        correct_all(memory, x, n);
+        x = memory->fresh;
+    }
+    if (lloyd)
+        mask_encode_form<bits, is_signed, true>(x, n, k, workspace, capacity, payload);
     else
-        GC_FOR_BITS(bits, (mask_encode_form<B, false, false>(x, n, k, workspace, capacity, payload)))
+        mask_encode_form<bits, is_signed, false>(x, n, k, workspace, capacity, payload);
+    if (!memory) return;
+    MaskReader<bits, is_signed> reader(payload, k);
+    float sent[STRETCH];
+    for (int64_t first = 0; first < n; first += STRETCH) {
+        const int64_t end = min64(n, first + STRETCH);
+        reader.template decode<false>(n, first, end, sent);
+        keep_lost(memory, first, end - first, sent);
+    }
 }
 
-int mask_decode(const uint8_t* payload, int64_t n, int64_t k, int bits, int is_signed, int add, float* out) {
+template <int bits, bool is_signed>
+int mask_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int add, float* out) {
+    typedef MaskReader<bits, is_signed> Reader;
+    Reader readers[1 + GC_MOST_MORE];
+    readers[0] = Reader(payload, k);
+    for (int64_t r = 0; more && r < more->count; ++r) readers[r + 1] = Reader(more->payloads[r], k);
+    return decode_units(more, payload, n, 64, add, out,
+                        [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+                            return adds ? readers[r].template decode<true>(n, first, end, target)
+                                        : readers[r].template decode<false>(n, first, end, target);
+                        });
+}
+
+void mask_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int bits, int is_signed, int lloyd,
+                 uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+    if (is_signed)
+        GC_FOR_BITS(bits, (mask_encode_keeping<B, true>(memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
+    else
+        GC_FOR_BITS(bits, (mask_encode_keeping<B, false>(memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
+}
+
+int mask_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int bits, int is_signed, int add,
+                float* out) {
     int result = GC_OK;
-    if (is_signed && add)
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, true, true>(payload, n, k, out)))
-    else if (is_signed)
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, true, false>(payload, n, k, out)))
-    else if (add)
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, false, true>(payload, n, k, out)))
+    if (is_signed)
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, true>(more, payload, n, k, add, out)))
     else
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, false, false>(payload, n, k, out)))
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, false>(more, payload, n, k, add, out)))
     return result;
 }
 

@@ -5,14 +5,15 @@
 #include "../arith/natural.h"
 #include "../gcompress.h"
 #include "sign.h"
+#include "units.h"
 
 namespace {
 
-void natural_encode(const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
+inline void natural_encode_range(const float* x, int64_t n, uint32_t seed, int64_t from, int64_t to, uint8_t* payload) {
     uint8_t* exponents = payload + (n + 7) / 8;
     float tail[64] = {0};
     uint8_t bytes[64];
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = from; i < to; i += 64) {
         const int64_t size = min64(64, n - i);
         const float* source = x + i;
         if (size < 64) {
@@ -29,11 +30,11 @@ void natural_encode(const float* x, int64_t n, uint32_t seed, uint8_t* payload) 
     }
 }
 
-void natural_decode(const uint8_t* payload, int64_t n, int add, float* out) {
+inline void natural_decode_range(const uint8_t* payload, int64_t n, int64_t from, int64_t to, bool add, float* out) {
     const uint8_t* exponents = payload + (n + 7) / 8;
     float values[64];
     uint8_t bytes[64] = {0};
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = from; i < to; i += 64, out += 64) {
         const int64_t size = min64(64, n - i);
         uint64_t signs = 0;
         memcpy(&signs, payload + i / 8, (size_t)((size + 7) / 8));
@@ -43,10 +44,27 @@ void natural_decode(const uint8_t* payload, int64_t n, int add, float* out) {
             for (int j = 0; j < 32; ++j)  // vectorised
                 values[32 * part + j] = natural_value(bytes[32 * part + j], half[part] >> j & 1);
         if (add)
-            for (int64_t j = 0; j < size; ++j) out[i + j] += values[j];
+            for (int64_t j = 0; j < size; ++j) out[j] += values[j];
         else
-            memcpy(out + i, values, (size_t)size * sizeof(float));
+            memcpy(out, values, (size_t)size * sizeof(float));
     }
+}
+
+void natural_encode(gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
+    encode_units(
+        memory, x, n, 64,
+        [&](const float* source, int64_t first, int64_t end) {
+            natural_encode_range(source, n, seed, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) { natural_decode_range(payload, n, first, end, false, sent); });
+}
+
+void natural_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
+    decode_units(more, payload, n, 64, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     natural_decode_range(one, n, first, end, adds, target);
+                     return (int)GC_OK;
+                 });
 }
 
 }  // namespace

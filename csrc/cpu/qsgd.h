@@ -6,6 +6,7 @@
 #include "../gcompress.h"
 #include "quantize.h"
 #include "sums.h"
+#include "units.h"
 #include "for_bits.h"
 
 namespace {
@@ -42,13 +43,14 @@ inline Magnitudes magnitudes_of(const float* x, int64_t count) {
 }
 
 template <int bits>
-void qsgd_encode_bits(const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed, uint8_t* payload) {
+void qsgd_encode_range(const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed, int64_t from,
+                       int64_t to, uint8_t* payload) {
     const int levels = (1 << (bits - 1)) - 1;
     uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     QsgdScale scale = {0.0f, 0.0f, true};
     float tail[64] = {0};
     uint8_t codes[64];
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = from; i < to; i += 64) {
         if (i % bucket == 0) {
             const Magnitudes all = magnitudes_of(x + i, min64(bucket, n - i));
             scale = qsgd_scale(all.squares, all.largest, largest_norm, levels);
@@ -72,13 +74,13 @@ void qsgd_encode_bits(const float* x, int64_t n, int64_t bucket, bool largest_no
 }
 
 template <int bits, bool add>
-void qsgd_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+void qsgd_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
     const float levels = (float)((1 << (bits - 1)) - 1);
     const uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     uint8_t codes[64];
     float step = 0.0f, values[64];
-    for (int64_t i = 0; i < n; i += 64) {
-        if (i % bucket == 0) step = load<float>(payload + 4 * (i / bucket));
+    for (int64_t i = from; i < to; i += 64, out += 64) {
+        if (i == from || i % bucket == 0) step = load<float>(payload + 4 * (i / bucket));
         const int64_t size = min64(64, n - i);
         if (i + 128 <= n)
             unpack_64<bits>(packed + i / 8 * bits, codes);
@@ -86,22 +88,45 @@ void qsgd_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* 
             unpack_tail<bits>(packed + i / 8 * bits, size, codes);
         for (int j = 0; j < 64; ++j) values[j] = qsgd_value(codes[j], levels, step);  // vectorised
         if (add)
-            for (int64_t j = 0; j < size; ++j) out[i + j] += values[j];
+            for (int64_t j = 0; j < size; ++j) out[j] += values[j];
         else
-            memcpy(out + i, values, (size_t)size * sizeof(float));
+            memcpy(out, values, (size_t)size * sizeof(float));
     }
 }
 
-void qsgd_encode(const float* x, int64_t n, int bits, int64_t bucket, int largest_norm, uint32_t seed,
-                 uint8_t* payload) {
-    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(x, n, bucket, largest_norm != 0, seed, payload)))
+template <int bits>
+void qsgd_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed,
+                      uint8_t* payload) {
+    encode_units(
+        memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end) {
+            qsgd_encode_range<bits>(source, n, bucket, largest_norm, seed, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            qsgd_decode_range<bits, false>(payload, n, bucket, first, end, sent);
+        });
 }
 
-void qsgd_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
-    if (add)
-        GC_FOR_BITS(bits, (qsgd_decode_bits<B, true>(payload, n, bucket, out)))
-    else
-        GC_FOR_BITS(bits, (qsgd_decode_bits<B, false>(payload, n, bucket, out)))
+template <int bits>
+void qsgd_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
+    decode_units(more, payload, n, bucket, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     if (adds)
+                         qsgd_decode_range<bits, true>(one, n, bucket, first, end, target);
+                     else
+                         qsgd_decode_range<bits, false>(one, n, bucket, first, end, target);
+                     return (int)GC_OK;
+                 });
+}
+
+void qsgd_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket, int largest_norm,
+                 uint32_t seed, uint8_t* payload) {
+    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(memory, x, n, bucket, largest_norm != 0, seed, payload)))
+}
+
+void qsgd_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add,
+                 float* out) {
+    GC_FOR_BITS(bits, (qsgd_decode_bits<B>(more, payload, n, bucket, add, out)))
 }
 
 }  // namespace

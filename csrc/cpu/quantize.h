@@ -5,6 +5,7 @@
 #include "../arith/quantize.h"
 #include "select.h"
 #include "simd.h"
+#include "units.h"
 #include "for_bits.h"
 
 namespace {
@@ -58,12 +59,13 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
 }
 
 template <int bits>
-void quantize_encode_bits(const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed, uint8_t* payload) {
+void quantize_encode_range(const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed, int64_t from,
+                           int64_t to, uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* zeros = payload + 4 * buckets;
     uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);
-    for (int64_t b = 0; b < buckets; ++b) {
-        const int64_t first = b * bucket, count = min64(bucket, n - first);
+    for (int64_t first = from; first < to; first += bucket) {
+        const int64_t b = first / bucket, count = min64(bucket, n - first);
         const Grid grid = grid_of<bits>(x + first, count, stochastic);
         store<float>(payload + 4 * b, grid.step);
         if (bits > 1) zeros[b] = (uint8_t)grid.zero;
@@ -77,7 +79,7 @@ void quantize_encode_bits(const float* x, int64_t n, int64_t bucket, bool stocha
     }
 }
 
-// The entries from `first` on of one bucket, which ends at `end` of n entries.
+// The entries from `first` to `end` of n, which lie in one bucket.
 template <int bits, bool add, bool limited>
 void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_t n, float zero, float step,
                        float* out) {
@@ -89,7 +91,7 @@ void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_
         } else {
             unpack_tail<bits>(packed + i / 8 * bits, block, codes);
         }
-        float* target = out + i;
+        float* target = out + (i - first);
         if (block == 64) {
             for (int j = 0; j < 64; ++j) {  // vectorised
                 const float value = dequantized(codes[j], zero, step, limited);
@@ -105,13 +107,14 @@ void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_
 }
 
 template <int bits, bool add>
-void quantize_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+void quantize_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     const uint8_t* zeros = payload + 4 * buckets;
     const uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);
-    for (int64_t b = 0; b < buckets; ++b) {
+    for (int64_t first = from, end; first < to; out += end - first, first = end) {
+        const int64_t b = first / bucket;
         const float step = load<float>(payload + 4 * b), zero = bits == 1 ? 0.5f : (float)zeros[b];
-        const int64_t first = b * bucket, end = min64(n, first + bucket);
+        end = min64(to, (b + 1) * bucket);
         if (may_overflow(step, 255.0f))
             dequantize_bucket<bits, add, true>(packed, first, end, n, zero, step, out);
         else
@@ -119,16 +122,39 @@ void quantize_decode_bits(const uint8_t* payload, int64_t n, int64_t bucket, flo
     }
 }
 
-void quantize_encode(const float* x, int64_t n, int bits, int64_t bucket, int stochastic, uint32_t seed,
-                     uint8_t* payload) {
-    GC_FOR_BITS(bits, (quantize_encode_bits<B>(x, n, bucket, stochastic != 0, seed, payload)))
+template <int bits>
+void quantize_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed,
+                          uint8_t* payload) {
+    encode_units(
+        memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end) {
+            quantize_encode_range<bits>(source, n, bucket, stochastic, seed, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            quantize_decode_range<bits, false>(payload, n, bucket, first, end, sent);
+        });
 }
 
-void quantize_decode(const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add, float* out) {
-    if (add)
-        GC_FOR_BITS(bits, (quantize_decode_bits<B, true>(payload, n, bucket, out)))
-    else
-        GC_FOR_BITS(bits, (quantize_decode_bits<B, false>(payload, n, bucket, out)))
+template <int bits>
+void quantize_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
+    decode_units(more, payload, n, bucket, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     if (adds)
+                         quantize_decode_range<bits, true>(one, n, bucket, first, end, target);
+                     else
+                         quantize_decode_range<bits, false>(one, n, bucket, first, end, target);
+                     return (int)GC_OK;
+                 });
+}
+
+void quantize_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket, int stochastic,
+                     uint32_t seed, uint8_t* payload) {
+    GC_FOR_BITS(bits, (quantize_encode_bits<B>(memory, x, n, bucket, stochastic != 0, seed, payload)))
+}
+
+void quantize_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add,
+                     float* out) {
+    GC_FOR_BITS(bits, (quantize_decode_bits<B>(more, payload, n, bucket, add, out)))
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "../arith/sign.h"
 #include "../gcompress.h"
 #include "sums.h"
+#include "units.h"
 
 namespace {
 
@@ -82,11 +83,11 @@ void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, in
 }
 
 template <int means>
-void sign_encode_means(const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+void sign_encode_range(const float* x, int64_t n, int64_t bucket, int64_t from, int64_t to, uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* packed = payload + 4 * means * buckets;
-    for (int64_t b = 0; b < buckets; ++b) {
-        const int64_t first = b * bucket, end = min64(n, first + bucket);
+    for (int64_t first = from; first < to; first += bucket) {
+        const int64_t b = first / bucket, end = min64(n, first + bucket);
         double sums[2] = {0.0, 0.0};
         int64_t minus_count = 0;
         for (int64_t i = first; i < end; i += SUM_BLOCK)
@@ -97,42 +98,57 @@ void sign_encode_means(const float* x, int64_t n, int64_t bucket, uint8_t* paylo
     }
 }
 
-void sign_encode(const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload) {
-    if (means == 1)
-        sign_encode_means<1>(x, n, bucket, payload);
-    else
-        sign_encode_means<2>(x, n, bucket, payload);
-}
-
 template <bool add>
-void sign_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, int means, float* out) {
+void sign_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int means, int64_t from, int64_t to,
+                       float* out) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     const uint8_t* packed = payload + 4 * means * buckets;
     float tail[64] = {0};
-    for (int64_t b = 0; b < buckets; ++b) {
+    for (int64_t first = from, end; first < to; first = end) {
+        const int64_t b = first / bucket;
         const uint8_t* scales = payload + 4 * means * b;
         const float plus = load<float>(scales), minus = -load<float>(scales + 4 * (means - 1));
-        const int64_t end = min64(n, (b + 1) * bucket);
-        for (int64_t i = b * bucket; i < end; i += 64) {
+        end = min64(to, (b + 1) * bucket);
+        for (int64_t i = first; i < end; i += 64) {
             const int64_t size = min64(64, end - i);
+            float* target = out + (i - from);
             uint64_t signs = 0;
             memcpy(&signs, packed + i / 8, (size_t)((size + 7) / 8));
             if (size == 64) {
-                choose_64<add>(signs, plus, minus, out + i);
+                choose_64<add>(signs, plus, minus, target);
             } else {
-                memcpy(tail, out + i, (size_t)size * sizeof(float));
+                memcpy(tail, target, (size_t)size * sizeof(float));
                 choose_64<add>(signs, plus, minus, tail);
-                memcpy(out + i, tail, (size_t)size * sizeof(float));
+                memcpy(target, tail, (size_t)size * sizeof(float));
             }
         }
     }
 }
 
-void sign_decode(const uint8_t* payload, int64_t n, int64_t bucket, int means, int add, float* out) {
-    if (add)
-        sign_decode_form<true>(payload, n, bucket, means, out);
-    else
-        sign_decode_form<false>(payload, n, bucket, means, out);
+void sign_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload) {
+    encode_units(
+        memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end) {
+            if (means == 1)
+                sign_encode_range<1>(source, n, bucket, first, end, payload);
+            else
+                sign_encode_range<2>(source, n, bucket, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
+        });
+}
+
+void sign_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int means, int add,
+                 float* out) {
+    decode_units(more, payload, n, bucket, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     if (adds)
+                         sign_decode_range<true>(one, n, bucket, means, first, end, target);
+                     else
+                         sign_decode_range<false>(one, n, bucket, means, first, end, target);
+                     return (int)GC_OK;
+                 });
 }
 
 }  // namespace

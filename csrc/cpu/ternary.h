@@ -7,6 +7,7 @@
 #include "qsgd.h"
 #include "select.h"
 #include "sums.h"
+#include "units.h"
 
 namespace {
 
@@ -53,19 +54,19 @@ inline TernaryScale ternary_scale(const float* x, int64_t count, bool stochastic
     return result;
 }
 
-void ternary_encode(const float* x, int64_t n, int64_t bucket, int stochastic, double clip, uint32_t seed,
-                    uint8_t* payload) {
+inline void ternary_encode_range(const float* x, int64_t n, int64_t bucket, bool stochastic, double clip, uint32_t seed,
+                                 int64_t from, int64_t to, uint8_t* payload) {
     uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     TernaryScale scale = {0.0f, 0.0f, true};
     uint8_t trits[TRIT_GROUP], bytes[64];
     float tail[64] = {0};
-    for (int64_t group = 0; group < n; group += TRIT_GROUP) {
+    for (int64_t group = from; group < to; group += TRIT_GROUP) {
         const int64_t entries = min64(TRIT_GROUP, n - group), width = (entries + 4) / 5;
         if (entries < TRIT_GROUP) memset(trits, 0, sizeof trits);
         for (int64_t run = 0; run < entries; run += 64) {
             const int64_t i = group + run, size = min64(64, entries - run);
             if (i % bucket == 0) {
-                scale = ternary_scale(x + i, min64(bucket, n - i), stochastic != 0, clip);
+                scale = ternary_scale(x + i, min64(bucket, n - i), stochastic, clip);
                 store<float>(payload + 4 * (i / bucket), ternary_sent(scale));
             }
             const float* source = x + i;
@@ -99,11 +100,11 @@ void ternary_encode(const float* x, int64_t n, int64_t bucket, int stochastic, d
 }
 
 template <bool add>
-void ternary_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, float* out) {
+void ternary_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
     const uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     uint8_t trits[TRIT_GROUP + 64], bytes[64] = {0};
-    float scale = 0.0f;
-    for (int64_t group = 0; group < n; group += TRIT_GROUP) {
+    float scale = load<float>(payload + 4 * (from / bucket));
+    for (int64_t group = from; group < to; group += TRIT_GROUP) {
         const int64_t entries = min64(TRIT_GROUP, n - group), width = (entries + 4) / 5;
         memcpy(bytes, packed + group / 5, (size_t)width);
         for (int d = 0; d < 5; ++d) {
@@ -118,26 +119,45 @@ void ternary_decode_form(const uint8_t* payload, int64_t n, int64_t bucket, floa
         for (int64_t run = 0; run < entries; run += 64) {
             const int64_t i = group + run, size = min64(64, entries - run);
             if (i % bucket == 0) scale = load<float>(payload + 4 * (i / bucket));
+            float* target = out + (i - from);
             if (size == 64) {
                 for (int j = 0; j < 64; ++j) {  // vectorised
                     const float value = trit_value(trits[run + j], scale);
-                    out[i + j] = add ? out[i + j] + value : value;
+                    target[j] = add ? target[j] + value : value;
                 }
             } else {
                 for (int64_t j = 0; j < size; ++j) {
                     const float value = trit_value(trits[run + j], scale);
-                    out[i + j] = add ? out[i + j] + value : value;
+                    target[j] = add ? target[j] + value : value;
                 }
             }
         }
     }
 }
 
-void ternary_decode(const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
-    if (add)
-        ternary_decode_form<true>(payload, n, bucket, out);
-    else
-        ternary_decode_form<false>(payload, n, bucket, out);
+void ternary_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket, int stochastic, double clip,
+                    uint32_t seed, uint8_t* payload) {
+    int64_t unit = bucket;  // whole groups and whole buckets
+    while (unit % TRIT_GROUP && unit < n) unit += bucket;
+    encode_units(
+        memory, x, n, unit,
+        [&](const float* source, int64_t first, int64_t end) {
+            ternary_encode_range(source, n, bucket, stochastic != 0, clip, seed, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* sent) {
+            ternary_decode_range<false>(payload, n, bucket, first, end, sent);
+        });
+}
+
+void ternary_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
+    decode_units(more, payload, n, TRIT_GROUP, add, out,
+                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                     if (adds)
+                         ternary_decode_range<true>(one, n, bucket, first, end, target);
+                     else
+                         ternary_decode_range<false>(one, n, bucket, first, end, target);
+                     return (int)GC_OK;
+                 });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "../gcompress.h"
 #include "select.h"
 #include "simd.h"
+#include "units.h"
 
 namespace {
 
@@ -69,9 +70,79 @@ void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, 
     if (form != GC_INDEX_BITMAP) low.finish();
 }
 
-void topk_encode(const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace, int64_t capacity,
-                 uint8_t* payload) {
-    encode_selected(x, n, k, select_largest<true>(x, n, k, workspace, capacity), form, width, payload);
+// The entries that a payload keeps, in order.
+class KeptEntries {
+public:
+    KeptEntries() {}
+    KeptEntries(const uint8_t* payload, int64_t n, int64_t k, int form, int width)
+        : entry(0),
+          error_(GC_OK),
+          values_(payload),
+          end_(n),
+          k_(k),
+          taken_(0),
+          form_(form),
+          width_(width),
+          low_({payload + 4 * k, payload + 4 * k + bytes_of_bits(k * width), 0, 0}),
+          bitmap_(form == GC_INDEX_GAPS ? low_.end : payload + 4 * k),
+          bytes_(bytes_of_bits(form == GC_INDEX_GAPS ? k + ((n - 1) >> width) : n)),
+          read_(0),
+          word_(0) {
+        find(-1);
+    }
+    int64_t entry;  // the one that is next; n if none is
+    float value() const { return load<float>(values_ + 4 * (taken_ - 1)); }
+    void next() { find(entry); }
+    // What is wrong with the index, once all entries were taken.
+    int error() const { return error_ ? error_ : taken_ == k_ ? GC_OK : GC_BAD_COUNT; }
+
+private:
+    int error_;
+    const uint8_t* values_;
+    int64_t end_, k_, taken_;
+    int form_, width_;
+    BitReader low_;
+    const uint8_t* bitmap_;
+    int64_t bytes_, read_;
+    uint64_t word_;
+
+    void stop(int error) {
+        error_ = error;
+        entry = end_;
+    }
+    void find(int64_t previous) {
+        if (error_) return;
+        if (form_ == GC_INDEX_FIXED) {
+            if (taken_ == k_) return stop(GC_OK);
+            entry = (int64_t)low_.get(width_);
+        } else {  // a bitmap of the kept entries is the gap form with no low bits and no shift by the rank
+            while (!word_) {
+                if (read_ >= bytes_) return stop(GC_OK);
+                memcpy(&word_, bitmap_ + read_, (size_t)min64(8, bytes_ - read_));
+                read_ += 8;
+            }
+            const int64_t position = 8 * (read_ - 8) + __builtin_ctzll(word_);
+            word_ &= word_ - 1;
+            if (taken_ == k_) return stop(GC_BAD_COUNT);
+            entry = form_ == GC_INDEX_GAPS ? (int64_t)((uint64_t)(position - taken_) << width_ | low_.get(width_))
+                                           : position;
+        }
+        ++taken_;
+        if (entry <= previous || entry >= end_) stop(GC_BAD_INDEX);
+    }
+};
+
+void topk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
+                 int64_t capacity, uint8_t* payload) {
+    const float* source = x;
+    if (memory) {
+        source = memory->fresh;
+        correct_all(memory, x, n);
+    }
+    encode_selected(source, n, k, select_largest<true>(source, n, k, workspace, capacity), form, width, payload);
+    if (memory)  // what is sent is exact
+        for (KeptEntries kept(payload, n, k, form, width); kept.entry < n; kept.next())
+            memory->fresh[kept.entry] = 0.0f;
 }
 
 // Threshold (gcompress/compressors/threshold.py): the largest key, how many reach `key`, and those k.
@@ -108,45 +179,21 @@ void hybrid_merge(const float* outliers, int64_t n, float* rest) {
     for (int64_t i = 0; i < n; ++i) rest[i] = outliers[i] == 0.0f ? rest[i] : outliers[i];  // vectorised
 }
 
-template <bool add>
-int topk_decode_form(const uint8_t* payload, int64_t n, int64_t k, int form, int width, float* out) {
-    if (!add) memset(out, 0, (size_t)n * sizeof(float));
-    const uint8_t* index = payload + 4 * k;
-    int64_t previous = -1, taken = 0;
-    const auto place = [&](int64_t entry) {
-        if (taken >= k) return (int)GC_BAD_COUNT;
-        if (entry <= previous || entry >= n) return (int)GC_BAD_INDEX;
-        const float value = load<float>(payload + 4 * taken++);
-        out[entry] = add ? out[entry] + value : value;
-        previous = entry;
-        return (int)GC_OK;
-    };
-    if (form == GC_INDEX_FIXED) {
-        BitReader reader = {index, index + bytes_of_bits(k * width), 0, 0};
-        for (int64_t i = 0; i < k; ++i)
-            if (int error = place((int64_t)reader.get(width))) return error;
-        return GC_OK;
-    }
-    // A bitmap of the kept entries is the gap form with no low bits and no shift by the rank.
-    const bool gaps = form == GC_INDEX_GAPS;
-    BitReader low = {index, index + bytes_of_bits(k * width), 0, 0};
-    const uint8_t* bitmap = gaps ? low.end : index;
-    const int64_t bytes = bytes_of_bits(gaps ? k + ((n - 1) >> width) : n);
-    for (int64_t first = 0; first < bytes; first += 8) {
-        uint64_t word = 0;
-        memcpy(&word, bitmap + first, (size_t)min64(8, bytes - first));
-        for (; word; word &= word - 1) {
-            const int64_t position = 8 * first + __builtin_ctzll(word);
-            const int64_t entry = gaps ? (int64_t)((uint64_t)(position - taken) << width | low.get(width)) : position;
-            if (int error = place(entry)) return error;
-        }
-    }
-    return taken == k ? GC_OK : GC_BAD_COUNT;
-}
-
-int topk_decode(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add, float* out) {
-    return add ? topk_decode_form<true>(payload, n, k, form, width, out)
-               : topk_decode_form<false>(payload, n, k, form, width, out);
+int topk_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add,
+                float* out) {
+    KeptEntries kept[1 + GC_MOST_MORE];
+    kept[0] = KeptEntries(payload, n, k, form, width);
+    for (int64_t r = 0; more && r < more->count; ++r) kept[r + 1] = KeptEntries(more->payloads[r], n, k, form, width);
+    return decode_units(more, payload, n, 1, add, out,
+                        [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+                            if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
+                            KeptEntries& one = kept[r];
+                            for (; one.entry < end; one.next()) {
+                                float* place = target + (one.entry - first);
+                                *place = adds ? *place + one.value() : one.value();
+                            }
+                            return end < n ? (int)GC_OK : one.error();
+                        });
 }
 
 }  // namespace

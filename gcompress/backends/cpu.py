@@ -12,8 +12,10 @@ import logging
 import pathlib
 import re
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 ISAS = ("portable", "avx2", "avx512")
+MOST_MORE = 63  # GC_MOST_MORE of csrc/gcompress.h
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 TYPES = {
     "void": None,
@@ -31,25 +33,96 @@ class _Signature(ctypes.Structure):
     _fields_ = [(name, ctypes.c_char_p) for name in ("result", "name", "parameters")]
 
 
+class _Memory(ctypes.Structure):
+    """gc_memory of csrc/gcompress.h."""
+
+    _fields_ = [("residual", ctypes.c_void_p), ("fresh", ctypes.c_void_p), ("poisoned", ctypes.c_int32)]
+
+
+class _More(ctypes.Structure):
+    """gc_more of csrc/gcompress.h."""
+
+    _fields_ = [("payloads", ctypes.c_void_p), ("count", ctypes.c_int64), ("factor", ctypes.c_float)]
+
+
 class CpuKernels:
     """The kernels of one instruction set: an attribute for each.
 
+    A kernel that takes a gc_memory or a gc_more first is called without it: `Remembering` and `Adding` pass one.
+
     Args:
         table: the address of its gc_kernels (csrc/gcompress.h).
-        signatures: {name: ctypes function type} of the table's fields, in order.
+        signatures: {name: Signature} of the table's fields, in order.
     """
 
     on_device = False
 
-    def __init__(self, table: int, signatures: dict):
+    def __init__(self, table: int, signatures: dict[str, Signature]):
         self.table, self.names = table, frozenset(signatures)
+        self.taking: dict[str, dict] = {"gc_memory": {}, "gc_more": {}}  # {name: function} of those that take one
         pointers = (ctypes.c_void_p * len(signatures)).from_address(table)
-        for (name, kind), pointer in zip(signatures.items(), pointers, strict=True):
-            setattr(self, name, kind(pointer))
+        for (name, signature), pointer in zip(signatures.items(), pointers, strict=True):
+            function = signature.kind(pointer)
+            if signature.extra:
+                self.taking[signature.extra][name] = function
+                function = functools.partial(function, None)
+            setattr(self, name, function)
+
+    def keeps_residual_with(self, names: Iterable[str]) -> bool:
+        """Whether one of these kernels is an encoder that keeps what is lost, too: see `Remembering`."""
+        return not self.taking["gc_memory"].keys().isdisjoint(names)
+
+    def adds_with(self, names: Iterable[str]) -> bool:
+        """Whether one of these kernels is a decoder that adds several payloads: see `Adding`."""
+        return not self.taking["gc_more"].keys().isdisjoint(names)
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all kernels of these names are there."""
         return self.names.issuperset(names)
+
+
+class _Bound:
+    """Kernels of which some get one more argument."""
+
+    def __init__(self, kernels, extra, value):
+        self._kernels, self._taking, self._value = kernels, kernels.taking[extra], ctypes.byref(value)
+        self._held = value
+
+    def __getattr__(self, name):
+        if name in self._taking:
+            return functools.partial(self._taking[name], self._value)
+        return getattr(self._kernels, name)
+
+
+class Remembering(_Bound):
+    """Kernels with error feedback in the encoders: they encode x + residual and keep what is lost.
+
+    Args:
+        residual: address of as many float32, or 0.
+        fresh: address of the new residual.
+    """
+
+    def __init__(self, kernels: CpuKernels, residual: int, fresh: int):
+        self._memory = _Memory(residual or None, fresh, 0)
+        super().__init__(kernels, "gc_memory", self._memory)
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether an entry of the new residual is not finite."""
+        return self._memory.poisoned != 0
+
+
+class Adding(_Bound):
+    """Kernels whose decoders add other payloads to the one that they are given, then multiply, in one pass.
+
+    Args:
+        payloads: addresses, at most MOST_MORE.
+        factor: a float32.
+    """
+
+    def __init__(self, kernels: CpuKernels, payloads: list[int], factor: float):
+        self._payloads = (ctypes.c_void_p * len(payloads))(*payloads)
+        super().__init__(kernels, "gc_more", _More(ctypes.addressof(self._payloads), len(payloads), factor))
 
 
 def _ctype(text):
@@ -62,8 +135,17 @@ def _ctype(text):
     return TYPES[kind]
 
 
-def _function_type(result, parameters):
-    return ctypes.CFUNCTYPE(_ctype(result), *map(_ctype, parameters.strip("()").split(", ")))
+class Signature(NamedTuple):
+    """What kernels.def says of a kernel."""
+
+    kind: Any  # ctypes' type of the function
+    extra: str  # the structure that its first parameter points to, gc_memory or gc_more, or ""
+
+
+def _signature(result, parameters):
+    parameters = parameters.strip("()").split(", ")
+    extra = re.match(r"(?:const )?(gc_\w+)\*", parameters[0])
+    return Signature(ctypes.CFUNCTYPE(_ctype(result), *map(_ctype, parameters)), extra[1] if extra else "")
 
 
 def _listed():
@@ -92,7 +174,7 @@ def _load():
             found.append((line.result.decode(), line.name.decode(), line.parameters.decode()))
         if _listed() not in (None, found):
             raise OSError(f"{path.name} has other kernels than csrc/kernels.def lists: build it again")
-        signatures = {name: _function_type(result, parameters) for result, name, parameters in found}
+        signatures = {name: _signature(result, parameters) for result, name, parameters in found}
     except OSError as error:
         logging.getLogger(__name__).warning("C++ kernels are not in use, the slower torch reference is: %s", error)
         return None, {}

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from .. import backends, packing
+from ..backends.cpu import MOST_MORE, Adding, CpuKernels
 from ..errors import ConfigError, PayloadError
 
 if TYPE_CHECKING:
-    from ..backends.cpu import CpuKernels
+    from ..backends.cpu import Remembering
     from ..backends.gpu.plans import DeviceKernels
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -137,7 +138,9 @@ class Compressor:
             return self._encode_reference(values, seed & 0xFFFFFFFF), ctx
         return self.encode_with(kernels, values, seed), ctx
 
-    def encode_with(self, kernels: CpuKernels | DeviceKernels, values: torch.Tensor, seed: int) -> torch.Tensor:
+    def encode_with(
+        self, kernels: CpuKernels | Remembering | DeviceKernels, values: torch.Tensor, seed: int
+    ) -> torch.Tensor:
         """The payload of a tensor's `values_of` by kernels that a backend has for this method."""
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
         size = self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
@@ -165,6 +168,21 @@ class Compressor:
 
     def decode_into(self, payload: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """Decode into, or add to, a contiguous 1-D float32 tensor on the payload's device."""
+        self._check_decodable(payload, out)
+        if out.numel() == 0:
+            return
+        kernels = backends.kernels(out, self)
+        if kernels is None:
+            values = self._decode_reference(payload, out.numel())
+            out.add_(values) if add else out.copy_(values)
+        else:
+            self._decode_by(kernels, payload.contiguous(), out, add)
+
+    def _decode_by(self, kernels, payload, out, add):
+        if self._decode_native(kernels, payload, out, add):
+            raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
+
+    def _check_decodable(self, payload, out):
         if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous() or out.device != payload.device:
             raise ConfigError(
                 f"out: got {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected a contiguous 1-D float32 "
@@ -177,14 +195,28 @@ class Compressor:
             raise PayloadError(
                 f"payload: got {payload.numel()} bytes, expected {expected} for {out.numel()} entries of {self}"
             )
-        if out.numel() == 0:
+
+    def decode_sum(self, payloads: list[torch.Tensor], out: torch.Tensor, factor: float = 1.0) -> None:
+        """Decode to `out` the sum of what payloads hold, added in order, times a float32 factor.
+
+        Args:
+            payloads: 1-D uint8 tensors, at least one, each as for `decode_into`.
+            out: as for `decode_into`. Undefined after a PayloadError.
+        """
+        kernels = backends.kernels(out, self) if out.numel() else None
+        if not isinstance(kernels, CpuKernels) or not self.fixed_size or not kernels.adds_with(self.kernels or ()):
+            for number, payload in enumerate(payloads):
+                self.decode_into(payload, out, add=number > 0)
+            if factor != 1.0:
+                out.mul_(factor)
             return
-        kernels = backends.kernels(out, self)
-        if kernels is None:
-            values = self._decode_reference(payload, out.numel())
-            out.add_(values) if add else out.copy_(values)
-        elif self._decode_native(kernels, payload.contiguous(), out, add):
-            raise PayloadError(f"payload: its index does not mark what {self} keeps of {out.numel()} entries")
+        for first in range(0, len(payloads), MOST_MORE + 1):
+            some = [payload.contiguous() for payload in payloads[first : first + MOST_MORE + 1]]
+            for payload in some:
+                self._check_decodable(payload, out)
+            last = first + len(some) == len(payloads)
+            adding = Adding(kernels, [payload.data_ptr() for payload in some[1:]], factor if last else 1.0)
+            self._decode_by(adding, some[0], out, first > 0)
 
     def sum_rounds(
         self, values: torch.Tensor, *, shape: torch.Size, seed: int, world_size: int, memory: dict

@@ -109,7 +109,7 @@ class LowRank(Compressor):
     def _encode_reference(self, values, seed):
         rows, columns, rank = self._sides(values.numel(), near_square(values.numel()))
         if not rank:
-            return packing.float_to_bytes(values)
+            return packing.float_to_bytes(values).clone()  # not the values' own memory
         # A power of two keeps sums of the largest and the smallest floats in range, and rounds nothing.
         exponent = torch.frexp(values.abs().max()).exponent.clamp(-100, 127)
         matrix = torch.ldexp(as_matrix(values, rows, columns), -exponent)
@@ -117,8 +117,8 @@ class LowRank(Compressor):
             (matrix @ orthonormal(torch.zeros(columns, rank, device=values.device), seed).double()), seed
         )
         right = (matrix.t() @ basis.double()).float().t()
-        factors = torch.ldexp(basis, exponent), right
-        return torch.cat([packing.float_to_bytes(factor.contiguous().view(-1)) for factor in factors])
+        both = torch.cat([factor.reshape(-1) for factor in (torch.ldexp(basis, exponent), right)])
+        return packing.float_to_bytes(both.masked_fill_(both.isnan(), float("nan")))  # of one pattern everywhere
 
     def _decode_native(self, kernels, payload, out, add):
         self._decode(payload, out, add)

@@ -120,7 +120,8 @@ class GradientExchange(Results):
 
         Args:
             name: the parameter's.
-            gradient: of the shape that was planned; it may carry the loss scale.
+            gradient: of the shape that was planned; it may carry the loss scale. The result is written to it where
+                its type and layout allow, as soon as it is there.
             absent: this rank has no gradient for it: `gradient` is zero, and memory is left alone.
 
         Returns a function that waits and returns the mean (or sum) over ranks of what each
@@ -131,11 +132,13 @@ class GradientExchange(Results):
         scale = self._opened(name, absent)
         values = unscaled(gradient, scale)
         if entry.exchange == "twophase":
-            self._fill_bucket(name, values, entry.bucket)
+            self._fill_bucket(name, values, _place(gradient), entry.bucket)
         elif entry.exchange == "summed":
             task = self._schedule.start(self.engine, name, self._ways.summed(name, values))
         else:
-            task = self._schedule.start(self.engine, name, self._ways.all_gather({name: values}))
+            task = self._schedule.start(
+                self.engine, name, self._ways.all_gather({name: values}, {name: _place(gradient)})
+            )
         if self.agreed:
             self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
@@ -150,29 +153,33 @@ class GradientExchange(Results):
         """Encode and start all of {name: gradient}, for engines that form buckets themselves.
 
         Every parameter takes its own exchange; those of one exchange travel together, and what is
-        not compressed is all-reduced. On an engine that is `in_order`, all ranks must bring the
-        same buckets in the same order. absent: names as in `start`.
+        not compressed is all-reduced. Gradients are written to as by `start`. On an engine that is
+        `in_order`, all ranks must bring the same buckets in the same order. absent: names as in `start`.
 
         Returns a function that waits and returns {name: mean or sum over ranks}; its method
         `done()` moves the exchanges on and tells whether there is anything to wait for.
         """
         ways: dict[str, dict[str, torch.Tensor]] = {}
-        results = {}
+        places, results = {}, {}
         for name, gradient in gradients.items():
             way = self._entry(name, gradient.shape).exchange
             scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
             ways.setdefault(way, {})[name] = unscaled(gradient, scale)
             ctx = Context(gradient.shape, gradient.dtype)
+            if way in ("twophase", "allgather"):
+                places[name] = _place(gradient)
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
                 steps = {name: self._ways.summed(name, gradient) for name, gradient in members.items()}
             elif way == "twophase":
-                encoded = {name: self._ways.encoded_pieces(name, gradient) for name, gradient in members.items()}
+                encoded = {
+                    name: self._ways.encoded_pieces(name, values, places[name]) for name, values in members.items()
+                }
                 steps = {f"twophase.{first}": self._ways.two_phase(encoded)}
             elif way == "allgather":
-                steps = {f"allgather.{first}": self._ways.all_gather(members)}
+                steps = {f"allgather.{first}": self._ways.all_gather(members, {name: places[name] for name in members})}
             else:
                 steps = {f"allreduce.{first}": self._ways.all_reduce(members)}
             tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
@@ -188,7 +195,7 @@ class GradientExchange(Results):
     def _result(self, name, mean, ctx, scale):
         """The result of an exchange in the gradient's type, shape and scale."""
         if scale != 1.0:
-            mean = mean * scale
+            mean.mul_(scale)
         if ctx.dtype.is_complex:
             return mean.to(ctx.dtype).view(ctx.shape)
         compressor = self.plan.entries[name].compressor
@@ -199,9 +206,9 @@ class GradientExchange(Results):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
         return result.view(ctx.shape)
 
-    def _fill_bucket(self, name, gradient, number):
+    def _fill_bucket(self, name, gradient, place, number):
         members, waiting = self.plan.buckets[number], self._waiting.setdefault(number, {})
-        waiting[name] = self._ways.encoded_pieces(name, gradient)
+        waiting[name] = self._ways.encoded_pieces(name, gradient, place)
         if len(waiting) == len(members):
             encoded = {member: waiting[member] for member in members}
             del self._waiting[number]
@@ -259,6 +266,13 @@ class GradientExchange(Results):
                 model's, or holds what no state does. Nothing has changed then.
         """
         saved_state.load(self, saved)
+
+
+def _place(gradient):
+    """Where its mean goes, 1-D float32: the gradient itself where it is that."""
+    if gradient.dtype == torch.float32 and gradient.is_contiguous():
+        return gradient.detach().view(-1)
+    return torch.empty(gradient.numel(), device=gradient.device)
 
 
 class _Bucket:

@@ -130,11 +130,12 @@ class PartitionCodec:
             self._feedback.add(memory_name(part), values)
 
     def residual(self, key: int, proposed: bool = False) -> torch.Tensor | None:
-        """A partition's residual, or the one that is proposed if that is asked for; None if there is none."""
+        """A copy of a partition's residual, or of the one that is proposed if that is asked for; or None."""
         if self._feedback is None:
             return None
         name = memory_name(self.partitions[key])
-        return self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
+        found = self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
+        return None if found is None else found.clone()
 
     def load_residual(self, key: int, values: torch.Tensor | None) -> None:
         """Go on from `residual(key)`."""

@@ -34,7 +34,7 @@ MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "sums", "mem
 
 
 def of_rank(exchange: GradientExchange) -> dict:
-    """A rank's own state: tensors (not copies, and never changed in place), numbers and strings."""
+    """A rank's own state: tensors (copies), numbers and strings."""
     return {
         "rank": exchange.engine.rank() if exchange.engine else 0,
         "world_size": exchange.engine.world_size() if exchange.engine else 1,
@@ -140,7 +140,8 @@ def load(exchange: GradientExchange, saved: dict) -> None:
 def put_back(exchange: GradientExchange, saved: dict) -> None:
     """Return to what `of_rank` gave in this process, whatever rank it has become since."""
     feedback = exchange.feedback.checked(saved["feedback"]) if exchange.feedback else {}
-    _put(exchange, feedback, {"residual": saved["owner_feedback"]}, saved["memories"], saved["steps"])
+    pieces = exchange.owner_feedback.checked(saved["owner_feedback"])
+    _put(exchange, feedback, pieces, saved["memories"], saved["steps"])
     exchange.report.load(saved["report"])
 
 

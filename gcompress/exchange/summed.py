@@ -43,6 +43,6 @@ def sum_over_ranks(
     if feedback:
         feedback.keep(name, corrected, own, sparse=compressor.sparse)
     # What is learned from gradients waits where no rank had one.
-    if bool(torch.isfinite(total).all()) and bool(total.any()):
+    if memory and bool(torch.isfinite(total).all()) and bool(total.any()):
         memories.put(name, memory)
     return total

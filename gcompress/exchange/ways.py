@@ -12,6 +12,7 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 """
 
+import contextlib
 import zlib
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from .. import packing
 from ..compressors import Compressor
 from ..errors import PayloadError
-from ..feedback import NoFeedback
+from ..feedback import NoFeedback, Slice
 from ..packing import u32_bytes
 from .plan import Piece
 from .summed import sum_over_ranks
@@ -31,6 +32,7 @@ class Encoded(NamedTuple):
 
     compressor: Compressor
     payloads: list[torch.Tensor]  # of its pieces, 1-D uint8
+    place: torch.Tensor  # where its mean is to be, 1-D float32
 
 
 class OwnedPiece(NamedTuple):
@@ -50,9 +52,10 @@ class Ways:
 
     def __init__(self, exchange):
         self._exchange = exchange
+        self._room = torch.empty(0)
 
-    def all_gather(self, gradients):
-        """All-gather of {name: gradient} in one payload."""
+    def all_gather(self, gradients, places):
+        """All-gather of {name: gradient} in one payload; the means come to {name: place}."""
         world_size, compressors, payloads = self._exchange.engine.world_size(), {}, []
         for name, gradient in gradients.items():
             compressor = compressors[name] = self._exchange.compressor_for(name, gradient.numel())
@@ -69,13 +72,14 @@ class Ways:
             self._exchange.report.add_all_gather(0, 4, world_size)
         gathered = yield "allgather", payload, sizes
         rows = _rows(gathered, sizes, f"gradients {', '.join(gradients)}")
-        means = {}
-        for name, gradient in gradients.items():
-            means[name], rows = decode_sum(compressors[name], rows, gradient.numel(), name)
-            if self._exchange.average:
-                means[name].mul_(1.0 / world_size)
+        for name, place in places.items():
+            rows = decode_sum(compressors[name], rows, place, self._factor(), name)
         _check_used(rows, f"gradients {', '.join(gradients)}")
-        return means
+        return places
+
+    def _factor(self):
+        """What makes the wanted result of the ranks' sum."""
+        return 1.0 / self._exchange.engine.world_size() if self._exchange.average else 1.0
 
     def _check_sizes(self, sizes, gradients, compressors):
         most = sum(compressors[name].nbytes(gradient.numel()) for name, gradient in gradients.items())
@@ -94,8 +98,7 @@ class Ways:
             flat.numel(), flat.numel() * flat.element_size(), self._exchange.engine.world_size()
         )
         total = yield "allreduce", flat, "sum"
-        if self._exchange.average:
-            total.mul_(1.0 / self._exchange.engine.world_size())
+        total.mul_(self._factor())
         totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
         return {
             name: torch.view_as_complex(part.view(-1, 2)) if gradient.is_complex() else part
@@ -119,31 +122,25 @@ class Ways:
             seed=self._seed(name),
             world_size=world_size,
         )
-        return {name: total.mul_(1.0 / world_size) if self._exchange.average else total}
+        return {name: total.mul_(self._factor())}
 
-    def encoded_pieces(self, name, gradient):
+    def encoded_pieces(self, name, gradient, place):
         """The gradient, Encoded; what its pieces lost is kept as one residual."""
-        compressor = self._exchange.compressor_for(name, gradient.numel())
-        feedback = self._memory_for(compressor, name)
-        corrected = (feedback or NoFeedback).corrected(name, gradient)
-        decoded = torch.empty_like(corrected) if feedback else None
-        entry, payloads = self._exchange.plan.entries[name], []
-        for piece in entry.pieces:
-            part = corrected[piece.start : piece.stop].view(entry.shape_of(piece))
-            payload, _ = compressor.compress(part, seed=self._seed(name, self._exchange.engine.rank(), piece.start))
-            payloads.append(payload)
-            if feedback:
-                compressor.decode_into(payload, decoded[piece.start : piece.stop])
-        if feedback:
-            feedback.keep(name, corrected, decoded, sparse=compressor.sparse)
-        return Encoded(compressor, payloads)
+        compressor, entry = self._exchange.compressor_for(name, gradient.numel()), self._exchange.plan.entries[name]
+        rank = self._exchange.engine.rank()
+        parts = [
+            Slice(piece.start, piece.stop, entry.shape_of(piece), self._seed(name, rank, piece.start))
+            for piece in entry.pieces
+        ]
+        coder = self._memory_for(compressor, name) or NoFeedback
+        return Encoded(compressor, coder.compress_parts(name, gradient, compressor, parts), place)
 
     def two_phase(self, encoded):
         """All-to-all and all-gather of {name: Encoded}."""
         world_size, rank = self._exchange.engine.world_size(), self._exchange.engine.rank()
         owned = [[] for _ in range(world_size)]  # OwnedPieces by owner, in the order in which they travel
         outgoing = [[] for _ in range(world_size)]
-        for name, (compressor, payloads) in encoded.items():
+        for name, (compressor, payloads, _) in encoded.items():
             for piece, payload in zip(self._exchange.plan.entries[name].pieces, payloads, strict=True):
                 owned[piece.owner].append(OwnedPiece(name, piece, compressor))
                 outgoing[piece.owner].append(payload)
@@ -155,12 +152,11 @@ class Ways:
         rows = _rows(received, [sizes[rank]] * world_size, what)
         again = [packed[:0]]
         for name, piece, compressor in owned[rank]:
-            total, rows = decode_sum(compressor, rows, piece.numel, name)
+            total = self._scratch(piece.numel, packed.device)
+            rows = decode_sum(compressor, rows, total, self._factor(), name)
             again.append(self._encoded_mean(name, piece, compressor, total))
         gathered = yield "allgather", torch.cat(again), sizes
-        means = {
-            name: packed.new_empty(self._exchange.plan.entries[name].numel, dtype=torch.float32) for name in encoded
-        }
+        means = {name: each.place for name, each in encoded.items()}
         for pieces, row in zip(owned, _rows(gathered, sizes, what), strict=True):
             for name, (_, start, stop), compressor in pieces:
                 size = compressor.nbytes(stop - start)
@@ -170,8 +166,6 @@ class Ways:
 
     def _encoded_mean(self, name, piece, compressor, total):
         """The payload of the mean (or sum) of a piece that this rank owns."""
-        if self._exchange.average:
-            total.mul_(1.0 / self._exchange.engine.world_size())
         # The residual waits if no rank had a gradient; this one having had one is enough to know otherwise.
         remembers = self._exchange.policy.feedback_for(compressor) and not (
             name in self._exchange.absent and not bool(total.any())
@@ -180,6 +174,12 @@ class Ways:
         coder = (self._exchange.owner_feedback if remembers else NoFeedback).compress
         payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
         return payload
+
+    def _scratch(self, numel, device):
+        """A 1-D float32 tensor for a while: until the next call."""
+        if self._room.numel() < numel or self._room.device != device:
+            self._room = torch.empty(numel, device=device)
+        return self._room[:numel]
 
     def _count_two_phase(self, encoded, sizes):
         world_size, own = self._exchange.engine.world_size(), sizes[self._exchange.engine.rank()]
@@ -218,18 +218,31 @@ def _check_used(rows, what):
             raise PayloadError(f"{what} from rank {rank}: {row.numel()} bytes are left over: have all the same model?")
 
 
-def decode_sum(compressor, rows, numel, name):
-    """Decode a payload at the start of every rank's row.
+def decode_sum(compressor, rows, out, factor, name):
+    """Decode to `out` the sum, in rank order, of a payload at the start of every rank's row, times a factor.
 
-    Returns:
-        Their float32 sum, added in rank order, and what follows them in each row.
+    Returns what follows the payloads in each row.
     """
-    total, rest = torch.empty(numel, dtype=torch.float32, device=rows[0].device), []
+    numel, payloads, rest = out.numel(), [], []
     for rank, row in enumerate(rows):
-        try:
+        with _from_rank(rank, name):
             size = compressor.payload_nbytes(row, numel)
-            compressor.decode_into(row[:size], total, add=rank > 0)
-        except PayloadError as error:
-            raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None
+        payloads.append(row[:size])
         rest.append(row[size:])
-    return total, rest
+    try:
+        compressor.decode_sum(payloads, out, factor)
+    except PayloadError:
+        for rank, payload in enumerate(payloads):
+            with _from_rank(rank, name):
+                compressor.decode_into(payload, out)
+        raise
+    return rest
+
+
+@contextlib.contextmanager
+def _from_rank(rank, name):
+    """Say whose payload it was that does not fit."""
+    try:
+        yield
+    except PayloadError as error:
+        raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None

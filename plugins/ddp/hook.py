@@ -126,7 +126,8 @@ class GradientState:
             if not wait and not finish.done():
                 return
             for name, mean in finish().items():
-                gradients[name].copy_(mean)
+                if mean.data_ptr() != gradients[name].data_ptr():  # else it was decoded to its place
+                    gradients[name].copy_(mean)
             self._pending.pop(0)
             future.set_result(buffer)
 

@@ -5,8 +5,13 @@ allocator, and every launch goes to torch's current stream, so that it stands in
 be captured in a CUDA graph.
 """
 
+import contextlib
+import ctypes
 import functools
 import logging
+import struct
+import threading
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,15 +22,23 @@ OLDEST = (7, 0)  # compute capability: shuffles and ballots with masks, 96 KB of
 UNASKED = 40 << 10  # bytes of shared memory that a launch may ask for and stay, with the kernel's own, within 48 KB
 
 
+class Prepared(NamedTuple):
+    """A kernel that is loaded."""
+
+    function: Any  # CuPy's
+    form: struct.Struct  # of the addresses of its arguments, then of these
+    shared: int  # bytes of shared memory that a launch may ask for
+
+
 class CupyLauncher:
     """Launches of the kernels of csrc/cuda/ on one torch.device."""
 
     def __init__(self, device):
-        import cupy
-        import numpy
+        from cupy.cuda import driver, runtime
 
-        self._cupy, self._numpy, self._device = cupy, numpy, device
-        self._functions, self._numbers, self._asked = {}, {}, {}
+        self._start, self._take_device, self._device = driver.launchKernel, runtime.setDevice, device
+        self._thread = threading.local()
+        self._functions, self._numbers = {}, {}
 
     def empty(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -54,22 +67,30 @@ class CupyLauncher:
         return tensor.view(torch.int32).tolist()
 
     def launch(self, module, kernel, blocks, *arguments, shared=0):
-        function = self._functions.get(kernel) or self._compiled(module, kernel)
-        if shared > max(UNASKED, self._asked.get(kernel, 0)):
-            function.max_dynamic_shared_size_bytes = self._asked[kernel] = shared
-        address = torch.cuda.current_stream(self._device).cuda_stream
-        own = self._cupy.cuda
-        stream = own.ExternalStream(address, self._device.index) if address else own.Stream.null
-        with own.Device(self._device.index), stream:
-            # Every parameter has 64 bits.
-            kinds = (self._numpy.float64 if isinstance(a, float) else self._numpy.int64 for a in arguments)
-            numbers = tuple(kind(a) for kind, a in zip(kinds, arguments, strict=True))
-            function((blocks,), (THREADS,), numbers, shared_mem=shared)
+        found = self._functions.get(kernel)
+        if found is None or shared > found.shared:
+            found = self._functions[kernel] = self._prepared(module, kernel, arguments, shared)
+        # Every parameter has 64 bits; they follow the addresses at which the driver reads them, before it returns.
+        count = len(arguments)
+        memory = bytearray(16 * count)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        found.form.pack_into(memory, 0, *range(base + 8 * count, base + 16 * count, 8), *arguments)
+        index = self._device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if not hasattr(self._thread, "begun"):  # a new thread has no context until the runtime is told its device
+            self._take_device(torch.cuda.current_device())
+            self._thread.begun = True
+        with contextlib.nullcontext() if torch._C._cuda_getDevice() == index else torch.cuda.device(index):
+            self._start(found.function.ptr, blocks, 1, 1, THREADS, 1, 1, shared, stream, base, 0)
 
-    def _compiled(self, module, kernel):
-        with self._cupy.cuda.Device(self._device.index):
-            raw = _module(self._device.index, module)
-            return self._functions.setdefault(kernel, raw.get_function(kernel))
+    def _prepared(self, module, kernel, arguments, shared):
+        """A kernel that takes arguments of these types, and may have that many bytes of shared memory."""
+        with torch.cuda.device(self._device):
+            found = _module(self._device.index, module).get_function(kernel)
+            if shared > UNASKED:
+                found.max_dynamic_shared_size_bytes = shared
+            kinds = "".join("d" if isinstance(argument, float) else "q" for argument in arguments)
+            return Prepared(found.kernel, struct.Struct(f"{len(arguments)}q{kinds}"), max(shared, UNASKED))
 
 
 @functools.cache

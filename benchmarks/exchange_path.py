@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""The whole way of a gradient on one rank of several, in copies of the gradient: what training pays beside the wire.
+
+    python benchmarks/exchange_path.py                                  # every method, 8 layers of 1024 x 1024, 4 ranks
+    python benchmarks/exchange_path.py --methods quantize:bits=4@twophase polar:rate=0.25,rank=0@allgather
+
+A method is a spec, or SPEC@EXCHANGE. All is measured in one run on one core, each figure the best of --repeat:
+
+bits   bits for an entry that leave this rank on the link, both rounds of two-phase together.
+path   one rank's step with `GradientExchange`: correct by what is remembered, encode, sum (of its own pieces, if
+       two-phase), encode again, decode, apply what is remembered; in copies of the gradients. The wire is not real:
+       every other rank sends what this one does, and the time that this takes is left out.
+codec  encoding and decoding every layer once, by the compressor alone; in copies.
+ratio  path over codec.
+fp16, bf16
+       Gbit/s of each rank's link up to which the method's step, this path and the bytes on the link, takes less time
+       than an all-reduce of 16-bit floats by torch (its own path: the casts). "all": at any speed; "none": at none.
+us     microseconds of the path for a tensor of --small entries, one of 300 in a step.
+
+With --device cuda the gradients lie on a GPU, and times are between two points at which it has nothing left to do.
+"""
+
+import argparse
+import sys
+import time
+
+import torch
+from example_specs import with_every_method
+
+from gcompress import ConfigError, Policy
+from gcompress.exchange.exchange import GradientExchange
+
+METHODS = [
+    "quantize:bits=4@twophase",
+    "quantize:bits=4@allgather",
+    "sign@twophase",
+    "onebit@twophase",
+    "bf16@twophase",
+    "fp16@twophase",
+    "fp8@twophase",
+    "mxfp4@twophase",
+    "qsgd:bits=4@twophase",
+    "natural@twophase",
+    "topk:sparsity=0.99@allgather",
+    "mask:sparsity=0.99,bits=2@twophase",
+    "eden:bits=1@twophase",
+    "polar:rate=0.25@twophase",
+    "polar:rate=0.25,rank=0@twophase",
+]
+SMALL_TENSORS = 300
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def now(device):
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Mirror:
+    """The engine of one rank among equals: all others send what it does. `spent`: seconds that are not this rank's."""
+
+    in_order = False
+
+    def __init__(self, size):
+        self.size, self.spent = size, 0.0
+
+    def rank(self):
+        return 0
+
+    def world_size(self):
+        return self.size
+
+    def allgather(self, name, lane, payload, sizes):
+        return Mirrored(self, lambda: payload.repeat(self.size))
+
+    def alltoall(self, name, lane, payload, to, back):
+        return Mirrored(self, lambda: payload[: to[0]].repeat(self.size))
+
+    def allreduce(self, name, lane, tensor, op):
+        return Mirrored(self, lambda: tensor * self.size if op == "sum" else tensor.clone())
+
+
+class Mirrored:
+    """An operation of a Mirror."""
+
+    def __init__(self, engine, make):
+        start = time.perf_counter()
+        self._result = make()
+        engine.spent += time.perf_counter() - start
+
+    def ready(self):
+        return True
+
+    def wait(self):
+        return self._result
+
+
+class Path:
+    """One rank's exchange of gradients, with the policy of "SPEC@EXCHANGE"."""
+
+    def __init__(self, method, gradients, ranks):
+        spec, _, exchange = method.partition("@")
+        self.device = next(iter(gradients.values())).device
+        self.engine, self.gradients = Mirror(ranks), gradients
+        self._values = {name: gradient.clone() for name, gradient in gradients.items()}
+        self.exchange = GradientExchange(Policy(spec, exchange=exchange or "auto", min_numel=0), self.engine)
+        self.exchange.prepare({name: gradient.shape for name, gradient in gradients.items()})
+
+    def step(self):
+        """Exchange all gradients once; returns the seconds that this rank took."""
+        for name, values in self._values.items():
+            self.gradients[name].copy_(values)  # the last step wrote its result there
+        self.engine.spent, start = 0.0, now(self.device)
+        finish = [self.exchange.start(name, gradient) for name, gradient in self.gradients.items()]
+        for each in finish:
+            each()
+        self.exchange.applied(list(self.gradients))
+        self.exchange.end_step()
+        return now(self.device) - start - self.engine.spent
+
+    def seconds(self, repeat):
+        """The best of that many steps, after two in which memory begins."""
+        return min([self.step() for _ in range(repeat + 2)][2:])
+
+    def wire_bytes(self):
+        """What leaves this rank in a step."""
+        return self.exchange.report.wire_bytes / self.exchange.report.steps
+
+    def codec(self):
+        """Encode and decode every layer, without memory or ranks."""
+        for name, gradient in self.gradients.items():
+            compressor = self.exchange.compressor_for(name, gradient.numel())
+            compressor.decompress(*compressor.compress(gradient, seed=1))
+
+
+def best_of(repeat, function, device):
+    """The shortest seconds of a call, after one that touches the memory."""
+    seconds = []
+    for _ in range(repeat + 1):
+        start = now(device)
+        function()
+        seconds.append(now(device) - start)
+    return min(seconds[1:])
+
+
+def layers(count, side, device):
+    """{name: matrix} as gradients are: a few strong directions, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for number in range(count):
+        directions = torch.randn(side, 8, generator=generator) * 0.7 ** torch.arange(8)
+        noise = torch.randn(side, side, generator=generator)
+        matrix = 1e-3 * (directions @ torch.randn(8, side, generator=generator) + noise)
+        made[f"layer{number}"] = matrix.to(device)
+    return made
+
+
+def pays_up_to(seconds, nbytes, other_seconds, other_nbytes):
+    """Gbit/s up to which a step of these seconds and bytes is faster than another one, as a text."""
+    later, fewer = seconds - other_seconds, other_nbytes - nbytes
+    if later <= 0 or fewer <= 0:
+        return "all" if later <= 0 <= fewer else "none" if later >= 0 >= fewer else "above"
+    return f"{8 * fewer / later / 1e9:.2f}"
+
+
+def cast_back(gradients, dtype):
+    for gradient in gradients.values():
+        gradient.to(dtype).to(torch.float32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="SPEC or SPEC@EXCHANGE (default: every method)")
+    parser.add_argument("--ranks", type=int, default=4, help="how many there are (default 4)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where the gradients lie: cpu or cuda")
+    parser.add_argument("--layers", type=int, default=8, help="how many (default 8)")
+    parser.add_argument("--side", type=int, default=1024, help="of a layer's matrix (default 1024)")
+    parser.add_argument("--small", type=int, default=2048, help="entries of a small tensor (default 2048)")
+    parser.add_argument("--repeat", type=int, default=5, help="steps of which the best counts (default 5)")
+    arguments = parser.parse_args()
+    if min(arguments.ranks, arguments.layers, arguments.side, arguments.small, arguments.repeat) < 1:
+        parser.error("--ranks, --layers, --side, --small and --repeat: expected 1 or more")
+    torch.set_num_threads(1)
+    device = arguments.device
+    gradients = layers(arguments.layers, arguments.side, device)
+    small = {f"small{number}": torch.randn(arguments.small, device=device) for number in range(SMALL_TENSORS)}
+    nbytes = sum(4 * gradient.numel() for gradient in gradients.values())
+    out = [torch.empty_like(gradient) for gradient in gradients.values()]
+    sixteen = 2 * (arguments.ranks - 1) / arguments.ranks * nbytes / 2  # of a ring's all-reduce
+
+    def copy():
+        for target, gradient in zip(out, gradients.values(), strict=True):
+            target.copy_(gradient)
+
+    print(
+        f"{arguments.ranks} ranks, {arguments.layers} layers of {arguments.side} x {arguments.side}; "
+        f"a copy {nbytes / best_of(arguments.repeat, copy, device) / 1e9:.1f} GB/s"
+    )
+    print(f"{'method':42s} {'bits':>6s} {'path':>7s} {'codec':>7s} {'ratio':>6s} {'fp16':>6s} {'bf16':>6s} {'us':>8s}")
+    for method in arguments.methods or with_every_method(METHODS):
+        try:
+            path = Path(method, gradients, arguments.ranks)
+            of_small = Path(method, small, arguments.ranks)
+        except ConfigError as error:
+            parser.error(f"--methods: {error}")
+        seconds, codec = path.seconds(arguments.repeat), best_of(arguments.repeat, path.codec, device)
+        unit, wire = best_of(arguments.repeat, copy, device), path.wire_bytes()
+        casts = [best_of(arguments.repeat, lambda to=to: cast_back(gradients, to), device) for to in HALVES]
+        pays = [pays_up_to(seconds, wire, other, sixteen) for other in casts]
+        each = 1e6 * of_small.seconds(max(1, arguments.repeat // 2)) / SMALL_TENSORS
+        print(
+            f"{method:42s} {8 * wire / (nbytes / 4):6.3f} {seconds / unit:7.1f} {codec / unit:7.1f} "
+            f"{seconds / codec:6.1f} {pays[0]:>6s} {pays[1]:>6s} {each:8.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
