@@ -187,18 +187,24 @@ def on_device(arguments):
 
 
 def best_event_seconds(repeat, *functions):
-    """`best_seconds` by the device's own clock; each time is that of ten calls, so that launches overlap with work."""
-    best = [float("inf")] * len(functions)
-    for turn in range(repeat + 1):
+    """`best_seconds` by the device's own clock.
+
+    Each time is that of several calls, so that launches overlap with work: ten, or as many as take a tenth of a second.
+    """
+    best, calls = [float("inf")] * len(functions), [1] * len(functions)
+    for turn in range(repeat + 2):
         for number, function in enumerate(functions):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(10):
+            for _ in range(calls[number]):
                 function()
             end.record()
             end.synchronize()
-            if turn > 0:  # the first compiles, and fills the allocator's cache
-                best[number] = min(best[number], start.elapsed_time(end) / 1e4)
+            seconds = start.elapsed_time(end) / 1e3 / calls[number]
+            if turn == 1:  # the first compiles, and fills the allocator's cache
+                calls[number] = max(1, min(10, int(0.1 / seconds)))
+            elif turn > 1:
+                best[number] = min(best[number], seconds)
     return best
 
 

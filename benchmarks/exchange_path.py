@@ -103,8 +103,8 @@ class Path:
     def __init__(self, method, gradients, ranks):
         spec, _, exchange = method.partition("@")
         self.device = next(iter(gradients.values())).device
-        self.engine, self.gradients = Mirror(ranks), gradients
-        self._values = {name: gradient.clone() for name, gradient in gradients.items()}
+        self.engine, self._values = Mirror(ranks), gradients
+        self.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
         self.exchange = GradientExchange(Policy(spec, exchange=exchange or "auto", min_numel=0), self.engine)
         self.exchange.prepare({name: gradient.shape for name, gradient in gradients.items()})
 
@@ -130,9 +130,9 @@ class Path:
 
     def codec(self):
         """Encode and decode every layer, without memory or ranks."""
-        for name, gradient in self.gradients.items():
-            compressor = self.exchange.compressor_for(name, gradient.numel())
-            compressor.decompress(*compressor.compress(gradient, seed=1))
+        for name, values in self._values.items():
+            compressor = self.exchange.compressor_for(name, values.numel())
+            compressor.decompress(*compressor.compress(values, seed=1))
 
 
 def best_of(repeat, function, device):

@@ -2,6 +2,7 @@
 """Step time and bytes of training over a slow link, method against method in one run.
 
     python benchmarks/slow_link.py --rate 100mbit --ranks 4
+    python benchmarks/slow_link.py --rate 100mbit 1gbit 10gbit none --plot runs/slow_link.png
     python benchmarks/slow_link.py --rate 100mbit --methods fp16 quantize:bits=4@twophase ddp/fp16 \
         ddp/powersgd:rank=4 ddp/quantize:bits=4@twophase
 
@@ -9,13 +10,15 @@ A method is a compressor's spec, `none` or `fp16`, with Horovod, or behind `ddp/
 DistributedDataParallel, which knows `bf16` and `powersgd:rank=R` as well: torch's own hooks.
 `@allgather`, `@twophase` or `@summed` names the exchange; without it the plan chooses.
 
-Starts the ranks in a network namespace (Linux, root; see tools/slow_link.py) and trains a
-model of --parameters million entries with each method in turn, the methods taking turns
-step by step so that all meet the same noise. Prints the median step, the bytes a rank handed
-over, what its report expects all ranks to send, and what the namespace's interface counted:
-with TCP's headers and the messages Horovod's ranks exchange every cycle, whose rate while
-idle is measured first. With --batch, steps are long enough to see the overlap: a step's time
-is printed beside that of its computation alone and of its exchange alone (a batch of 1).
+Starts the ranks in a network namespace (Linux, root; see tools/slow_link.py) and trains a model
+of --parameters million entries with each method in turn, the methods taking turns step by step so
+that all meet the same noise. Of several rates, each has a job of its own. Prints the median step
+and beside it what computing alone takes and what the link alone would take for the bytes counted;
+the bytes a rank handed over, what its report expects all ranks to send, and what the namespace's
+interface counted: with TCP's headers and the messages Horovod's ranks exchange every cycle, whose
+rate while idle is measured first. With --batch, steps are long enough to see the overlap: a
+step's time is printed beside that of its computation alone and of its exchange alone (a batch of
+1).
 """
 
 import argparse
@@ -23,6 +26,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -49,27 +53,69 @@ COUNTER = pathlib.Path("/sys/class/net/lo/statistics/tx_bytes")
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", help="of the link that all ranks share, as tc writes it (default: unlimited)")
+    parser.add_argument(
+        "--rate",
+        nargs="+",
+        type=rate_of,
+        default=["none"],
+        help="of the link that all ranks share, as tc writes it, one or several; none: unlimited (the default)",
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each method (default 5)")
     parser.add_argument("--parameters", type=float, default=8.4, help="model size in million entries (default 8.4)")
     parser.add_argument("--methods", "--compressors", nargs="+", default=DEFAULT, metavar="[ddp/]SPEC[@EXCHANGE]")
     parser.add_argument("--batch", type=int, help="rows of a batch; measures the overlap (default 8, does not)")
     parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", metavar="FILE", help="draw step time against rate, a curve for each method")
+    parser.add_argument("--rank", nargs=2, metavar=("RATE", "FILE"), help=argparse.SUPPRESS)  # what a rank measures
     return parser.parse_args()
 
 
-def launch(arguments):
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def rate_of(text):
+    """tc's notation of a rate, or "none"."""
+    if text == "none" or bits_per_second(text):
+        return text
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected none or a number of {', '.join(UNITS)}, such as 100mbit")
+
+
+def bits_per_second(rate):
+    """Of a rate as tc writes it; None of "none", or if it is no rate."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
+    return float(found[1]) * UNITS[found[2]] if found and float(found[1]) > 0 else None
+
+
+def link_tool():
+    """tools/slow_link.py as a module."""
     spec = importlib.util.spec_from_file_location("slow_link_tool", ROOT / "tools" / "slow_link.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def launch(arguments):
+    tool = link_tool()
     if tool.missing():
         sys.exit(f"slow_link.py: error: {tool.missing()}")
-    command = [sys.executable, "-m", "horovod.runner.launch", "-np", str(arguments.ranks), "--gloo"]
-    with tool.namespace(arguments.rate) as enter:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        sys.exit(subprocess.run([*enter, *command, sys.executable, *sys.argv, "--rank"], env=environment).returncode)
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("slow_link.py: error: --plot needs matplotlib: pip install matplotlib")
+    rows = []
+    for rate in arguments.rate:
+        with tempfile.TemporaryDirectory() as folder, tool.namespace(None if rate == "none" else rate) as enter:
+            figures = pathlib.Path(folder) / "figures.json"
+            command = [sys.executable, "-m", "horovod.runner.launch", "-np", str(arguments.ranks), "--gloo"]
+            rank = [sys.executable, *sys.argv, "--rank", rate, str(figures)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            ended = subprocess.run([*enter, *command, *rank], env=environment).returncode
+            if ended:
+                sys.exit(ended)
+            rows += json.loads(figures.read_text())
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    if arguments.plot:
+        plot(arguments, rows)
 
 
 def make_model(parameters):
@@ -171,26 +217,24 @@ def start_torch_distributed():
 
 def computation_seconds(parameters, batch):
     """What a step takes without any exchange, while all ranks compute."""
-    import horovod.torch as hvd
     import torch
 
     model, width = make_model(parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seconds = []
     for _ in range(4):
-        hvd.barrier()
+        barrier()
         start = time.perf_counter()
         optimizer.zero_grad()
         model(torch.randn(batch, width)).square().mean().backward()
         optimizer.step()
-        hvd.barrier()
+        barrier()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
 
 def measure(arguments):
     import horovod.torch as hvd
-    import torch
 
     hvd.init()
     if any(method.startswith("ddp/") for method in arguments.methods):
@@ -202,6 +246,19 @@ def measure(arguments):
         for _ in range(3):
             step(1)
     idle = count(lambda: time.sleep(1))
+    rate, figures = arguments.rank
+    rows = [{"rate": rate, **row, "computation_seconds": computing} for row in measure_methods(arguments, runs, batch)]
+    if hvd.rank() == 0:
+        show(arguments, rate, rows)
+        print(f"idle ranks exchange {idle / 1e6:.2f} MB/s of control messages", flush=True)
+        pathlib.Path(figures).write_text(json.dumps(rows))
+
+
+def measure_methods(arguments, runs, batch):
+    """A row of figures for each method."""
+    import horovod.torch as hvd
+    import torch
+
     seconds, counted = {method: [] for method in runs}, dict.fromkeys(runs, 0)
     exchanging = {method: [] for method in runs}
     before = {method: bytes_so_far() for method, (_, bytes_so_far) in runs.items()}
@@ -223,51 +280,81 @@ def measure(arguments):
             {
                 "method": method,
                 "median_step_seconds": statistics.median(seconds[method]),
-                "computation_seconds": computing,
                 "exchange_seconds": statistics.median(exchanging[method]) if arguments.batch else None,
                 "handed_over_bytes": sent,
                 "expected_wire_bytes": float(hvd.allreduce(torch.tensor(wire, dtype=torch.float64), op=hvd.Sum)),
                 "counted_wire_bytes": counted[method] / arguments.steps,
             }
         )
-    if hvd.rank() == 0:
-        show(arguments, rows, idle)
+    return rows
+
+
+def barrier():
+    """Wait for all ranks, sleeping: Horovod's own barrier spins, and takes the cores from ranks that still work."""
+    import horovod.torch as hvd
+    import torch
+    from gcompress.plugins.horovod.collectives import patient_synchronize
+
+    patient_synchronize(hvd.allreduce_async(torch.zeros(1), name="benchmark.barrier"))
 
 
 def count(function):
     """Bytes that cross the namespace's loopback while all ranks run `function`."""
-    import horovod.torch as hvd
-
-    hvd.barrier()
+    barrier()
     before = int(COUNTER.read_text())
     function()
-    hvd.barrier()
+    barrier()
     return int(COUNTER.read_text()) - before
 
 
-def show(arguments, rows, idle):
+def show(arguments, rate, rows):
     base = {row["method"]: row["median_step_seconds"] for row in rows}
-    rate = arguments.rate or "unlimited"
+    limit = bits_per_second(rate)
     print(
-        f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each"
+        f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each, "
+        f"computing alone {rows[0]['computation_seconds']:.3f} s"
     )
-    print(f"{'method':38s} {'step s':>7s} {'vs fp16':>8s} {'vs ddp/fp16':>11s} ", end="")
     print(
-        f"{'handed over':>12s} {'wire, all':>12s} {'counted':>12s}{'  computing + exchange s' * bool(arguments.batch)}"
+        f"{'method':38s} {'step s':>7s} {'link s':>7s} {'vs fp16':>8s} {'vs ddp/fp16':>11s} {'handed over':>12s} "
+        f"{'wire, all':>12s} {'counted':>12s}{'  computing + exchange s' * bool(arguments.batch)}"
     )
     for row in rows:
         speeds = [f"{base[m] / row['median_step_seconds']:.2f}x" if m in base else "-" for m in ("fp16", "ddp/fp16")]
+        link = f"{8 * row['counted_wire_bytes'] / limit:.3f}" if limit else "-"
         line = (
-            f"{row['method']:38s} {row['median_step_seconds']:7.3f} {speeds[0]:>8s} {speeds[1]:>11s} "
+            f"{row['method']:38s} {row['median_step_seconds']:7.3f} {link:>7s} {speeds[0]:>8s} {speeds[1]:>11s} "
             f"{row['handed_over_bytes']:12,.0f} {row['expected_wire_bytes']:12,.0f} {row['counted_wire_bytes']:12,.0f}"
         )
         if arguments.batch:
             alone = row["computation_seconds"], row["exchange_seconds"]
             line += f"  {alone[0]:.3f} + {alone[1]:.3f} = {sum(alone):.3f}"
         print(line, flush=True)
-    print(f"idle ranks exchange {idle / 1e6:.2f} MB/s of control messages", flush=True)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))
+
+
+def plot(arguments, rows):
+    """Step time against rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rates = sorted({row["rate"] for row in rows}, key=lambda rate: bits_per_second(rate) or float("inf"))
+    colours = pyplot.get_cmap("tab20").colors
+    figure, axis = pyplot.subplots(figsize=(9, 5.5))
+    for number, method in enumerate(arguments.methods):
+        times = {row["rate"]: row["median_step_seconds"] for row in rows if row["method"] == method}
+        look = {"linestyle": "--" if method.startswith("ddp/") else "-", "color": colours[number % len(colours)]}
+        axis.plot(range(len(rates)), [times[rate] for rate in rates], marker="o", label=method, **look)
+    axis.axhline(rows[0]["computation_seconds"], color="black", linestyle=":", label="computing alone")
+    axis.set(yscale="log", ylabel="seconds a step", xlabel="rate of the link that all ranks share")
+    axis.set_xticks(range(len(rates)), rates)
+    axis.set_title(f"{arguments.ranks} ranks, {arguments.parameters:g} M parameters")
+    axis.grid(axis="y", which="both", alpha=0.3)
+    axis.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
+    path = pathlib.Path(arguments.plot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    print(f"the curves are drawn in {path}")
 
 
 if __name__ == "__main__":

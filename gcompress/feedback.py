@@ -305,17 +305,20 @@ def _compress_keeping(compressor, values, residual, fresh, parts):
     kernels = backends.kernels(values, compressor) if values.numel() else None
     names = kernels and (kernels.on_device and compressor.device_kernels or compressor.kernels)
     keeps = kernels is not None and kernels.keeps_residual_with(names)
-    before = 0 if residual is None else residual.data_ptr()
+    before, after = 0 if residual is None else residual.data_ptr(), fresh.data_ptr()
 
     def places(part):
-        offset = values.element_size() * part.start
-        return before and before + offset, fresh.data_ptr() + offset
+        offset = 4 * part.start
+        return before and before + offset, after + offset
+
+    def source(part):
+        return part.of(values) if compressor.uses_shape else values[part.start : part.stop]
 
     if keeps and not kernels.on_device:
         payloads, poisoned = [], False
         for part in parts:
             remembering = Remembering(kernels, *places(part))
-            payloads.append(compressor.encode_with(remembering, compressor.values_of(part.of(values)), part.seed))
+            payloads.append(compressor.encode_with(remembering, source(part), part.seed))
             poisoned |= remembering.poisoned
         return payloads, Lost(fresh, poisoned, False)
     flag = torch.zeros(1, dtype=torch.int32, device=values.device)
@@ -323,7 +326,7 @@ def _compress_keeping(compressor, values, residual, fresh, parts):
         payloads = []
         for part in parts:
             remembering = kernels.remembering(*places(part), flag.data_ptr())
-            payloads.append(compressor.encode_with(remembering, compressor.values_of(part.of(values)), part.seed))
+            payloads.append(compressor.encode_with(remembering, source(part), part.seed))
     else:
         torch.add(values, residual, out=fresh) if residual is not None else fresh.copy_(values)
         payloads = [compressor.compress(part.of(fresh), seed=part.seed)[0] for part in parts]

@@ -20,6 +20,8 @@ SUM_BLOCK = 4096  # terms of an ordered sum that are added before the sums of bl
 
 def to_type(values, dtype):
     """Floats of another type, where what is finite stays finite: the type's largest number of its sign."""
+    if values.dtype == dtype:
+        return values
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(values.dtype).max or values.numel() == 0:
         return values.to(dtype)

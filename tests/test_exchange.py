@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from gcompress import ConfigError, ExchangeError, Policy, Rule, from_spec
+from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.plan import Plan, borders
+from tests.allocations import Allocations
 from tests.compressors import SPECS
 from tests.local_ranks import World, run_ranks
 from tests.simulation import Simulation
+from tests.test_feedback import Arrived
 
 SHAPES = {"a": (40, 30), "b": (1000,), "c": (300, 70), "d": (5000,), "e": (16384,), "f": (64, 64, 3)}
 
@@ -302,3 +305,38 @@ def test_nothing_is_decoded_before_the_ranks_agree():
         return [wait() for wait in finish]
 
     run_ranks(World(1, delays=0), Policy("topk", exchange="allgather"), run)
+
+
+STEADY = ("quantize:bits=4", "sign", "onebit", "mxfp4", "topk:sparsity=0.99", "mask:sparsity=0.99,bits=2", "eden")
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "twophase"])
+@pytest.mark.parametrize("spec", STEADY)
+def test_a_steady_step_allocates_nothing_of_the_gradients_size(spec, exchange):
+    """One rank's part: what it allocates are payloads, of up to a seventh of the gradient, at most four at a time."""
+
+    class Alone:
+        in_order = False
+
+        def world_size(self):
+            return 1
+
+        def rank(self):
+            return 0
+
+        def allgather(self, name, lane, payload, sizes):
+            return Arrived(payload)
+
+        def alltoall(self, name, lane, payload, to, back):
+            return Arrived(payload)
+
+    made = GradientExchange(Policy(spec, exchange=exchange), Alone())
+    gradient = torch.randn(512, 1024)
+    made.prepare({"w": gradient.shape})
+    for step in range(4):
+        with Allocations() as allocations:
+            result = made.start("w", gradient)()
+            made.end_step()
+        assert result.data_ptr() == gradient.data_ptr()
+        # Two steps begin the residuals, applied and proposed; two-phase has an owner's besides.
+        assert step < 2 or allocations.peak < 0.6 * 4 * gradient.numel(), step

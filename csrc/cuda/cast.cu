@@ -87,7 +87,19 @@ GC_REGISTER(bf16_encode)
 
 GC_KERNEL(bf16_decode)(const uint8_t* payload, int64_t n, int64_t add, float* out) {
     const int64_t i = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-    for (int64_t j = i; j < min64(n, i + 4); ++j) {
+    if (i + 4 <= n) {
+        const bool aligned = is_aligned(out + i, 16);
+        const uint64_t codes = load_u64(payload + 2 * i);
+        float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (add) load_four(out + i, aligned, values);
+        for (int j = 0; j < 4; ++j) {
+            const float value = from_bf16((uint16_t)(codes >> (16 * j)));
+            values[j] = add ? values[j] + value : value;
+        }
+        store_four(out + i, aligned, values);
+        return;
+    }
+    for (int64_t j = i; j < n; ++j) {
         const float value = from_bf16((uint16_t)(payload[2 * j] | payload[2 * j + 1] << 8));
         out[j] = add ? out[j] + value : value;
     }

@@ -11,6 +11,7 @@ Bytes: 4 k (values, float32, in index order) + the index.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import torch
@@ -102,6 +103,7 @@ class TopK(Compressor):
         return decode_kept(payload, numel, kept_count(numel, self.sparsity), form, width)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for several times for every gradient
 def index_layout(numel, k, index="auto"):
     """(form, width in bits, bytes) of the smallest index of k among numel entries that `index` allows."""
     if numel >= 2**32:

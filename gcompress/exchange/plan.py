@@ -163,9 +163,7 @@ class Plan:
         half = 2 * sum(entry.numel for entry in self.entries.values())
         total = round(sum(self.wire_bytes().values()))
         if remembered := self.memory_bytes():
-            lines.append(
-                f"memory of what is not sent: {remembered:,} bytes per rank, twice that from backward pass to step"
-            )
+            lines.append(f"memory of what is not sent: {remembered:,} bytes per rank, and as much for what is proposed")
         lines.append(
             f"{self.world_size} ranks send {total:,} bytes each per step; "
             f"a float16 all-reduce would send {2 * (self.world_size - 1) * half // self.world_size:,}"
