@@ -91,12 +91,7 @@ def kernels(tensor, method):
 def provides(found: cpu.CpuKernels | DeviceKernels | type[DeviceKernels], method) -> bool:
     """Whether a table of kernels, cpu.CpuKernels or gpu.DeviceKernels, has all that a method needs."""
     names = method.device_kernels if found.on_device and method.device_kernels is not None else method.kernels
-    return names is not None and _has(found, tuple(names))
-
-
-@functools.lru_cache(maxsize=1024)  # asked several times for every tensor
-def _has(found, names):
-    return found.has(names)
+    return names is not None and found.has(names)
 
 
 @functools.cache
