@@ -86,7 +86,6 @@ class _Bound:
 
     def __init__(self, kernels, extra, value):
         self._kernels, self._taking, self._value = kernels, kernels.taking[extra], ctypes.byref(value)
-        self._held = value
 
     def __getattr__(self, name):
         if name in self._taking:
