@@ -21,7 +21,7 @@ from . import backends
 from .backends.cpu import Remembering
 from .compressors import Compressor, Context
 from .errors import ConfigError
-from .memory import Memory, checked_copies
+from .memory import Memory, Scratch, checked_copies
 from .packing import to_type
 
 WARM_UP_STAGES = 4
@@ -73,7 +73,7 @@ class ErrorFeedback:
 
     def __init__(self, at_once=True):
         self.memories = {kind: Memory(at_once) for kind in self.kinds}
-        self._residuals = self.memories["residual"]
+        self._residuals, self._scratch = self.memories["residual"], Scratch()
 
     def compress(
         self, name: str, gradient: torch.Tensor, compressor: Compressor, *, seed: int = 0
@@ -104,8 +104,8 @@ class ErrorFeedback:
         """
         values = self._input(name, flat_values(gradient))
         residual, fresh = self._residual_for(name, values), self._residuals.spare(name, values)
-        payloads, lost = _compress_keeping(compressor, values, residual, fresh, parts)
-        self._keep(name, lost, lambda: decoded_parts(compressor, payloads, parts, values), compressor.sparse)
+        payloads, lost = _compress_keeping(compressor, values, residual, fresh, parts, self._scratch)
+        self._keep(name, lost, lambda: _decoded(compressor, payloads, parts, self._scratch), compressor.sparse)
         return payloads
 
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
@@ -292,13 +292,14 @@ class MomentumCorrection(ErrorFeedback):
         return self.copies()
 
 
-def _compress_keeping(compressor, values, residual, fresh, parts):
+def _compress_keeping(compressor, values, residual, fresh, parts, scratch):
     """Encode values + residual by parts, and write what the payloads lose of it to `fresh`.
 
     Args:
         values: contiguous 1-D float32.
         residual: like values, or None.
         fresh: like values.
+        scratch: a Scratch.
 
     Returns (payloads, Lost).
     """
@@ -330,7 +331,7 @@ def _compress_keeping(compressor, values, residual, fresh, parts):
     else:
         torch.add(values, residual, out=fresh) if residual is not None else fresh.copy_(values)
         payloads = [compressor.compress(part.of(fresh), seed=part.seed)[0] for part in parts]
-        sent = decoded_parts(compressor, payloads, parts, values)
+        sent = _decoded(compressor, payloads, parts, scratch)
         if kernels is None or not kernels.on_device:
             return payloads, Lost(fresh.sub_(sent), _not_finite(fresh), False)
         remembering = kernels.remembering(before, fresh.data_ptr(), flag.data_ptr())
@@ -339,11 +340,9 @@ def _compress_keeping(compressor, values, residual, fresh, parts):
     return payloads, Lost(fresh, flag, True)
 
 
-def decoded_parts(
-    compressor: Compressor, payloads: list[torch.Tensor], parts: list[Slice], like: torch.Tensor
-) -> torch.Tensor:
-    """What the payloads of all parts decode to: a new tensor like `like`."""
-    decoded = torch.empty_like(like)
+def _decoded(compressor, payloads, parts, scratch):
+    """What the payloads of all parts decode to, 1-D float32, in a Scratch."""
+    decoded = scratch.floats(parts[-1].stop, payloads[0].device)
     for payload, part in zip(payloads, parts, strict=True):
         compressor.decode_into(payload, decoded[part.start : part.stop])
     return decoded

@@ -96,6 +96,19 @@ class Memory:
         self._values = dict(values)
 
 
+class Scratch:
+    """Float32 memory that one step after another works in."""
+
+    def __init__(self):
+        self._room = torch.empty(0)
+
+    def floats(self, numel: int, device: torch.device) -> torch.Tensor:
+        """A 1-D tensor, its contents undefined: the caller's until the next call."""
+        if self._room.numel() < numel or self._room.device != device:
+            self._room = torch.empty(numel, device=device)
+        return self._room[:numel]
+
+
 def checked_copies(what, tensors, sizes=None):
     """Copies of the 1-D float32 tensors of a saved {name: tensor}.
 

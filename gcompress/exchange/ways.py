@@ -22,6 +22,7 @@ from .. import packing
 from ..compressors import Compressor
 from ..errors import PayloadError
 from ..feedback import NoFeedback, Slice
+from ..memory import Scratch
 from ..packing import u32_bytes
 from .plan import Piece
 from .summed import sum_over_ranks
@@ -52,7 +53,7 @@ class Ways:
 
     def __init__(self, exchange):
         self._exchange = exchange
-        self._room = torch.empty(0)
+        self._scratch = Scratch()
 
     def all_gather(self, gradients, places):
         """All-gather of {name: gradient} in one payload; the means come to {name: place}."""
@@ -152,7 +153,7 @@ class Ways:
         rows = _rows(received, [sizes[rank]] * world_size, what)
         again = [packed[:0]]
         for name, piece, compressor in owned[rank]:
-            total = self._scratch(piece.numel, packed.device)
+            total = self._scratch.floats(piece.numel, packed.device)
             rows = decode_sum(compressor, rows, total, self._factor(), name)
             again.append(self._encoded_mean(name, piece, compressor, total))
         gathered = yield "allgather", torch.cat(again), sizes
@@ -174,12 +175,6 @@ class Ways:
         coder = (self._exchange.owner_feedback if remembers else NoFeedback).compress
         payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
         return payload
-
-    def _scratch(self, numel, device):
-        """A 1-D float32 tensor for a while: until the next call."""
-        if self._room.numel() < numel or self._room.device != device:
-            self._room = torch.empty(numel, device=device)
-        return self._room[:numel]
 
     def _count_two_phase(self, encoded, sizes):
         world_size, own = self._exchange.engine.world_size(), sizes[self._exchange.engine.rank()]
