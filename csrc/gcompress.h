@@ -27,7 +27,7 @@ enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2 };
 typedef struct {
     const float* residual;  // NULL: zeros
     float* fresh;
-    int32_t poisoned;  // becomes 1 where an entry of `fresh` is not finite
+    int32_t* poisoned;  // becomes 1 where an entry of `fresh` is not finite
 } gc_memory;
 
 enum { GC_MOST_MORE = 63 };

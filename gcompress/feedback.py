@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 from . import backends
-from .backends.cpu import Remembering
 from .compressors import Compressor, Context
 from .errors import ConfigError
 from .memory import Memory, Scratch, checked_copies
@@ -44,7 +43,7 @@ class Lost(NamedTuple):
     """What payloads lose of a gradient."""
 
     residual: torch.Tensor
-    poisoned: bool | torch.Tensor  # whether an entry of the residual is not finite; one entry that is not 0 if so
+    poisoned: torch.Tensor  # of one entry, not 0 if an entry of the residual is not finite
     restored: bool  # whether the residual is the old one then (minus zeros if there was none): nobody waited for a GPU
 
 
@@ -304,40 +303,27 @@ def _compress_keeping(compressor, values, residual, fresh, parts, scratch):
     Returns (payloads, Lost).
     """
     kernels = backends.kernels(values, compressor) if values.numel() else None
-    names = kernels and (kernels.on_device and compressor.device_kernels or compressor.kernels)
-    keeps = kernels is not None and kernels.keeps_residual_with(names)
-    before, after = 0 if residual is None else residual.data_ptr(), fresh.data_ptr()
-
-    def places(part):
-        offset = 4 * part.start
-        return before and before + offset, after + offset
-
-    def source(part):
-        return part.of(values) if compressor.uses_shape else values[part.start : part.stop]
-
-    if keeps and not kernels.on_device:
-        payloads, poisoned = [], False
-        for part in parts:
-            remembering = Remembering(kernels, *places(part))
-            payloads.append(compressor.encode_with(remembering, source(part), part.seed))
-            poisoned |= remembering.poisoned
-        return payloads, Lost(fresh, poisoned, False)
+    on_device = kernels is not None and kernels.on_device
+    names = compressor.device_kernels if on_device and compressor.device_kernels else compressor.kernels
     flag = torch.zeros(1, dtype=torch.int32, device=values.device)
-    if keeps:
-        payloads = []
+    before, after, payloads = 0 if residual is None else residual.data_ptr(), fresh.data_ptr(), []
+    if kernels is not None and kernels.keeps_residual_with(names):
         for part in parts:
-            remembering = kernels.remembering(*places(part), flag.data_ptr())
-            payloads.append(compressor.encode_with(remembering, source(part), part.seed))
+            offset = 4 * part.start
+            remembering = kernels.remembering(before and before + offset, after + offset, flag.data_ptr())
+            source = part.of(values) if compressor.uses_shape else values[part.start : part.stop]
+            payloads.append(compressor.encode_with(remembering, source, part.seed))
     else:
         torch.add(values, residual, out=fresh) if residual is not None else fresh.copy_(values)
         payloads = [compressor.compress(part.of(fresh), seed=part.seed)[0] for part in parts]
         sent = _decoded(compressor, payloads, parts, scratch)
-        if kernels is None or not kernels.on_device:
+        if not on_device:
             return payloads, Lost(fresh.sub_(sent), _not_finite(fresh), False)
-        remembering = kernels.remembering(before, fresh.data_ptr(), flag.data_ptr())
+        remembering = kernels.remembering(before, after, flag.data_ptr())
         remembering.keep_residual(values.data_ptr(), values.numel(), sent.data_ptr())
-    kernels.feedback_restore(before, values.numel(), flag.data_ptr(), fresh.data_ptr())
-    return payloads, Lost(fresh, flag, True)
+    if on_device:
+        kernels.feedback_restore(before, values.numel(), flag.data_ptr(), after)
+    return payloads, Lost(fresh, flag, on_device)
 
 
 def _decoded(compressor, payloads, parts, scratch):

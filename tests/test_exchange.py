@@ -12,7 +12,7 @@ from tests.allocations import Allocations
 from tests.compressors import SPECS
 from tests.local_ranks import World, run_ranks
 from tests.simulation import Simulation
-from tests.test_feedback import Arrived
+from tests.test_feedback import OneRank
 
 SHAPES = {"a": (40, 30), "b": (1000,), "c": (300, 70), "d": (5000,), "e": (16384,), "f": (64, 64, 3)}
 
@@ -314,23 +314,7 @@ STEADY = ("quantize:bits=4", "sign", "onebit", "mxfp4", "topk:sparsity=0.99", "m
 @pytest.mark.parametrize("spec", STEADY)
 def test_a_steady_step_allocates_nothing_of_the_gradients_size(spec, exchange):
     """One rank's part: what it allocates are payloads, of up to a seventh of the gradient, at most four at a time."""
-
-    class Alone:
-        in_order = False
-
-        def world_size(self):
-            return 1
-
-        def rank(self):
-            return 0
-
-        def allgather(self, name, lane, payload, sizes):
-            return Arrived(payload)
-
-        def alltoall(self, name, lane, payload, to, back):
-            return Arrived(payload)
-
-    made = GradientExchange(Policy(spec, exchange=exchange), Alone())
+    made = GradientExchange(Policy(spec, exchange=exchange), OneRank())
     gradient = torch.randn(512, 1024)
     made.prepare({"w": gradient.shape})
     for step in range(4):

@@ -86,6 +86,9 @@ class OneRank:
     def allgather(self, name, lane, payload, sizes):
         return Arrived(payload)
 
+    def alltoall(self, name, lane, payload, to, back):
+        return Arrived(payload)
+
 
 class Arrived:
     def __init__(self, payload):

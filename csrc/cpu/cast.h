@@ -234,12 +234,8 @@ void cast_encode(gc_memory* memory, const float* x, int64_t n, int form, int64_t
 template <int form>
 void cast_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
     decode_units(more, payload, n, bucket < 64 ? 64 : bucket, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                     if (adds)
-                         cast_decode_range<form, true>(one, n, bucket, first, end, target);
-                     else
-                         cast_decode_range<form, false>(one, n, bucket, first, end, target);
-                     return (int)GC_OK;
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                     cast_decode_range<form, decltype(adds)::value>(one, n, bucket, first, end, target);
                  });
 }
 
@@ -274,14 +270,12 @@ void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload)
 
 void bf16_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
     decode_units(more, payload, n, 64, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      const uint8_t* codes = one + 2 * first;
-                     if (adds)
-                         for (int64_t i = 0; i < end - first; ++i)
-                             target[i] += from_bf16(load<uint16_t>(codes + 2 * i));
-                     else
-                         for (int64_t i = 0; i < end - first; ++i) target[i] = from_bf16(load<uint16_t>(codes + 2 * i));
-                     return (int)GC_OK;
+                     for (int64_t i = 0; i < end - first; ++i) {  // vectorised
+                         const float value = from_bf16(load<uint16_t>(codes + 2 * i));
+                         target[i] = adds.value ? target[i] + value : value;
+                     }
                  });
 }
 

@@ -246,18 +246,14 @@ void eden_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t bloc
                       bool unbiased, uint32_t seed, const float* level_table, uint8_t* payload) {
     const EdenLevels<bits> levels(level_table);
     store<uint32_t>(payload, seed);
-    const auto encode = [&](const float* source, int64_t first, int64_t end) {
-        eden_encode_range<bits>(source, n, block, sent, sent_tail, unbiased, seed, levels, first, end, payload);
-    };
-    if (!memory) return encode(x, 0, n);
-    float decoded[EDEN_LARGEST_BLOCK];
-    for (int64_t first = 0; first < n; first += block) {
-        const int64_t end = min64(n, first + block);
-        correct(memory, x, first, end);
-        encode(memory->fresh, first, end);
-        eden_decode_range<bits>(payload, n, block, sent, sent_tail, level_table, first, end, false, decoded);
-        keep_lost(memory, first, end - first, decoded);
-    }
+    encode_units<EDEN_LARGEST_BLOCK>(
+        memory, x, n, block,
+        [&](const float* source, int64_t first, int64_t end) {
+            eden_encode_range<bits>(source, n, block, sent, sent_tail, unbiased, seed, levels, first, end, payload);
+        },
+        [&](int64_t first, int64_t end, float* decoded) {
+            eden_decode_range<bits>(payload, n, block, sent, sent_tail, level_table, first, end, false, decoded);
+        });
 }
 
 void eden_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
@@ -268,16 +264,11 @@ void eden_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t
 template <int bits>
 void eden_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t block, int64_t sent,
                       int64_t sent_tail, const float* levels, int add, float* out) {
-    const auto decode = [&](const uint8_t* one, int64_t first, int64_t end, bool adds) {
-        eden_decode_range<bits>(one, n, block, sent, sent_tail, levels, first, end, adds, out + first);
-    };
-    if (!more) return decode(payload, 0, n, add != 0);
-    for (int64_t first = 0; first < n; first += block) {
-        const int64_t end = min64(n, first + block);
-        decode(payload, first, end, add != 0);
-        for (int64_t r = 0; r < more->count; ++r) decode(more->payloads[r], first, end, true);
-        multiply(out + first, end - first, more->factor);
-    }
+    decode_units<EDEN_LARGEST_BLOCK>(more, payload, n, block, add, out,
+                                     [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                                         eden_decode_range<bits>(one, n, block, sent, sent_tail, levels, first, end,
+                                                                 adds.value, target);
+                                     });
 }
 
 void eden_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent,

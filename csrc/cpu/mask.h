@@ -229,12 +229,9 @@ void mask_encode_keeping(gc_memory* memory, const float* x, int64_t n, int64_t k
         mask_encode_form<bits, is_signed, false>(x, n, k, workspace, capacity, payload);
     if (!memory) return;
     MaskReader<bits, is_signed> reader(payload, k);
-    float sent[STRETCH];
-    for (int64_t first = 0; first < n; first += STRETCH) {
-        const int64_t end = min64(n, first + STRETCH);
+    keep_decoded<STRETCH>(memory, 0, n, 64, [&](int64_t first, int64_t end, float* sent) {
         reader.template decode<false>(n, first, end, sent);
-        keep_lost(memory, first, end - first, sent);
-    }
+    });
 }
 
 template <int bits, bool is_signed>
@@ -243,11 +240,11 @@ int mask_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int
     Reader readers[1 + GC_MOST_MORE];
     readers[0] = Reader(payload, k);
     for (int64_t r = 0; more && r < more->count; ++r) readers[r + 1] = Reader(more->payloads[r], k);
-    return decode_units(more, payload, n, 64, add, out,
-                        [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
-                            return adds ? readers[r].template decode<true>(n, first, end, target)
-                                        : readers[r].template decode<false>(n, first, end, target);
-                        });
+    return decode_in_turn(more, payload, n, 64, add, out,
+                          [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+                              return adds ? readers[r].template decode<true>(n, first, end, target)
+                                          : readers[r].template decode<false>(n, first, end, target);
+                          });
 }
 
 void mask_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int bits, int is_signed, int lloyd,

@@ -61,9 +61,8 @@ void natural_encode(gc_memory* memory, const float* x, int64_t n, uint32_t seed,
 
 void natural_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
     decode_units(more, payload, n, 64, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                     natural_decode_range(one, n, first, end, adds, target);
-                     return (int)GC_OK;
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                     natural_decode_range(one, n, first, end, adds.value, target);
                  });
 }
 

@@ -110,12 +110,8 @@ void qsgd_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t buck
 template <int bits>
 void qsgd_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
     decode_units(more, payload, n, bucket, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                     if (adds)
-                         qsgd_decode_range<bits, true>(one, n, bucket, first, end, target);
-                     else
-                         qsgd_decode_range<bits, false>(one, n, bucket, first, end, target);
-                     return (int)GC_OK;
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                     qsgd_decode_range<bits, decltype(adds)::value>(one, n, bucket, first, end, target);
                  });
 }
 

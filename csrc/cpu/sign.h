@@ -142,12 +142,8 @@ void sign_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket, i
 void sign_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int means, int add,
                  float* out) {
     decode_units(more, payload, n, bucket, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                     if (adds)
-                         sign_decode_range<true>(one, n, bucket, means, first, end, target);
-                     else
-                         sign_decode_range<false>(one, n, bucket, means, first, end, target);
-                     return (int)GC_OK;
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                     sign_decode_range<decltype(adds)::value>(one, n, bucket, means, first, end, target);
                  });
 }
 

@@ -151,12 +151,8 @@ void ternary_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket
 
 void ternary_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
     decode_units(more, payload, n, TRIT_GROUP, add, out,
-                 [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                     if (adds)
-                         ternary_decode_range<true>(one, n, bucket, first, end, target);
-                     else
-                         ternary_decode_range<false>(one, n, bucket, first, end, target);
-                     return (int)GC_OK;
+                 [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
+                     ternary_decode_range<decltype(adds)::value>(one, n, bucket, first, end, target);
                  });
 }
 

@@ -9,13 +9,14 @@
 
 namespace {
 
-const int64_t STRETCH =
-    2560;  // entries that stay in the nearest cache with what is made of them: 40 words, 8 groups of trits
+// Entries that stay in the nearest cache with what is made of them: 40 words of 64 bits, 8 groups of trits.
+const int64_t STRETCH = 2560;
 
 // Where the stretch that begins at `first` ends: behind whole units, or within a longer one.
+template <int64_t stretch>
 inline int64_t stretch_end(int64_t first, int64_t n, int64_t unit) {
-    if (unit <= STRETCH) return min64(n, first + STRETCH / unit * unit);
-    return min64(n, min64(first + STRETCH, (first / unit + 1) * unit));
+    if (unit <= stretch) return min64(n, first + stretch / unit * unit);
+    return min64(n, min64(first + stretch, (first / unit + 1) * unit));
 }
 
 // The entries [first, end) of x + residual, in `fresh`.
@@ -37,7 +38,7 @@ inline void keep_lost(gc_memory* memory, int64_t first, int64_t count, const flo
         largest = largest > key ? largest : key;
         fresh[i] = lost;
     }
-    if (largest >= (int32_t)INFINITY_KEY) memory->poisoned = 1;
+    if (largest >= (int32_t)INFINITY_KEY) *memory->poisoned = 1;
 }
 
 // All entries of x + residual, in `fresh`.
@@ -51,30 +52,37 @@ inline void correct_all(gc_memory* memory, const float* x, int64_t n) {
             largest = largest > key ? largest : key;
         }
     }
-    if (largest >= (int32_t)INFINITY_KEY) memory->poisoned = 1;
+    if (largest >= (int32_t)INFINITY_KEY) *memory->poisoned = 1;
 }
 
-// Encode by `encode(x, first, end)`, where `first` is the beginning of a unit. With a memory, of x + residual, whose
-// fresh residual `decode(first, end, sent)` tells: stretches in order, from the beginning on.
-template <class Encode, class Decode>
+// The entries [first, end) of x + residual were encoded: keep what `decode(first, end, sent)` tells of them, stretches in
+// order.
+template <int64_t stretch, class Decode>
+void keep_decoded(gc_memory* memory, int64_t first, int64_t end, int64_t unit, const Decode& decode) {
+    float sent[stretch];
+    while (first < end) {
+        const int64_t stop = stretch_end<stretch>(first, end, unit);
+        decode(first, stop, sent);
+        keep_lost(memory, first, stop - first, sent);
+        first = stop;
+    }
+}
+
+// Encode by `encode(x, first, end)`, where `first` is the beginning of a unit. With a memory: x + residual, of which what
+// `decode` does not give back is kept.
+template <int64_t stretch = STRETCH, class Encode, class Decode>
 void encode_units(gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
                   const Decode& decode) {
     if (!memory) {
         encode(x, (int64_t)0, n);
         return;
     }
-    const int64_t step = unit > STRETCH ? unit : STRETCH / unit * unit;
-    float sent[STRETCH];
+    const int64_t step = unit > stretch ? unit : stretch / unit * unit;
     for (int64_t first = 0; first < n; first += step) {
         const int64_t end = min64(n, first + step);
         correct(memory, x, first, end);
         encode(memory->fresh, first, end);
-        for (int64_t i = first; i < end;) {
-            const int64_t stop = stretch_end(i, end, unit);
-            decode(i, stop, sent);
-            keep_lost(memory, i, stop - i, sent);
-            i = stop;
-        }
+        keep_decoded<stretch>(memory, first, end, unit, decode);
     }
 }
 
@@ -85,12 +93,12 @@ inline void multiply(float* values, int64_t count, float factor) {
 
 // Decode by `decode(payload, number, first, end, add, out)`, `out` being the place of entry `first`: all at once, or the
 // stretches of all payloads in turn. Returns the first result that is not GC_OK.
-template <class Decode>
-int decode_units(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
-                 const Decode& decode) {
+template <int64_t stretch = STRETCH, class Decode>
+int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
+                   const Decode& decode) {
     if (!more) return decode(payload, (int64_t)0, (int64_t)0, n, add != 0, out);
     for (int64_t first = 0; first < n;) {
-        const int64_t end = stretch_end(first, n, unit);
+        const int64_t end = stretch_end<stretch>(first, n, unit);
         if (int error = decode(payload, (int64_t)0, first, end, add != 0, out + first)) return error;
         for (int64_t r = 0; r < more->count; ++r)
             if (int error = decode(more->payloads[r], r + 1, first, end, true, out + first)) return error;
@@ -98,6 +106,25 @@ int decode_units(const gc_more* more, const uint8_t* payload, int64_t n, int64_t
         first = end;
     }
     return GC_OK;
+}
+
+template <bool flag>
+struct Flag {
+    static const bool value = flag;
+};
+
+// The same for a decoder that cannot fail and remembers nothing: `decode(add, payload, first, end, out)`, add: a Flag.
+template <int64_t stretch = STRETCH, class Decode>
+void decode_units(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
+                  const Decode& decode) {
+    decode_in_turn<stretch>(more, payload, n, unit, add, out,
+                            [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                                if (adds)
+                                    decode(Flag<true>(), one, first, end, target);
+                                else
+                                    decode(Flag<false>(), one, first, end, target);
+                                return (int)GC_OK;
+                            });
 }
 
 }  // namespace

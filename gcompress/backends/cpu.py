@@ -36,7 +36,7 @@ class _Signature(ctypes.Structure):
 class _Memory(ctypes.Structure):
     """gc_memory of csrc/gcompress.h."""
 
-    _fields_ = [("residual", ctypes.c_void_p), ("fresh", ctypes.c_void_p), ("poisoned", ctypes.c_int32)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("residual", "fresh", "poisoned")]
 
 
 class _More(ctypes.Structure):
@@ -48,7 +48,8 @@ class _More(ctypes.Structure):
 class CpuKernels:
     """The kernels of one instruction set: an attribute for each.
 
-    A kernel that takes a gc_memory or a gc_more first is called without it: `Remembering` and `Adding` pass one.
+    A kernel that takes a gc_memory or a gc_more first is called without it: what `remembering` and `adding` return
+    passes one.
 
     Args:
         table: the address of its gc_kernels (csrc/gcompress.h).
@@ -69,59 +70,49 @@ class CpuKernels:
             setattr(self, name, function)
 
     def keeps_residual_with(self, names: Iterable[str]) -> bool:
-        """Whether one of these kernels is an encoder that keeps what is lost, too: see `Remembering`."""
+        """Whether one of these kernels is an encoder that keeps what is lost, too: see `remembering`."""
         return not self.taking["gc_memory"].keys().isdisjoint(names)
 
+    def remembering(self, residual: int, fresh: int, poisoned: int) -> BoundKernels:
+        """These kernels with error feedback in the encoders; the arguments of `DeviceKernels.remembering`."""
+        return BoundKernels(self, "gc_memory", _Memory(residual or None, fresh, poisoned))
+
     def adds_with(self, names: Iterable[str]) -> bool:
-        """Whether one of these kernels is a decoder that adds several payloads: see `Adding`."""
+        """Whether one of these kernels is a decoder that adds several payloads: see `adding`."""
         return not self.taking["gc_more"].keys().isdisjoint(names)
+
+    def adding(self, payloads: list[int], factor: float) -> BoundKernels:
+        """These kernels, whose decoders add other payloads to the one that they are given, then multiply, in one pass.
+
+        Args:
+            payloads: addresses, at most MOST_MORE.
+            factor: a float32.
+        """
+        addresses = (ctypes.c_void_p * len(payloads))(*payloads)
+        return BoundKernels(self, "gc_more", _More(ctypes.addressof(addresses), len(payloads), factor), addresses)
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all kernels of these names are there."""
         return self.names.issuperset(names)
 
 
-class _Bound:
-    """Kernels of which some get one more argument."""
+class BoundKernels:
+    """Kernels of which those that take a structure get one.
 
-    def __init__(self, kernels, extra, value):
-        self._kernels, self._taking, self._value = kernels, kernels.taking[extra], ctypes.byref(value)
+    Args:
+        kernels: a CpuKernels.
+        extra: the structure's name.
+        value: the structure.
+        held: what it points to, kept as long as these.
+    """
+
+    def __init__(self, kernels: CpuKernels, extra: str, value: ctypes.Structure, held: object = None):
+        self._kernels, self._taking, self._value, self._held = kernels, kernels.taking[extra], ctypes.byref(value), held
 
     def __getattr__(self, name):
         if name in self._taking:
             return functools.partial(self._taking[name], self._value)
         return getattr(self._kernels, name)
-
-
-class Remembering(_Bound):
-    """Kernels with error feedback in the encoders: they encode x + residual and keep what is lost.
-
-    Args:
-        residual: address of as many float32, or 0.
-        fresh: address of the new residual.
-    """
-
-    def __init__(self, kernels: CpuKernels, residual: int, fresh: int):
-        self._memory = _Memory(residual or None, fresh, 0)
-        super().__init__(kernels, "gc_memory", self._memory)
-
-    @property
-    def poisoned(self) -> bool:
-        """Whether an entry of the new residual is not finite."""
-        return self._memory.poisoned != 0
-
-
-class Adding(_Bound):
-    """Kernels whose decoders add other payloads to the one that they are given, then multiply, in one pass.
-
-    Args:
-        payloads: addresses, at most MOST_MORE.
-        factor: a float32.
-    """
-
-    def __init__(self, kernels: CpuKernels, payloads: list[int], factor: float):
-        self._payloads = (ctypes.c_void_p * len(payloads))(*payloads)
-        super().__init__(kernels, "gc_more", _More(ctypes.addressof(self._payloads), len(payloads), factor))
 
 
 def _ctype(text):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from .. import backends, packing
-from ..backends.cpu import MOST_MORE, Adding, CpuKernels
+from ..backends.cpu import MOST_MORE
 from ..errors import ConfigError, PayloadError
 
 if TYPE_CHECKING:
-    from ..backends.cpu import Remembering
+    from ..backends.cpu import BoundKernels, CpuKernels
     from ..backends.gpu.plans import DeviceKernels
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -139,7 +139,7 @@ class Compressor:
         return self.encode_with(kernels, values, seed), ctx
 
     def encode_with(
-        self, kernels: CpuKernels | Remembering | DeviceKernels, values: torch.Tensor, seed: int
+        self, kernels: CpuKernels | BoundKernels | DeviceKernels, values: torch.Tensor, seed: int
     ) -> torch.Tensor:
         """The payload of a tensor's `values_of` by kernels that a backend has for this method."""
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
@@ -204,7 +204,7 @@ class Compressor:
             out: as for `decode_into`. Undefined after a PayloadError.
         """
         kernels = backends.kernels(out, self) if out.numel() else None
-        if not isinstance(kernels, CpuKernels) or not self.fixed_size or not kernels.adds_with(self.kernels or ()):
+        if kernels is None or not self.fixed_size or not kernels.adds_with(self.kernels or ()):
             for number, payload in enumerate(payloads):
                 self.decode_into(payload, out, add=number > 0)
             if factor != 1.0:
@@ -215,7 +215,7 @@ class Compressor:
             for payload in some:
                 self._check_decodable(payload, out)
             last = first + len(some) == len(payloads)
-            adding = Adding(kernels, [payload.data_ptr() for payload in some[1:]], factor if last else 1.0)
+            adding = kernels.adding([payload.data_ptr() for payload in some[1:]], factor if last else 1.0)
             self._decode_by(adding, some[0], out, first > 0)
 
     def sum_rounds(

@@ -114,8 +114,8 @@ def index_layout(numel, k, index="auto"):
         ("fixed", fixed, packing.packed_bytes(k, fixed)),
         ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
     ]
-    allresidual = [c for c in candidates if index in ("auto", c[0])]
-    return min(allresidual, key=lambda candidate: candidate[2])
+    allowed = [c for c in candidates if index in ("auto", c[0])]
+    return min(allowed, key=lambda candidate: candidate[2])
 
 
 def encode_kept(values, kept, form, width):

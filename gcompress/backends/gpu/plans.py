@@ -93,6 +93,11 @@ class DeviceKernels:
         """Whether one of these kernels is an encoder that keeps the new residual as well."""
         return not _keeping.isdisjoint(names)
 
+    @staticmethod
+    def adds_with(names):
+        """Whether one of these kernels adds several payloads in one pass; none does."""
+        return False
+
     def remembering(self, residual, fresh, poisoned):
         """These kernels with error feedback in the encoders: they encode x + residual and keep what is lost.
 
