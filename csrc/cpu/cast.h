@@ -12,7 +12,7 @@ namespace {
 
 // 64 scaled entries to codes. `ordinary`: all are finite and `tops` is TOP.
 template <int form>
-inline void encode_64(const float* x, const float* factors, bool ordinary, const int32_t* tops,
+GC_HOT void encode_64(const float* x, const float* factors, bool ordinary, const int32_t* tops,
                       typename Cast<form>::Code* codes) {
     typedef Cast<form> C;
     const int to_sign = 32 - C::WIDTH;
@@ -68,7 +68,7 @@ inline CastScale scale_of(const float* x, int64_t count) {
 
 #if defined(__AVX512BW__)
 // Codes of 16 scaled finite entries, as finite_code has them, with their signs.
-inline __m128i mxfp4_codes(__m512 scaled) {
+GC_HOT __m128i mxfp4_codes(__m512 scaled) {
     const __m512i pattern = _mm512_castps_si512(scaled), smallest = _mm512_set1_epi32(127 << 23);
     const __m512i key = _mm512_and_si512(pattern, _mm512_set1_epi32(0x7fffffff));
     const __m512i exponent = _mm512_max_epi32(_mm512_and_si512(key, _mm512_set1_epi32(INFINITY_KEY)), smallest);
@@ -82,7 +82,7 @@ inline __m128i mxfp4_codes(__m512 scaled) {
 }
 
 // Two buckets of 32 entries; false, and nothing done, if one of them is not ordinary.
-inline bool encode_ordinary_mxfp4(const float* x, uint8_t* scales, uint8_t* packed) {
+GC_HOT bool encode_ordinary_mxfp4(const float* x, uint8_t* scales, uint8_t* packed) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     uint8_t codes[64];
     CastScale scale[2];
@@ -103,7 +103,7 @@ inline bool encode_ordinary_mxfp4(const float* x, uint8_t* scales, uint8_t* pack
     return true;
 }
 
-inline void decode_mxfp4(const uint8_t* codes, const uint8_t* scales, bool add, float* out) {
+GC_HOT void decode_mxfp4(const uint8_t* codes, const uint8_t* scales, bool add, float* out) {
     const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
     for (int j = 0; j < 64; j += 16) {
         const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + j)));
@@ -165,9 +165,12 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
     payload += from / bucket;
     float factors[64] = {0}, values[64];
     typename C::Code codes[64] = {0};
-    for (int64_t i = from; i < to; i += 64, out += 64) {
+    int64_t next = from;  // bucket
+    for (int64_t i = from; i < to; i += 64) {
         const int64_t size = min64(64, n - i);
-        if (i == from || i % bucket == 0 || bucket < 64) {
+        float* target = out + (i - from);
+        if (i == next || bucket < 64) {
+            next = (i / bucket + 1) * bucket;
             for (int64_t j = 0; j < size; j += bucket) {
                 const uint32_t scale = *payload++;
                 const float factor = cast_back(scale);
@@ -175,7 +178,9 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
             }
         }
         const uint8_t* source = packed + i * C::WIDTH / 8;
-        if (form != GC_MXFP4)
+        if (form != GC_MXFP4 && size == 64)
+            memcpy(codes, source, sizeof codes);
+        else if (form != GC_MXFP4)
             memcpy(codes, source, (size_t)size * sizeof *codes);
         else if (i + 128 <= n)
             unpack_64<4>(source, (uint8_t*)codes);
@@ -184,7 +189,7 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
         if (size == 64) {
 #if defined(__AVX512BW__)
             if (form == GC_MXFP4 && bucket == 32) {
-                decode_mxfp4((const uint8_t*)codes, payload - 2, add, out);
+                decode_mxfp4((const uint8_t*)codes, payload - 2, add, target);
                 continue;
             }
 #endif
@@ -193,19 +198,21 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
                 for (int j = 0; j < 64; j += 8) {
                     __m256 value = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(codes + j)));
                     value = _mm256_mul_ps(value, _mm256_loadu_ps(factors + j));
-                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + j), value);
-                    _mm256_storeu_ps(out + j, value);
+                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(target + j), value);
+                    _mm256_storeu_ps(target + j, value);
                 }
                 continue;
             }
 #endif
+            uint32_t wide[64];  // all lanes of one width: what follows is half as long
+            for (int j = 0; j < 64; ++j) wide[j] = codes[j];
             for (int j = 0; j < 64; ++j) {  // vectorised
-                const float value = from_code<form>(codes[j]) * factors[j];
-                out[j] = add ? out[j] + value : value;
+                const float value = from_code<form>(wide[j]) * factors[j];
+                target[j] = add ? target[j] + value : value;
             }
         } else {
             for (int j = 0; j < 64; ++j) values[j] = from_code<form>(codes[j]) * factors[j];
-            for (int64_t j = 0; j < size; ++j) out[j] = add ? out[j] + values[j] : values[j];
+            for (int64_t j = 0; j < size; ++j) target[j] = add ? target[j] + values[j] : values[j];
         }
     }
 }

@@ -189,6 +189,9 @@ struct MaskReader {
 
     template <bool add>
     int decode(int64_t n, int64_t from, int64_t to, float* out) {
+        const uint8_t* next = values;
+        float levels[sizeof table / sizeof *table];  // which writing to `out` cannot change
+        memcpy(levels, table, sizeof table);
         uint8_t codes[64];
         float tail[64];
         for (int64_t i = from; i < to; i += 64, out += 64) {
@@ -204,14 +207,15 @@ struct MaskReader {
                 if (add) memcpy(tail, target, (size_t)block * sizeof(float));
                 target = tail;
             }
-            look_up_64<add>(codes, table, bits > 4, target);
-            if (values + 4 * __builtin_popcountll(kept) > packed) return GC_BAD_COUNT;
-            for (; kept; kept &= kept - 1, values += 4) {
+            look_up_64<add>(codes, levels, bits > 4, target);
+            if (next + 4 * __builtin_popcountll(kept) > packed) return GC_BAD_COUNT;
+            for (; kept; kept &= kept - 1, next += 4) {
                 float* entry = target + __builtin_ctzll(kept);
-                *entry = add ? *entry + load<float>(values) : load<float>(values);
+                *entry = add ? *entry + load<float>(next) : load<float>(next);
             }
             if (block < 64) memcpy(out, tail, (size_t)block * sizeof(float));
         }
+        values = next;
         return to < n || values == packed ? GC_OK : GC_BAD_COUNT;
     }
 };

@@ -48,7 +48,7 @@ Selection radix_select(const Keys& key, int64_t n, int64_t k) {
 }
 
 template <bool is_signed>
-inline void keys_64(const float* x, uint32_t* keys) {
+GC_HOT void keys_64(const float* x, uint32_t* keys) {
     for (int j = 0; j < 64; ++j) keys[j] = key_of<is_signed>(x[j]);  // vectorised
 }
 
@@ -95,7 +95,7 @@ Selection select_largest(const float* x, int64_t n, int64_t k, uint32_t* workspa
 }
 
 // The kept entries of one block of up to 64 keys, as a bit mask; counts the ties down.
-inline uint64_t kept_of_block(const uint32_t* keys, int64_t count, Selection* selection) {
+GC_HOT uint64_t kept_of_block(const uint32_t* keys, int64_t count, Selection* selection) {
     const uint64_t valid = count == 64 ? ~0ull : (1ull << count) - 1;
     const uint32_t threshold = selection->threshold;
     uint64_t kept = threshold == 0x7fffffffu ? 0 : at_least_64(keys, threshold + 1) & valid;

@@ -10,7 +10,7 @@
 namespace {
 
 // Bit j of the result: x[j] carries a minus sign, for 64 entries.
-inline uint64_t signs_64(const float* x) {
+GC_HOT uint64_t signs_64(const float* x) {
     uint64_t mask = 0;
 #if defined(__AVX512DQ__)
     for (int part = 0; part < 4; ++part)

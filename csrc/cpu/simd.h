@@ -11,21 +11,26 @@
 
 #include "../arith/base.h"
 
+// What handles 64 entries is inlined always, and what handles the last few never: left to itself, a compiler decides
+// anew with every function that the file gains, and speed changes by factors.
+#define GC_HOT inline __attribute__((always_inline))
+#define GC_COLD __attribute__((noinline))
+
 namespace {
 
 template <class T>
-inline T load(const void* p) {
+GC_HOT T load(const void* p) {
     T value;
     memcpy(&value, p, sizeof value);
     return value;
 }
 template <class T>
-inline void store(void* p, T value) {
+GC_HOT void store(void* p, T value) {
     memcpy(p, &value, sizeof value);
 }
 
 // Bit j of the result: keys[j] >= bound, for 64 keys below 2^31 and a bound of at least 1.
-inline uint64_t at_least_64(const uint32_t* keys, uint32_t bound) {
+GC_HOT uint64_t at_least_64(const uint32_t* keys, uint32_t bound) {
     uint64_t mask = 0;
 #if defined(__AVX512F__)
     const __m512i limit = _mm512_set1_epi32((int)bound);
@@ -47,7 +52,7 @@ inline uint64_t at_least_64(const uint32_t* keys, uint32_t bound) {
 }
 
 // Bit j of the result: codes[j] == code, for 64 codes.
-inline uint64_t equal_64(const uint8_t* codes, uint8_t code) {
+GC_HOT uint64_t equal_64(const uint8_t* codes, uint8_t code) {
     uint64_t mask = 0;
 #if defined(__AVX512BW__)
     mask = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes), _mm512_set1_epi8((char)code));
@@ -66,7 +71,7 @@ inline uint64_t equal_64(const uint8_t* codes, uint8_t code) {
 // Eight bytes of `bits` significant bits each, packed into the low 8 * bits bits; and back:
 // in three steps of twice the width, the upper half of every pair moves beside the lower one.
 template <int bits>
-inline uint64_t squeeze_8(uint64_t x) {
+GC_HOT uint64_t squeeze_8(uint64_t x) {
     const uint64_t low16 = 0x0001000100010001ull * ((1u << bits) - 1);
     const uint64_t low32 = 0x0000000100000001ull * ((1ull << 2 * bits) - 1);
     const uint64_t low64 = (1ull << 4 * bits) - 1;
@@ -75,7 +80,7 @@ inline uint64_t squeeze_8(uint64_t x) {
     return (x & low64) | (x & ~low64) >> 4 * (8 - bits);
 }
 template <int bits>
-inline uint64_t spread_8(uint64_t x) {
+GC_HOT uint64_t spread_8(uint64_t x) {
     const uint64_t low16 = 0x0001000100010001ull * ((1u << bits) - 1);
     const uint64_t low32 = 0x0000000100000001ull * ((1ull << 2 * bits) - 1);
     const uint64_t low64 = (1ull << 4 * bits) - 1;
@@ -87,7 +92,7 @@ inline uint64_t spread_8(uint64_t x) {
 // 64 codes, one a byte, to 8 * bits bytes and back. Whole words are moved and overlap, so
 // both touch up to 8 - bits bytes behind the packed ones.
 template <int bits>
-inline void pack_64(const uint8_t* codes, uint8_t* packed) {
+GC_HOT void pack_64(const uint8_t* codes, uint8_t* packed) {
 #if defined(__AVX512BW__)
     if (bits == 2 || bits == 4) {  // neighbours meet by multiply-add: weights 1 and 2^bits, then 1 and 2^(2 bits)
         const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512(codes), _mm512_set1_epi16(1 | 256 << bits));
@@ -122,7 +127,7 @@ inline void pack_64(const uint8_t* codes, uint8_t* packed) {
         store<uint64_t>(packed + bits * group, squeeze_8<bits>(load<uint64_t>(codes + 8 * group)));
 }
 template <int bits>
-inline void unpack_64(const uint8_t* packed, uint8_t* codes) {
+GC_HOT void unpack_64(const uint8_t* packed, uint8_t* codes) {
 #if defined(__AVX512BW__)
     if (bits == 4) {
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)packed));
@@ -147,14 +152,14 @@ inline void unpack_64(const uint8_t* packed, uint8_t* codes) {
 
 // The same for `count` < = 64 codes at the end of a buffer, through a block of its own.
 template <int bits>
-inline void pack_tail(const uint8_t* codes, int64_t count, uint8_t* packed) {
+GC_COLD void pack_tail(const uint8_t* codes, int64_t count, uint8_t* packed) {
     uint8_t padded[64] = {0}, bytes[64 + 8];
     memcpy(padded, codes, (size_t)count);
     pack_64<bits>(padded, bytes);
     memcpy(packed, bytes, (size_t)((count * bits + 7) / 8));
 }
 template <int bits>
-inline void unpack_tail(const uint8_t* packed, int64_t count, uint8_t* codes) {
+GC_COLD void unpack_tail(const uint8_t* packed, int64_t count, uint8_t* codes) {
     uint8_t bytes[64 + 8] = {0};
     memcpy(bytes, packed, (size_t)((count * bits + 7) / 8));
     unpack_64<bits>(bytes, codes);
@@ -162,7 +167,7 @@ inline void unpack_tail(const uint8_t* packed, int64_t count, uint8_t* codes) {
 
 // out[i] = table[codes[i]] (or +=) for 64 codes; the table has 16 or 256 entries.
 template <bool add>
-inline void look_up_64(const uint8_t* codes, const float* table, bool wide, float* out) {
+GC_HOT void look_up_64(const uint8_t* codes, const float* table, bool wide, float* out) {
 #if defined(__AVX512F__)
     if (!wide) {
         const __m512 entries = _mm512_loadu_ps(table);

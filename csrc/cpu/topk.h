@@ -184,20 +184,20 @@ int topk_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t 
     KeptEntries kept[1 + GC_MOST_MORE];
     kept[0] = KeptEntries(payload, n, k, form, width);
     for (int64_t r = 0; more && r < more->count; ++r) kept[r + 1] = KeptEntries(more->payloads[r], n, k, form, width);
-    // A stretch is still in the cache when its entries come, which pays unless there are hardly any.
-    const gc_more none = {nullptr, 0, 1.0f};
-    if (!more && k > n / 512) more = &none;
-    return decode_in_turn(more, payload, n, 1, add, out,
-                          [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
-                              if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
-                              KeptEntries one = kept[r];  // in registers
-                              for (; one.entry < end; one.next()) {
-                                  float* place = target + (one.entry - first);
-                                  *place = adds ? *place + one.value() : one.value();
-                              }
-                              kept[r] = one;
-                              return end < n ? (int)GC_OK : one.error();
-                          });
+    const auto decode = [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+        if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
+        KeptEntries one = kept[r];  // in registers
+        for (; one.entry < end; one.next()) {
+            float* place = target + (one.entry - first);
+            *place = adds ? *place + one.value() : one.value();
+        }
+        kept[r] = one;
+        return end < n ? (int)GC_OK : one.error();
+    };
+    // A stretch is still in the cache when its entries come. Where there are hardly any, clearing all at once is faster.
+    const int64_t all = (int64_t)1 << 62;
+    return more || k > n / 512 ? decode_in_turn(more, payload, n, 1, add, out, decode)
+                               : decode_in_turn<all>(more, payload, n, 1, add, out, decode);
 }
 
 }  // namespace

@@ -91,12 +91,13 @@ inline void multiply(float* values, int64_t count, float factor) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factor;  // vectorised
 }
 
-// Decode by `decode(payload, number, first, end, add, out)`, `out` being the place of entry `first`: all at once, or the
-// stretches of all payloads in turn. Returns the first result that is not GC_OK.
+// Decode by `decode(payload, number, first, end, add, out)`, `out` being the place of entry `first`: the stretches of all
+// payloads in turn. Returns the first result that is not GC_OK.
 template <int64_t stretch = STRETCH, class Decode>
 int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
                    const Decode& decode) {
-    if (!more) return decode(payload, (int64_t)0, (int64_t)0, n, add != 0, out);
+    const gc_more none = {nullptr, 0, 1.0f};
+    if (!more) more = &none;
     for (int64_t first = 0; first < n;) {
         const int64_t end = stretch_end<stretch>(first, n, unit);
         if (int error = decode(payload, (int64_t)0, first, end, add != 0, out + first)) return error;
