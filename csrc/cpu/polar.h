@@ -2,10 +2,8 @@
 #ifndef GCOMPRESS_CPU_POLAR_H
 #define GCOMPRESS_CPU_POLAR_H
 
-#include "../polar/decoder.h"
-#include "../polar/scan.h"
-#include "../polar/tile.h"
-#include "../polar/turn.h"
+#include "../polar/plan/compress.h"
+#include "../polar/plan/decompress.h"
 
 namespace {
 
@@ -50,27 +48,9 @@ inline void read_polar_tables(const PolarTile* tile, int64_t count, const uint8_
 inline void polar_encode_source(PolarSource source, int64_t count, const void* tiles, const uint8_t* slots,
                                 const void* designs, int list_size, uint8_t* workspace, uint8_t* words,
                                 int64_t* products) {
-    const PolarWorkspace work = polar_workspace(workspace);
-    const PolarTile* tile = (const PolarTile*)tiles;
     PolarTables tables;
-    read_polar_tables(tile, count, slots, (const PolarDesign*)designs, &tables);
-    for (int64_t k = 0; k < count; ++k) {
-        polar_pass_tile(&source, tile + k, 1);
-        slots += tile[k].rows;
-        words += polar_tile_bytes(tile + k);
-    }
-    // The last tile first: of a vector whose magnitudes were just summed, the end is still in the caches. A tile's words
-    // touch up to 8 bytes more, which are the next one's.
-    uint8_t after[8];
-    for (int64_t k = count - 1; k >= 0; --k) {
-        polar_pass_tile(&source, tile + k, -1);
-        slots -= tile[k].rows;
-        memcpy(after, words, sizeof after);
-        uint8_t* end = words;
-        words -= polar_tile_bytes(tile + k);
-        polar_encode_tile(&source, tile + k, slots, &tables, list_size, work, words, products);
-        memcpy(end, after, sizeof after);
-    }
+    read_polar_tables((const PolarTile*)tiles, count, slots, (const PolarDesign*)designs, &tables);
+    encode_tiles(source, count, (const PolarTile*)tiles, slots, &tables, list_size, workspace, words, products);
 }
 
 void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
@@ -85,16 +65,7 @@ void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, 
 
 void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
                   int64_t n, int add, uint64_t* workspace, float* out) {
-    const PolarTile* tile = (const PolarTile*)tiles;
-    const bool stream = n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0;
-    const auto decode = add ? polar_decode_tile<ADD> : stream ? polar_decode_tile<STREAM> : polar_decode_tile<REPLACE>;
-    for (const PolarTile* end = tile + count; tile < end; ++tile) {
-        words = decode(words, tile, slots, values, workspace, n, out);
-        n -= tile->lanes * tile->rows;
-        out += tile->lanes * tile->rows;
-        slots += tile->rows;
-    }
-    finish_streams();
+    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n, add != 0, workspace, out);
 }
 
 void polar_turn(const float* x, int64_t n, uint32_t seed, float* y, double* lengths) {
@@ -110,6 +81,25 @@ void polar_turn_back(float* y, int64_t n, uint32_t seed, const float* scales, in
         polar_turn_blocks_back<true>(y, n, seed, scales, out);
     else
         polar_turn_blocks_back<false>(y, n, seed, scales, out);
+}
+
+int polar_compress(const void* tables, const float* x, int64_t n, int64_t first, int scales, int flat, double share,
+                   int list_size, int rank, int64_t block, int unbiased, uint32_t seed, uint8_t* workspace,
+                   int64_t workspace_bytes, uint8_t* payload, int64_t nbytes) {
+    CompressOptions options = {0, block, false, scales == 2, flat != 0, list_size, rank, share};
+    set_matrix(n, first, first > 0, &options);
+    Compressor compressor = {(const PlanTables*)tables,          options, payload, 0, n, nbytes,
+                             room_of(workspace, workspace_bytes)};
+    compressor.workspace = compressor.room.take<uint8_t>(ENCODER_BYTES);
+    if (compressor.room.full()) return GC_BAD_COUNT;
+    const bool done = unbiased ? compressor.encode_unbiased(x, seed) : compressor.encode(x);
+    return done ? GC_OK : GC_BAD_COUNT;
+}
+
+int polar_decompress(const void* tables, const uint8_t* payload, int64_t nbytes, int64_t n, int64_t block, int add,
+                     uint8_t* workspace, int64_t workspace_bytes, float* out) {
+    return polar_decompress_into((const PlanTables*)tables, payload, nbytes, n, block, add != 0, workspace,
+                                 workspace_bytes, out);
 }
 
 }  // namespace

@@ -7,24 +7,27 @@
 
 namespace {
 
-// Sums of |x| 2^-24 over every row and, if asked, every column of a matrix of n entries in rows
-// of `cols`: a row's in 16 interleaved sums that then fold in halves, a column's from top to bottom.
+// The sum of |x| 2^-24 over a row, in 16 interleaved sums that then fold in halves; the terms are added to the columns'
+// sums, too, if those are given.
+inline void add_row_sums(const float* row, int64_t count, float* row_sum, float* column_sums) {
+    float sums[16] = {0};
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16)
+        for (int k = 0; k < 16; ++k) sums[k] += sum_term(row[j + k]);  // vectorised
+    for (int k = 0; j + k < count; ++k) sums[k] += sum_term(row[j + k]);
+    for (int half = 8; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    *row_sum = sums[0];
+    if (column_sums)
+        for (j = 0; j < count; ++j) column_sums[j] += sum_term(row[j]);  // vectorised
+}
+
+// The same for every row and, if asked, every column of a matrix of n entries in rows of `cols`; a column's sum is from top
+// to bottom.
 inline void polar_sums_of(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
     if (column_sums) memset(column_sums, 0, (size_t)cols * sizeof(float));
-    for (int64_t start = 0; start < n; start += cols) {
-        const int64_t count = min64(cols, n - start);
-        const float* row = x + start;
-        float sums[16] = {0};
-        int64_t j = 0;
-        for (; j + 16 <= count; j += 16)
-            for (int k = 0; k < 16; ++k) sums[k] += sum_term(row[j + k]);  // vectorised
-        for (int k = 0; j + k < count; ++k) sums[k] += sum_term(row[j + k]);
-        for (int half = 8; half > 0; half /= 2)
-            for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-        *row_sums++ = sums[0];
-        if (column_sums)
-            for (j = 0; j < count; ++j) column_sums[j] += sum_term(row[j]);  // vectorised
-    }
+    for (int64_t start = 0; start < n; start += cols)
+        add_row_sums(x + start, min64(cols, n - start), row_sums++, column_sums);
 }
 
 inline void quantize_run(const float* x, int64_t count, float scale, int8_t* samples) {

@@ -15,7 +15,7 @@ import torch
 
 from ...checks import check_choice, check_integer, check_number, check_power_of_two
 from ..base import Compressor
-from . import coding, products, reference, turning
+from . import coding, products, reference, turning, whole
 from .device import backend_of
 from .native import KERNELS
 from .payload import SMALLEST_PAYLOAD
@@ -72,7 +72,7 @@ class Polar(Compressor):
         "polar:rate=1.0,unbiased=true",
         "polar:rate=0.2,block=512,unbiased=true,floor=0",
     )
-    kernels: ClassVar[tuple] = KERNELS
+    kernels: ClassVar[tuple] = (*KERNELS, *whole.KERNELS)
     device_kernels: ClassVar[tuple] = ("polar_beyond",)
     shown: ClassVar[tuple] = ("rate",)
     uses_shape: ClassVar[bool] = True
@@ -109,7 +109,10 @@ class Polar(Compressor):
         return max(least, -int(-numel * self.rate // 8), min(self.floor, -(-numel // 8)))
 
     def _encode_native(self, kernels, values, payload, seed):
-        self._encode(backend_of(kernels), values, payload, seed)
+        if kernels.on_device:
+            self._encode(backend_of(kernels), values, payload, seed)
+        else:
+            whole.compress(kernels, self, values, payload, seed)
 
     def _encode_reference(self, values, seed):
         payload = torch.empty(self.nbytes(values.numel()), dtype=torch.uint8, device=values.device)
@@ -127,7 +130,10 @@ class Polar(Compressor):
             )
 
     def _decode_native(self, kernels, payload, out, add):
-        coding.decode_into(backend_of(kernels), payload, out, add, self.block)
+        if kernels.on_device:
+            coding.decode_into(backend_of(kernels), payload, out, add, self.block)
+        else:
+            whole.decompress(kernels, payload, out, add, self.block)
 
     def _decode_reference(self, payload, numel):
         out = torch.empty(numel, dtype=torch.float32, device=payload.device)

@@ -1,0 +1,363 @@
+// Polar's plan: the strongest outer products of a matrix, found on a sample and rounded to steps that the water level asks
+// for (`find` of gcompress/compressors/polar/products.py).
+//
+// Every product of matrices here is of integers held in doubles and stays below 2^53: exact in any order.
+#ifndef GCOMPRESS_POLAR_PLAN_PRODUCTS_H
+#define GCOMPRESS_POLAR_PLAN_PRODUCTS_H
+
+#include "factors.h"
+
+namespace {
+
+const int MOST_OF_FEW = 16, PRODUCT_ROUNDS = 3, BASIS_BITS = 15;
+const int64_t SMALLEST_MATRIX = 4096, LARGEST_MATRIX = (int64_t)1 << 28, LARGEST_SIDE = 1 << 22;
+const int64_t PRODUCT_SAMPLE = 1 << 17;            // entries
+const double LEAST_SHARE = 5.960464477539063e-08;  // 2^-24: of energy, where it is none
+
+// Matrices of doubles lie row by row. `stride` columns, a multiple of 8, are padded with zeros.
+struct ThinMatrix {
+    double* at;
+    int64_t rows, count, stride;
+    double* row(int64_t i) const { return at + i * stride; }
+    static ThinMatrix with_room(int64_t rows, int64_t count, Room* room) {
+        const int64_t stride = (count + 7) / 8 * 8;
+        return {room->take<double>(rows * stride), rows, count, stride};
+    }
+    void clear() const { memset(at, 0, (size_t)(rows * stride) * sizeof(double)); }
+};
+
+// sums[0 … width - 1] += factor row[…], for a width that is known.
+template <int width>
+inline void add_multiple(double* sums, double factor, const double* row) {
+    for (int k = 0; k < width; ++k) sums[k] += factor * row[k];  // vectorised
+}
+
+// result row = sum over i of entries[i] times row i.
+template <int width>
+inline void times_rows_of(const double* entries, int64_t length, const ThinMatrix& rows, double* result) {
+    double sums[4][width] = {{0.0}};
+    int64_t i = 0;
+    for (; i + 4 <= length; i += 4)
+        for (int k = 0; k < 4; ++k) add_multiple<width>(sums[k], entries[i + k], rows.row(i + k));
+    for (; i < length; ++i) add_multiple<width>(sums[0], entries[i], rows.row(i));
+    for (int k = 0; k < width; ++k) result[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+}
+inline void times_rows(const double* entries, int64_t length, const ThinMatrix& rows, double* result) {
+    switch (rows.stride) {
+        case 8: return times_rows_of<8>(entries, length, rows, result);
+        case 16: return times_rows_of<16>(entries, length, rows, result);
+        case 24: return times_rows_of<24>(entries, length, rows, result);
+        default: return times_rows_of<32>(entries, length, rows, result);
+    }
+}
+
+// Row i of `sums` grows by entries[i] times `row`.
+template <int width>
+inline void add_outer_of(const double* entries, int64_t length, const double* row, const ThinMatrix& sums) {
+    for (int64_t i = 0; i < length; ++i) add_multiple<width>(sums.row(i), entries[i], row);
+}
+inline void add_outer(const double* entries, int64_t length, const double* row, const ThinMatrix& sums) {
+    switch (sums.stride) {
+        case 8: return add_outer_of<8>(entries, length, row, sums);
+        case 16: return add_outer_of<16>(entries, length, row, sums);
+        case 24: return add_outer_of<24>(entries, length, row, sums);
+        default: return add_outer_of<32>(entries, length, row, sums);
+    }
+}
+
+struct SquareMatrix {
+    double at[MOST_COMPONENTS][MOST_COMPONENTS];
+};
+
+inline void gram_of(const ThinMatrix& columns, SquareMatrix* gram) {
+    double sums[MOST_COMPONENTS * MOST_COMPONENTS] = {0.0};
+    const ThinMatrix square = {sums, columns.stride, columns.count, columns.stride};
+    for (int64_t i = 0; i < columns.rows; ++i) add_outer(columns.row(i), columns.count, columns.row(i), square);
+    for (int64_t j = 0; j < columns.count; ++j)
+        for (int64_t k = 0; k < columns.count; ++k) gram->at[j][k] = square.row(j)[k];
+}
+
+// Columns times a power of two each, in integers of up to 2^BASIS_BITS, in place; the powers.
+inline void make_integral(const ThinMatrix& columns, double* powers) {
+    double largest[MOST_COMPONENTS] = {0.0};
+    for (int64_t i = 0; i < columns.rows; ++i) {
+        const double* row = columns.row(i);
+        for (int64_t k = 0; k < columns.stride; ++k) {
+            const double size = __builtin_fabs(row[k]);
+            largest[k] = size > largest[k] ? size : largest[k];
+        }
+    }
+    for (int64_t k = 0; k < columns.stride; ++k) {
+        int exponent;
+        frexp(largest[k], &exponent);
+        powers[k] = ldexp(1.0, BASIS_BITS - exponent);
+    }
+    for (int64_t i = 0; i < columns.rows; ++i) {
+        double* row = columns.row(i);
+        for (int64_t k = 0; k < columns.stride; ++k) row[k] = __builtin_rint(row[k] * powers[k]);
+    }
+}
+
+// columns @ weights, the weights rounded to few enough bits that the product is exact; in place.
+inline void combine(const ThinMatrix& columns, const SquareMatrix& weights) {
+    double memory[MOST_COMPONENTS * MOST_COMPONENTS] = {0.0}, powers[MOST_COMPONENTS], result[MOST_COMPONENTS];
+    const ThinMatrix rounded = {memory, columns.count, columns.count, columns.stride};
+    for (int64_t j = 0; j < columns.count; ++j)
+        for (int64_t k = 0; k < columns.count; ++k) rounded.row(j)[k] = weights.at[j][k];
+    make_integral(rounded, powers);
+    for (int64_t i = 0; i < columns.rows; ++i) {
+        double* row = columns.row(i);
+        times_rows(row, columns.count, rounded, result);
+        for (int64_t k = 0; k < columns.stride; ++k) row[k] = result[k] / powers[k];
+    }
+}
+
+// The upper triangular W with W^T G W = 1, columns of dependent ones 0.
+inline void whiten(const SquareMatrix& gram, int64_t size, SquareMatrix* white) {
+    double work[MOST_COMPONENTS][2 * MOST_COMPONENTS] = {{0.0}}, roots[MOST_COMPONENTS] = {0.0};
+    for (int64_t i = 0; i < size; ++i) {
+        for (int64_t k = 0; k < size; ++k) work[i][k] = gram.at[i][k];
+        work[i][size + i] = 1.0;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+        if (work[i][i] <= LEAST_SHARE * gram.at[i][i]) {
+            for (int64_t k = 0; k < size; ++k) work[k][i] = 0.0;
+            for (int64_t k = 0; k < 2 * size; ++k) work[i][k] = 0.0;
+            continue;
+        }
+        roots[i] = 1.0 / square_root(work[i][i]);
+        for (int64_t r = i + 1; r < size; ++r) {
+            const double ratio = work[r][i] / work[i][i];
+            for (int64_t k = 0; k < 2 * size; ++k) work[r][k] -= ratio * work[i][k];
+        }
+    }
+    for (int64_t j = 0; j < size; ++j)
+        for (int64_t k = 0; k < size; ++k) white->at[j][k] = work[k][size + j] * roots[k];
+}
+
+// Gram-Schmidt, rounded to integers of length 2^BASIS_BITS; columns that depend on others become 0. In place.
+inline void orthogonalize(const ThinMatrix& columns) {
+    double powers[MOST_COMPONENTS];
+    SquareMatrix gram, white;
+    make_integral(columns, powers);
+    gram_of(columns, &gram);
+    whiten(gram, columns.count, &white);
+    combine(columns, white);
+    for (int64_t i = 0; i < columns.rows; ++i)
+        for (int64_t k = 0; k < columns.stride; ++k)
+            columns.row(i)[k] = __builtin_rint(columns.row(i)[k] * (double)(1 << BASIS_BITS));
+}
+
+inline double factor_rounded(double value, double factor) {
+    const double nearest = __builtin_rint(value * factor);
+    return nearest > LARGEST_FACTOR ? LARGEST_FACTOR : nearest < -LARGEST_FACTOR ? -LARGEST_FACTOR : nearest;
+}
+
+// The whole number nearest to the logarithm of a positive double to 2.
+inline int octave_of(double value) {
+    int exponent;
+    const double mantissa = frexp(value, &exponent);
+    return exponent - (mantissa * mantissa < 0.5);
+}
+
+// A float32 matrix as integers, the longer side's members one after the other.
+struct LongSide {
+    const float* x;
+    int64_t members, length;  // length: of a member
+    bool turned;              // members are columns of x
+    float factor;             // by which entries become integers
+
+    double integer(float value) const {
+        const float nearest = nearest_float(value * factor);
+        return nearest > 131072.0f ? 131072.0 : nearest < -131072.0f ? -131072.0 : (double)nearest;
+    }
+    static float nearest_float(float value) { return __builtin_rintf(value); }
+    void member(int64_t number, double* integers) const {
+        if (turned) {
+            for (int64_t i = 0; i < length; ++i) integers[i] = integer(x[i * members + number]);
+        } else {
+            for (int64_t i = 0; i < length; ++i) integers[i] = integer(x[number * length + i]);
+        }
+    }
+    // Calls use(number of the member, its integers) for all of them; `memory` has room for 8 members.
+    template <class Use>
+    void for_each(double* memory, const Use& use) const {
+        for (int64_t first = 0; first < members; first += 8) {
+            const int64_t count = min64(8, members - first);
+            for (int64_t i = 0; turned && i < length; ++i)
+                for (int64_t k = 0; k < count; ++k) memory[k * length + i] = integer(x[i * members + first + k]);
+            for (int64_t k = 0; k < count; ++k) {
+                if (!turned) member(first + k, memory + k * length);
+                use(first + k, memory + k * length);
+            }
+        }
+    }
+};
+
+// The strongest directions of the sample [members][length], integers that are about orthogonal, of length 2^BASIS_BITS.
+inline void find_basis(const double* sample, int64_t members, int64_t length, const ThinMatrix& right,
+                       const ThinMatrix& left) {
+    for (int round = 0; round < PRODUCT_ROUNDS; ++round) {
+        for (int64_t i = 0; i < members; ++i) {
+            double* row = left.row(i);
+            if (round) {
+                times_rows(sample + i * length, length, right, row);
+                continue;
+            }
+            for (int64_t k = 0; k < left.stride; ++k)
+                row[k] = k < left.count ? 1.0 - 2.0 * (hashed((uint32_t)(i * left.count + k), 0) & 1) : 0.0;
+        }
+        if (round) orthogonalize(left);
+        right.clear();
+        for (int64_t i = 0; i < members; ++i) add_outer(sample + i * length, length, left.row(i), right);
+        orthogonalize(right);
+    }
+}
+
+// Squares of the components in the sample (packing.ordered_sum).
+inline void component_powers(const double* sample, int64_t members, int64_t length, const ThinMatrix& basis,
+                             double* powers) {
+    double result[MOST_COMPONENTS], lanes[SUM_LANES][MOST_COMPONENTS], totals[MOST_COMPONENTS] = {0.0};
+    const int64_t stride = basis.stride;
+    for (int64_t first = 0; first < members; first += SUM_BLOCK) {
+        memset(lanes, 0, sizeof lanes);
+        for (int64_t i = first; i < min64(members, first + SUM_BLOCK); ++i) {
+            times_rows(sample + i * length, length, basis, result);
+            double* lane = lanes[(i - first) % SUM_LANES];
+            for (int64_t k = 0; k < stride; ++k) lane[k] += result[k] * result[k] * 9.313225746154785e-10;  // 2^-30
+        }
+        for (int half = SUM_LANES / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; ++lane)
+                for (int64_t k = 0; k < stride; ++k) lanes[lane][k] += lanes[lane + half][k];
+        for (int64_t k = 0; k < stride; ++k) totals[k] += lanes[0][k];
+    }
+    memcpy(powers, totals, sizeof totals);
+}
+
+// Bits of a factor with that many entries whose component has energy `power`.
+inline double factor_bits(double power, int64_t entries, double water) {
+    const double ratio = power / ((double)entries * water);
+    return (double)entries * most_of(logarithm(most_of(ratio, 1e-9)) / (2 * PLAN_LOG_TWO) + 0.7, 1.0);
+}
+
+// The number of components of least modelled error, and the water level: the mean squared error of an entry.
+inline int choose_components(const double* powers, int64_t most, double energy, double sampled, const LongSide& matrix,
+                             int64_t bits, const ErrorModel& model, double* water) {
+    const double entries = (double)(matrix.members * matrix.length);
+    double least = energy * model.left_over((double)bits), spent = 8 * (FACTORS_BYTES + LENGTH_BYTES), left = energy;
+    if (least <= 0) return 0;
+    int best = 0, worse = 0;
+    double level = *water = least / sampled;
+    for (int count = 1; count <= most; ++count) {
+        const double power = powers[count - 1];
+        left = most_of(left - power, 0.0);
+        const double here = power * entries / sampled;
+        spent +=
+            8 * COMPONENT_BYTES + (factor_bits(here, matrix.members, level) + factor_bits(here, matrix.length, level));
+        if (power <= 0 || spent >= 0.9 * (double)bits) break;
+        const double error = left * model.left_over((double)bits - spent);
+        level = most_of(error, LEAST_SHARE * energy) / sampled;
+        if (error < least) {
+            best = count;
+            *water = level;
+            least = error;
+            worse = 0;
+        } else if (++worse > 2) {
+            break;
+        }
+    }
+    return best;
+}
+
+// The factors of least modelled error of a float32 matrix whose magnitudes sum to `total`; false: none, or no room.
+// `most`: components at most, -1: as many as pay.
+inline bool find_factors(const float* x, int64_t rows, int64_t columns, double total, int64_t nbytes,
+                         const ErrorModel& model, int most, Factors* factors, Room* room) {
+    const int64_t numel = rows * columns;
+    if (numel < SMALLEST_MATRIX || numel > LARGEST_MATRIX || rows > LARGEST_SIDE || columns > LARGEST_SIDE)
+        return false;
+    if (most < 0) most = (double)(8 * nbytes) >= 0.4 * (double)numel ? MOST_COMPONENTS : MOST_OF_FEW;
+    int octave;
+    frexp(total / (double)numel, &octave);
+    const int exponent = 5 - octave;  // the mean magnitude is about 2^5 steps of the integers
+    const bool turned = rows < columns;
+    const LongSide matrix = {x, turned ? columns : rows, turned ? rows : columns, turned, (float)ldexp(1.0, exponent)};
+    const int64_t length = matrix.length, count = min64(most, length);
+    const int64_t step = max64(1, matrix.members / max64(PRODUCT_SAMPLE / length, 4 * MOST_OF_FEW));
+    const int64_t members = ceil_div(matrix.members, step);
+    int32_t* memory = room->take<int32_t>(count * (rows + columns));
+    const Room before = *room;
+    double* sample = room->take<double>(members * length);
+    double* buffer = room->take<double>(8 * length);
+    const ThinMatrix right = ThinMatrix::with_room(length, count, room);
+    const ThinMatrix left = ThinMatrix::with_room(members, count, room);
+    if (room->full()) return false;
+    double energy = 0.0, powers[MOST_COMPONENTS], water = 0.0;
+    for (int64_t i = 0; i < members; ++i) {
+        double* integers = sample + i * length;
+        matrix.member(i * step, integers);
+        double sums[8] = {0.0};
+        int64_t j = 0;
+        for (; j + 8 <= length; j += 8)
+            for (int k = 0; k < 8; ++k) sums[k] += integers[j + k] * integers[j + k];
+        for (; j < length; ++j) sums[0] += integers[j] * integers[j];
+        for (int k = 0; k < 8; ++k) energy += sums[k];
+    }
+    find_basis(sample, members, length, right, left);
+    component_powers(sample, members, length, right, powers);
+    const int chosen =
+        choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model, &water);
+    if (chosen == 0) return false;
+
+    const double root = square_root(12 * water);
+    const ThinMatrix basis = ThinMatrix::with_room(length, chosen, room);
+    const ThinMatrix sums = ThinMatrix::with_room(length, chosen, room);
+    const ThinMatrix rounded = ThinMatrix::with_room(matrix.members, chosen, room);
+    if (room->full()) return false;
+    basis.clear();
+    for (int64_t i = 0; i < length; ++i) memcpy(basis.row(i), right.row(i), (size_t)chosen * sizeof(double));
+    sums.clear();
+    const double factor = ldexp(1.0, -(BASIS_BITS + octave_of(root)));
+    matrix.for_each(buffer, [&](int64_t number, const double* integers) {
+        double* row = rounded.row(number);
+        times_rows(integers, length, basis, row);
+        for (int64_t k = 0; k < rounded.stride; ++k) row[k] = factor_rounded(row[k], factor);
+        add_outer(integers, length, row, sums);
+    });
+    SquareMatrix lengths, white, weights;
+    gram_of(rounded, &lengths);
+    make_integral(sums, powers);
+    whiten(lengths, chosen, &white);
+    for (int j = 0; j < chosen; ++j) {
+        for (int k = 0; k < chosen; ++k) {
+            double sum = 0.0;
+            for (int i = 0; i < chosen; ++i) sum += white.at[j][i] * white.at[k][i];
+            weights.at[j][k] = sum / powers[j];
+        }
+    }
+    combine(sums, weights);
+    int steps[MOST_COMPONENTS], highest = -(1 << 20);
+    for (int j = 0; j < chosen; ++j) {
+        steps[j] = octave_of(root / square_root(most_of(lengths.at[j][j], 1.0)));
+        highest = steps[j] > highest ? steps[j] : highest;
+    }
+    *factors = {};
+    factors->rows = rows;
+    factors->columns = columns;
+    factors->count = chosen;
+    for (int j = 0; j < chosen; ++j) {
+        const int here = steps[j] > highest - MOST_SHIFT ? steps[j] : highest - MOST_SHIFT;
+        factors->exponents[j] = here - exponent;
+        int32_t *of_members = memory, *of_length = memory + matrix.members;
+        memory += rows + columns;
+        factors->left[j] = turned ? of_length : of_members;
+        factors->right[j] = turned ? of_members : of_length;
+        for (int64_t i = 0; i < matrix.members; ++i) of_members[i] = (int32_t)rounded.row(i)[j];
+        for (int64_t i = 0; i < length; ++i) of_length[i] = (int32_t)factor_rounded(sums.row(i)[j], ldexp(1.0, -here));
+    }
+    *room = before;
+    return true;
+}
+
+}  // namespace
+#endif
