@@ -6,6 +6,7 @@
 #define GCOMPRESS_POLAR_PLAN_PRODUCTS_H
 
 #include "factors.h"
+#include "thin.h"
 
 namespace {
 
@@ -14,57 +15,6 @@ const int64_t SMALLEST_MATRIX = 4096, LARGEST_MATRIX = (int64_t)1 << 28, LARGEST
 const int64_t PRODUCT_SAMPLE = 1 << 17;            // entries
 const double LEAST_SHARE = 5.960464477539063e-08;  // 2^-24: of energy, where it is none
 
-// Matrices of doubles lie row by row. `stride` columns, a multiple of 8, are padded with zeros.
-struct ThinMatrix {
-    double* at;
-    int64_t rows, count, stride;
-    double* row(int64_t i) const { return at + i * stride; }
-    static ThinMatrix with_room(int64_t rows, int64_t count, Room* room) {
-        const int64_t stride = (count + 7) / 8 * 8;
-        return {room->take<double>(rows * stride), rows, count, stride};
-    }
-    void clear() const { memset(at, 0, (size_t)(rows * stride) * sizeof(double)); }
-};
-
-// sums[0 … width - 1] += factor row[…], for a width that is known.
-template <int width>
-inline void add_multiple(double* sums, double factor, const double* row) {
-    for (int k = 0; k < width; ++k) sums[k] += factor * row[k];  // vectorised
-}
-
-// result row = sum over i of entries[i] times row i.
-template <int width>
-inline void times_rows_of(const double* entries, int64_t length, const ThinMatrix& rows, double* result) {
-    double sums[4][width] = {{0.0}};
-    int64_t i = 0;
-    for (; i + 4 <= length; i += 4)
-        for (int k = 0; k < 4; ++k) add_multiple<width>(sums[k], entries[i + k], rows.row(i + k));
-    for (; i < length; ++i) add_multiple<width>(sums[0], entries[i], rows.row(i));
-    for (int k = 0; k < width; ++k) result[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
-}
-inline void times_rows(const double* entries, int64_t length, const ThinMatrix& rows, double* result) {
-    switch (rows.stride) {
-        case 8: return times_rows_of<8>(entries, length, rows, result);
-        case 16: return times_rows_of<16>(entries, length, rows, result);
-        case 24: return times_rows_of<24>(entries, length, rows, result);
-        default: return times_rows_of<32>(entries, length, rows, result);
-    }
-}
-
-// Row i of `sums` grows by entries[i] times `row`.
-template <int width>
-inline void add_outer_of(const double* entries, int64_t length, const double* row, const ThinMatrix& sums) {
-    for (int64_t i = 0; i < length; ++i) add_multiple<width>(sums.row(i), entries[i], row);
-}
-inline void add_outer(const double* entries, int64_t length, const double* row, const ThinMatrix& sums) {
-    switch (sums.stride) {
-        case 8: return add_outer_of<8>(entries, length, row, sums);
-        case 16: return add_outer_of<16>(entries, length, row, sums);
-        case 24: return add_outer_of<24>(entries, length, row, sums);
-        default: return add_outer_of<32>(entries, length, row, sums);
-    }
-}
-
 struct SquareMatrix {
     double at[MOST_COMPONENTS][MOST_COMPONENTS];
 };
@@ -72,7 +22,7 @@ struct SquareMatrix {
 inline void gram_of(const ThinMatrix& columns, SquareMatrix* gram) {
     double sums[MOST_COMPONENTS * MOST_COMPONENTS] = {0.0};
     const ThinMatrix square = {sums, columns.stride, columns.count, columns.stride};
-    for (int64_t i = 0; i < columns.rows; ++i) add_outer(columns.row(i), columns.count, columns.row(i), square);
+    add_outer({columns.at, columns.count, columns.stride}, columns.rows, columns.at, square);
     for (int64_t j = 0; j < columns.count; ++j)
         for (int64_t k = 0; k < columns.count; ++k) gram->at[j][k] = square.row(j)[k];
 }
@@ -100,15 +50,19 @@ inline void make_integral(const ThinMatrix& columns, double* powers) {
 
 // columns @ weights, the weights rounded to few enough bits that the product is exact; in place.
 inline void combine(const ThinMatrix& columns, const SquareMatrix& weights) {
-    double memory[MOST_COMPONENTS * MOST_COMPONENTS] = {0.0}, powers[MOST_COMPONENTS], result[MOST_COMPONENTS];
+    double memory[MOST_COMPONENTS * MOST_COMPONENTS] = {0.0}, powers[MOST_COMPONENTS], result[4 * MOST_COMPONENTS];
     const ThinMatrix rounded = {memory, columns.count, columns.count, columns.stride};
     for (int64_t j = 0; j < columns.count; ++j)
         for (int64_t k = 0; k < columns.count; ++k) rounded.row(j)[k] = weights.at[j][k];
     make_integral(rounded, powers);
-    for (int64_t i = 0; i < columns.rows; ++i) {
-        double* row = columns.row(i);
-        times_rows(row, columns.count, rounded, result);
-        for (int64_t k = 0; k < columns.stride; ++k) row[k] = result[k] / powers[k];
+    for (int64_t k = 0; k < columns.stride; ++k) powers[k] = 1 / powers[k];  // of two: exact
+    for (int64_t i = 0; i < columns.rows; i += 4) {
+        const int64_t members = min64(4, columns.rows - i);
+        double* rows = columns.row(i);
+        times_thin({rows, columns.count, columns.stride}, members, rounded, result);
+        for (int64_t m = 0; m < members; ++m)
+            for (int64_t k = 0; k < columns.stride; ++k)
+                rows[m * columns.stride + k] = result[m * columns.stride + k] * powers[k];
     }
 }
 
@@ -179,17 +133,15 @@ struct LongSide {
             for (int64_t i = 0; i < length; ++i) integers[i] = integer(x[number * length + i]);
         }
     }
-    // Calls use(number of the member, its integers) for all of them; `memory` has room for 8 members.
+    // Calls use(number of the first, count, their integers) for up to 8 members at a time; `memory` has room for 8.
     template <class Use>
     void for_each(double* memory, const Use& use) const {
         for (int64_t first = 0; first < members; first += 8) {
             const int64_t count = min64(8, members - first);
             for (int64_t i = 0; turned && i < length; ++i)
                 for (int64_t k = 0; k < count; ++k) memory[k * length + i] = integer(x[i * members + first + k]);
-            for (int64_t k = 0; k < count; ++k) {
-                if (!turned) member(first + k, memory + k * length);
-                use(first + k, memory + k * length);
-            }
+            for (int64_t k = 0; k < count && !turned; ++k) member(first + k, memory + k * length);
+            use(first, count, memory);
         }
     }
 };
@@ -197,32 +149,33 @@ struct LongSide {
 // The strongest directions of the sample [members][length], integers that are about orthogonal, of length 2^BASIS_BITS.
 inline void find_basis(const double* sample, int64_t members, int64_t length, const ThinMatrix& right,
                        const ThinMatrix& left) {
+    const Members of = {sample, length, length};
     for (int round = 0; round < PRODUCT_ROUNDS; ++round) {
-        for (int64_t i = 0; i < members; ++i) {
-            double* row = left.row(i);
-            if (round) {
-                times_rows(sample + i * length, length, right, row);
-                continue;
-            }
-            for (int64_t k = 0; k < left.stride; ++k)
-                row[k] = k < left.count ? 1.0 - 2.0 * (hashed((uint32_t)(i * left.count + k), 0) & 1) : 0.0;
+        if (round) {
+            times_thin(of, members, right, left.at);
+            orthogonalize(left);
+        } else {
+            left.clear();
+            for (int64_t i = 0, index = 0; i < members; ++i)
+                for (int64_t k = 0; k < left.count; ++k)
+                    left.row(i)[k] = 1.0 - 2.0 * (hashed((uint32_t)index++, 0) & 1);
         }
-        if (round) orthogonalize(left);
         right.clear();
-        for (int64_t i = 0; i < members; ++i) add_outer(sample + i * length, length, left.row(i), right);
+        add_outer(of, members, left.at, right);
         orthogonalize(right);
     }
 }
 
 // Squares of the components in the sample (packing.ordered_sum).
 inline void component_powers(const double* sample, int64_t members, int64_t length, const ThinMatrix& basis,
-                             double* powers) {
-    double result[MOST_COMPONENTS], lanes[SUM_LANES][MOST_COMPONENTS], totals[MOST_COMPONENTS] = {0.0};
+                             const ThinMatrix& results, double* powers) {
+    double lanes[SUM_LANES][MOST_COMPONENTS], totals[MOST_COMPONENTS] = {0.0};
     const int64_t stride = basis.stride;
+    times_thin({sample, length, length}, members, basis, results.at);
     for (int64_t first = 0; first < members; first += SUM_BLOCK) {
         memset(lanes, 0, sizeof lanes);
         for (int64_t i = first; i < min64(members, first + SUM_BLOCK); ++i) {
-            times_rows(sample + i * length, length, basis, result);
+            const double* result = results.row(i);
             double* lane = lanes[(i - first) % SUM_LANES];
             for (int64_t k = 0; k < stride; ++k) lane[k] += result[k] * result[k] * 9.313225746154785e-10;  // 2^-30
         }
@@ -237,7 +190,7 @@ inline void component_powers(const double* sample, int64_t members, int64_t leng
 // Bits of a factor with that many entries whose component has energy `power`.
 inline double factor_bits(double power, int64_t entries, double water) {
     const double ratio = power / ((double)entries * water);
-    return (double)entries * most_of(logarithm(most_of(ratio, 1e-9)) / (2 * PLAN_LOG_TWO) + 0.7, 1.0);
+    return (double)entries * most_of(logarithm(least_of(most_of(ratio, 1e-9), 1e300)) / (2 * PLAN_LOG_TWO) + 0.7, 1.0);
 }
 
 // The number of components of least modelled error, and the water level: the mean squared error of an entry.
@@ -304,7 +257,7 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
         for (int k = 0; k < 8; ++k) energy += sums[k];
     }
     find_basis(sample, members, length, right, left);
-    component_powers(sample, members, length, right, powers);
+    component_powers(sample, members, length, right, left, powers);
     const int chosen =
         choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model, &water);
     if (chosen == 0) return false;
@@ -318,11 +271,11 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     for (int64_t i = 0; i < length; ++i) memcpy(basis.row(i), right.row(i), (size_t)chosen * sizeof(double));
     sums.clear();
     const double factor = ldexp(1.0, -(BASIS_BITS + octave_of(root)));
-    matrix.for_each(buffer, [&](int64_t number, const double* integers) {
-        double* row = rounded.row(number);
-        times_rows(integers, length, basis, row);
-        for (int64_t k = 0; k < rounded.stride; ++k) row[k] = factor_rounded(row[k], factor);
-        add_outer(integers, length, row, sums);
+    matrix.for_each(buffer, [&](int64_t first, int64_t some, const double* integers) {
+        double* rows_of = rounded.row(first);
+        times_thin({integers, length, length}, some, basis, rows_of);
+        for (int64_t k = 0; k < some * rounded.stride; ++k) rows_of[k] = factor_rounded(rows_of[k], factor);
+        add_outer({integers, length, length}, some, rows_of, sums);
     });
     SquareMatrix lengths, white, weights;
     gram_of(rounded, &lengths);

@@ -16,7 +16,7 @@ struct PlanDesign {
     int64_t levels, rate, information[MAX_LEVELS], tables, points, largest;  // largest: of the points
 };
 
-// What polar_compress and polar_decompress are given (native.py's `_constants`): addresses.
+// What polar_compress and polar_decompress are given (`_tables` of gcompress/compressors/polar/whole.py): addresses.
 struct PlanTables {
     int64_t designs, design_count;
     int64_t roots;              // double [64]: 2^(k / 64)
@@ -27,7 +27,9 @@ struct PlanTables {
     const PlanDesign& design(int64_t number) const { return ((const PlanDesign*)designs)[number]; }
     // 2^(k / 64)
     double power(int64_t sixty_fourths) const {
-        return times_two_to(((const double*)roots)[sixty_fourths & 63], sixty_fourths >> 6);
+        const double root = ((const double*)roots)[sixty_fourths & 63];
+        const int64_t octaves = sixty_fourths >> 6;
+        return -1022 <= octaves && octaves < 1023 ? times_two_to(root, octaves) : ldexp(root, (int)octaves);
     }
 };
 

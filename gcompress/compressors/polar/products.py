@@ -241,7 +241,7 @@ def _choose(powers, energy, numel, shape, bits, left_over):
 def _modelled_bits(power, entries, water):
     """Of a factor with that many entries whose component has energy `power`."""
     ratio = power / (entries * water)
-    return entries * max(float(_log(np.float64(max(ratio, 1e-9)))) / (2 * LOG_TWO) + CODE_LOSS, 1.0)
+    return entries * max(float(_log(np.float64(min(max(ratio, 1e-9), 1e300)))) / (2 * LOG_TWO) + CODE_LOSS, 1.0)
 
 
 # Bytes -------------------------------------------------------------------------------------

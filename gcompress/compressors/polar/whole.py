@@ -37,10 +37,11 @@ def _tables():
 
 def _workspace(least):
     """(address, bytes) of this thread's workspace, kept because fresh memory costs more than what is done in it."""
-    if getattr(_local, "size", 0) < least:
-        _local.memory = None  # gone before there is more
-        _local.memory, _local.size = torch.empty(least, dtype=torch.uint8), least
-    return _local.memory.data_ptr(), _local.size
+    memory = getattr(_local, "memory", None)
+    if memory is None or memory.numel() < least:
+        _local.memory = memory = None  # gone before there is more
+        _local.memory = memory = torch.empty(least, dtype=torch.uint8)
+    return memory.data_ptr(), memory.numel()
 
 
 def compress(kernels, polar, values, payload, seed):
@@ -52,17 +53,14 @@ def compress(kernels, polar, values, payload, seed):
         *(-1.0 if polar.outliers == "auto" else polar.outliers, polar.list_size),
         *(-1 if polar.rank == "auto" else polar.rank, polar.block, polar.unbiased, seed),
     )
-    room = ENCODER_ROOM + 16 * numel + 4 * payload.numel()
-    while room <= ENCODER_ROOM + LARGEST_ROOM * numel:
-        room = max(room, getattr(_local, "size", 0))
+    nbytes = payload.numel()
+    room, largest = ENCODER_ROOM + 16 * numel + 4 * nbytes, ENCODER_ROOM + LARGEST_ROOM * (numel + nbytes)
+    while room <= largest:
         workspace = _workspace(room)
-        nbytes = payload.numel()
-        if kernels.polar_compress(
-            _tables()[0], values.data_ptr(), numel, *options, *workspace, payload.data_ptr(), nbytes
-        ):
-            room *= 2
-            continue
-        return
+        place = values.data_ptr(), numel, *options, *workspace, payload.data_ptr(), nbytes
+        if not kernels.polar_compress(_tables()[0], *place):
+            return
+        room = 2 * workspace[1]
     polar._encode(reference, values, payload, seed)
 
 
