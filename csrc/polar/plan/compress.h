@@ -212,7 +212,9 @@ struct Compressor {
         float* column_sums = sums + rows;
         memset(column_sums, 0, (size_t)columns * sizeof(float));
         for (int64_t row = 0; row < rows; ++row, x += columns, rest += columns) {
-            product.for_row(row, [=](int64_t i, float value) { rest[i] = saturated(x[i] - value); });
+            product.for_row(row, [=](int64_t first, int64_t count, const float* values) {
+                for (int64_t i = 0; i < count; ++i) rest[first + i] = saturated(x[first + i] - values[i]);
+            });
             add_row_sums(rest, columns, sums + row, column_sums);
         }
     }

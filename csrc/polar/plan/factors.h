@@ -5,6 +5,7 @@
 
 #include "layout.h"
 #include "streams.h"
+#include "thin.h"
 #include "water.h"
 
 namespace {
@@ -40,7 +41,7 @@ struct ProductRows {
                 right[j * factors->columns + i] = (double)factors->right[j][i];
         return true;
     }
-    // Calls use(column, product) for all columns of a row.
+    // Calls use(first column, count, their float32 products) for all columns of a row, up to 32 at a time.
     template <class Use>
     void for_row(int64_t row, const Use& use) const {
         const int64_t columns = factors->columns, count = factors->count;
@@ -48,20 +49,29 @@ struct ProductRows {
         double weight[MOST_COMPONENTS];
         for (int64_t j = 0; j < count; ++j)
             weight[j] = (double)factors->left[j][row] * (double)(1 << (factors->exponents[j] - least));
+        double exact[32];
+        float product[32];
         int64_t i = 0;
         for (; i + 32 <= columns; i += 32) {
-            double sums[32] = {0.0};
+            EightDoubles sums[4] = {};
             for (int64_t j = 0; j < count; ++j) {
-                const double *of = right + j * columns + i, factor = weight[j];
-                for (int k = 0; k < 32; ++k) sums[k] += factor * of[k];  // vectorised
+                for (int k = 0; k < 4; ++k) {
+                    EightDoubles of;
+                    load_eight_doubles(&of, right + j * columns + i + 8 * k);
+                    sums[k] += weight[j] * of;
+                }
             }
-            for (int k = 0; k < 32; ++k) use(i + k, rounded(sums[k]));
+            memcpy(exact, sums, sizeof exact);
+            for (int k = 0; k < 32; ++k) product[k] = rounded(exact[k]);  // vectorised
+            use(i, 32, product);
         }
-        for (; i < columns; ++i) {
+        if (i == columns) return;
+        for (int64_t at = i; at < columns; ++at) {
             double sum = 0.0;
-            for (int64_t j = 0; j < count; ++j) sum += weight[j] * right[j * columns + i];
-            use(i, rounded(sum));
+            for (int64_t j = 0; j < count; ++j) sum += weight[j] * right[j * columns + at];
+            product[at - i] = rounded(sum);
         }
+        use(i, columns - i, product);
     }
     float rounded(double sum) const {
         double value = sum * scale;
@@ -73,7 +83,9 @@ struct ProductRows {
 inline void add_product(const ProductRows& product, float* matrix) {
     for (int64_t row = 0; row < product.factors->rows; ++row) {
         float* target = matrix + row * product.factors->columns;
-        product.for_row(row, [=](int64_t i, float value) { target[i] = saturated(target[i] + value); });
+        product.for_row(row, [=](int64_t first, int64_t count, const float* values) {
+            for (int64_t i = 0; i < count; ++i) target[first + i] = saturated(target[first + i] + values[i]);
+        });
     }
 }
 

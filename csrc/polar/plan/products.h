@@ -6,7 +6,6 @@
 #define GCOMPRESS_POLAR_PLAN_PRODUCTS_H
 
 #include "factors.h"
-#include "thin.h"
 
 namespace {
 

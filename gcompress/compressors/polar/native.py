@@ -1,4 +1,7 @@
-"""The same functions as reference.py by the C++ kernels (csrc/polar/)."""
+"""The same functions as reference.py by the C++ kernels (csrc/polar/), for codes with a plan of their own (bits.py) and tests.
+
+Tensors of `Polar` take a single kernel instead: whole.py.
+"""
 
 import ctypes
 import threading
