@@ -53,11 +53,11 @@ struct ProductRows {
         float product[32];
         int64_t i = 0;
         for (; i + 32 <= columns; i += 32) {
-            EightDoubles sums[4] = {};
+            Doubles sums[32 / DOUBLES_WIDE] = {};
             for (int64_t j = 0; j < count; ++j) {
-                for (int k = 0; k < 4; ++k) {
-                    EightDoubles of;
-                    load_eight_doubles(&of, right + j * columns + i + 8 * k);
+                for (int k = 0; k < 32 / DOUBLES_WIDE; ++k) {
+                    Doubles of;
+                    load_doubles_wide(&of, right + j * columns + i + DOUBLES_WIDE * k);
                     sums[k] += weight[j] * of;
                 }
             }

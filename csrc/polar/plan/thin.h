@@ -7,10 +7,18 @@
 
 namespace {
 
-// gcc's and clang's vector types: left to itself, gcc 12 shuffles across rows.
-typedef double EightDoubles __attribute__((vector_size(64)));
-GC_HOT void load_eight_doubles(EightDoubles* value, const double* p) { memcpy(value, p, sizeof *value); }
-GC_HOT void store_eight_doubles(double* p, const EightDoubles* value) { memcpy(p, value, sizeof *value); }
+// Vectors as wide as registers are, by gcc's and clang's types: left to itself, gcc 12 shuffles across rows, and of wider
+// ones than there are it makes memory.
+#if defined(__AVX512F__)
+typedef double Doubles __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+typedef double Doubles __attribute__((vector_size(32)));
+#else
+typedef double Doubles __attribute__((vector_size(16)));
+#endif
+const int DOUBLES_WIDE = sizeof(Doubles) / sizeof(double);
+GC_HOT void load_doubles_wide(Doubles* value, const double* p) { memcpy(value, p, sizeof *value); }
+GC_HOT void store_doubles_wide(double* p, const Doubles* value) { memcpy(p, value, sizeof *value); }
 
 // Row by row, with `stride` columns, a multiple of 8: those behind the first `count` are zeros.
 struct ThinMatrix {
@@ -31,53 +39,52 @@ struct Members {
     Members from(int64_t number) const { return {at + number * apart, length, apart}; }
 };
 
-// Row m of the result: the sum of the thin matrix's rows, each times an entry of member m.
+// Row m of the result: the sum of the thin matrix's rows, each times an entry of member m; of the columns from `first` on.
 template <int vectors, int members>
-inline void times_thin_of(const Members& of, const ThinMatrix& thin, double* result) {
-    EightDoubles sums[members][vectors] = {};
+inline void times_thin_of(const Members& of, const ThinMatrix& thin, int64_t first, double* result) {
+    Doubles sums[members][vectors] = {};
     for (int64_t i = 0; i < of.length; ++i) {
-        EightDoubles row[vectors];
-        for (int k = 0; k < vectors; ++k) load_eight_doubles(row + k, thin.row(i) + 8 * k);
+        Doubles row[vectors];
+        for (int k = 0; k < vectors; ++k) load_doubles_wide(row + k, thin.row(i) + first + DOUBLES_WIDE * k);
         for (int m = 0; m < members; ++m)
             for (int k = 0; k < vectors; ++k) sums[m][k] += of.at[m * of.apart + i] * row[k];
     }
     for (int m = 0; m < members; ++m)
-        for (int k = 0; k < vectors; ++k) store_eight_doubles(result + m * thin.stride + 8 * k, &sums[m][k]);
+        for (int k = 0; k < vectors; ++k)
+            store_doubles_wide(result + m * thin.stride + first + DOUBLES_WIDE * k, &sums[m][k]);
 }
 
 // The thin matrix's row i grows by the sum of rows m, each times entry i of member m.
 template <int vectors, int members>
-inline void add_outer_of(const Members& of, const double* rows, const ThinMatrix& thin) {
-    EightDoubles row[members][vectors];
+inline void add_outer_of(const Members& of, const double* rows, const ThinMatrix& thin, int64_t first) {
+    Doubles row[members][vectors];
     for (int m = 0; m < members; ++m)
-        for (int k = 0; k < vectors; ++k) load_eight_doubles(&row[m][k], rows + m * thin.stride + 8 * k);
+        for (int k = 0; k < vectors; ++k)
+            load_doubles_wide(&row[m][k], rows + m * thin.stride + first + DOUBLES_WIDE * k);
     for (int64_t i = 0; i < of.length; ++i) {
         for (int k = 0; k < vectors; ++k) {
-            EightDoubles sum;
-            load_eight_doubles(&sum, thin.row(i) + 8 * k);
+            Doubles sum;
+            load_doubles_wide(&sum, thin.row(i) + first + DOUBLES_WIDE * k);
             for (int m = 0; m < members; ++m) sum += of.at[m * of.apart + i] * row[m][k];
-            store_eight_doubles(thin.row(i) + 8 * k, &sum);
+            store_doubles_wide(thin.row(i) + first + DOUBLES_WIDE * k, &sum);
         }
     }
 }
 
+// By two vectors of columns, or the last one.
 template <int members>
 inline void times_thin_some(const Members& of, const ThinMatrix& thin, double* result) {
-    switch (thin.stride) {
-        case 8: return times_thin_of<1, members>(of, thin, result);
-        case 16: return times_thin_of<2, members>(of, thin, result);
-        case 24: return times_thin_of<3, members>(of, thin, result);
-        default: return times_thin_of<4, members>(of, thin, result);
-    }
+    int64_t first = 0;
+    for (; first + 2 * DOUBLES_WIDE <= thin.stride; first += 2 * DOUBLES_WIDE)
+        times_thin_of<2, members>(of, thin, first, result);
+    if (first < thin.stride) times_thin_of<1, members>(of, thin, first, result);
 }
 template <int members>
 inline void add_outer_some(const Members& of, const double* rows, const ThinMatrix& thin) {
-    switch (thin.stride) {
-        case 8: return add_outer_of<1, members>(of, rows, thin);
-        case 16: return add_outer_of<2, members>(of, rows, thin);
-        case 24: return add_outer_of<3, members>(of, rows, thin);
-        default: return add_outer_of<4, members>(of, rows, thin);
-    }
+    int64_t first = 0;
+    for (; first + 2 * DOUBLES_WIDE <= thin.stride; first += 2 * DOUBLES_WIDE)
+        add_outer_of<2, members>(of, rows, thin, first);
+    if (first < thin.stride) add_outer_of<1, members>(of, rows, thin, first);
 }
 
 // The same for any number of members; `result` and `rows` have the thin matrix's stride.

@@ -1,4 +1,4 @@
-"""The same functions as reference.py by the C++ kernels (csrc/polar/), for codes with a plan of their own (bits.py) and tests.
+"""The same functions as reference.py by the C++ kernels (csrc/polar/), for bits.py, which plans by itself, and tests.
 
 Tensors of `Polar` take a single kernel instead: whole.py.
 """
