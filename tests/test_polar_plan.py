@@ -135,3 +135,23 @@ def test_a_workspace_grows_to_what_is_needed(monkeypatch):
     assert torch.equal(payload, expected)
     monkeypatch.setattr(whole, "_local", threading.local())
     assert torch.equal(Polar(rate=1).decompress(payload, ctx), decoded)
+
+
+def test_threads_that_come_first_together_make_the_same_bytes():
+    tensor, found = gauss(120, 80), []
+    expected, _ = Polar(rate=0.5).compress(tensor)
+
+    def run(barrier):
+        barrier.wait()
+        payload, ctx = Polar(rate=0.5).compress(tensor)
+        found.append(torch.equal(payload, expected) and bool(Polar(rate=0.5).decompress(payload, ctx).any()))
+
+    for _ in range(5):
+        whole._tables.cache_clear()
+        barrier = threading.Barrier(4)
+        threads = [threading.Thread(target=run, args=(barrier,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 20

@@ -53,12 +53,12 @@ def compress(kernels, polar, values, payload, seed):
         *(-1.0 if polar.outliers == "auto" else polar.outliers, polar.list_size),
         *(-1 if polar.rank == "auto" else polar.rank, polar.block, polar.unbiased, seed),
     )
-    nbytes = payload.numel()
+    tables, nbytes = _tables(), payload.numel()  # held here: of two threads' first tables the cache keeps one
     room, largest = ENCODER_ROOM + 16 * numel + 4 * nbytes, ENCODER_ROOM + LARGEST_ROOM * (numel + nbytes)
     while room <= largest:
         workspace = _workspace(room)
         place = values.data_ptr(), numel, *options, *workspace, payload.data_ptr(), nbytes
-        if not kernels.polar_compress(_tables()[0], *place):
+        if not kernels.polar_compress(tables[0], *place):
             return
         room = 2 * workspace[1]
     polar._encode(reference, values, payload, seed)
@@ -66,9 +66,10 @@ def compress(kernels, polar, values, payload, seed):
 
 def decompress(kernels, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
+    tables = _tables()  # held here, as in `compress`
     workspace = _workspace(DECODER_ROOM + 40 * out.numel() + 4 * payload.numel())
     place = payload.data_ptr(), payload.numel(), out.numel(), block, add, *workspace, out.data_ptr()
-    if kernels.polar_decompress(_tables()[0], *place):
+    if kernels.polar_decompress(tables[0], *place):
         # The reference says what is wrong; it decodes the few payloads that are not, but want more room.
         values = torch.empty_like(out)
         coding.decode_into(reference, payload, values, False, block)
