@@ -57,6 +57,10 @@ GC_EXPORT const gc_signature* gc_signatures(void);
 // the best one this processor runs. NULL when it is unknown, not compiled or not runnable.
 GC_EXPORT const gc_kernels* gc_select_kernels(const char* isa);
 GC_EXPORT const char* gc_best_isa(void);
+// Make `count` calls of kernels in turn. Each is `width` words: the kernel's place in gc_signatures, then its arguments, a
+// float or double as its bits. Returns the number of the first one whose result is not GC_OK, where the rest is not done,
+// or else `count`.
+GC_EXPORT int64_t gc_run(const gc_kernels* kernels, const int64_t* calls, int64_t count, int64_t width);
 
 #ifdef __cplusplus
 }

@@ -69,6 +69,7 @@ class ErrorFeedback:
     """
 
     kinds: tuple[str, ...] = ("residual",)  # of tensors that it remembers for a parameter
+    together: bool = True  # whether `opened` and `closed` are all that an encoder needs
 
     def __init__(self, at_once=True):
         self.memories = {kind: Memory(at_once) for kind in self.kinds}
@@ -102,15 +103,23 @@ class ErrorFeedback:
         Returns the parts' payloads.
         """
         values = self._input(name, flat_values(gradient))
-        residual, fresh = self._residual_for(name, values), self._residuals.spare(name, values)
+        residual, fresh = self.opened(name, values)
         payloads, lost = _compress_keeping(compressor, values, residual, fresh, parts, self._scratch)
         self._keep(name, lost, lambda: _decoded(compressor, payloads, parts, self._scratch), compressor.sparse)
         return payloads
 
+    def opened(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(The residual to add to values, 1-D float32, or None; where the new one is to be written) until `closed`."""
+        return self._residual_for(name, values), self._residuals.spare(name, values)
+
+    def closed(self, name: str, fresh: torch.Tensor, poisoned: bool) -> None:
+        """Propose what was written as the residual, unless it is not finite."""
+        (self._residuals.give_back if poisoned else self._residuals.put)(name, fresh)
+
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient plus the residual of `name`: a 1-D float32 tensor for `keep`."""
         values = self._input(name, flat_values(gradient))
-        residual, fresh = self._residual_for(name, values), self._residuals.spare(name, values)
+        residual, fresh = self.opened(name, values)
         return fresh.copy_(values) if residual is None else torch.add(values, residual, out=fresh)
 
     def _input(self, name, values):
@@ -145,8 +154,7 @@ class ErrorFeedback:
             sent: a function that returns what was sent, 1-D float32.
             sparse: see `keep`.
         """
-        keep = lost.restored or not bool(lost.poisoned)
-        (self._residuals.put if keep else self._residuals.give_back)(name, lost.residual)
+        self.closed(name, lost.residual, not lost.restored and bool(lost.poisoned))
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
@@ -239,6 +247,7 @@ class MomentumCorrection(ErrorFeedback):
     """
 
     kinds = ("residual", "velocity")
+    together = False  # the velocity follows what was sent
 
     def __init__(self, momentum=0.9, clip=None, at_once=True):
         super().__init__(at_once)

@@ -7,7 +7,7 @@ import torch
 
 from gcompress import ConfigError, MaskSparse, Policy, Quantize, TopK, as_policy
 from gcompress.exchange.exchange import GradientExchange
-from gcompress.exchange.ways import decode_sum
+from gcompress.exchange.pieces import Item, OneByOne
 from gcompress.feedback import ErrorFeedback
 
 
@@ -126,4 +126,5 @@ def test_gathered_bytes_of_another_model_are_refused_by_name():
         exchange.start("layer.weight", torch.randn(2000))()
     good = TopK(sparsity=0.9).compress(torch.randn(2000))[0]
     with pytest.raises(PayloadError, match="'layer.weight' from rank 1"):
-        decode_sum(TopK(sparsity=0.9), [good, torch.zeros_like(good)], torch.empty(2000), 1.0, "layer.weight")
+        item = Item("layer.weight", 0, 2000, torch.Size((2000,)), TopK(sparsity=0.9))
+        OneByOne([item], 2).decode_sum([good, torch.zeros_like(good)], 1.0, {"layer.weight": torch.empty(2000)})

@@ -59,7 +59,8 @@ class CpuKernels:
     on_device = False
 
     def __init__(self, table: int, signatures: dict[str, Signature]):
-        self.table, self.names = table, frozenset(signatures)
+        self.table, self.names, self.signatures = table, frozenset(signatures), signatures
+        self.numbers = {name: number for number, name in enumerate(signatures)}
         self.taking: dict[str, dict] = {"gc_memory": {}, "gc_more": {}}  # {name: function} of those that take one
         pointers = (ctypes.c_void_p * len(signatures)).from_address(table)
         for (name, signature), pointer in zip(signatures.items(), pointers, strict=True):
@@ -90,6 +91,10 @@ class CpuKernels:
         """
         addresses = (ctypes.c_void_p * len(payloads))(*payloads)
         return BoundKernels(self, "gc_more", _More(ctypes.addressof(addresses), len(payloads), factor), addresses)
+
+    def run(self, calls: int, count: int, width: int) -> int:
+        """gc_run of csrc/gcompress.h."""
+        return _library.gc_run(self.table, calls, count, width)
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all kernels of these names are there."""
@@ -130,12 +135,15 @@ class Signature(NamedTuple):
 
     kind: Any  # ctypes' type of the function
     extra: str  # the structure that its first parameter points to, gc_memory or gc_more, or ""
+    parameters: list[tuple[Any, str]]  # (ctypes' type, name)
 
 
 def _signature(result, parameters):
     parameters = parameters.strip("()").split(", ")
     extra = re.match(r"(?:const )?(gc_\w+)\*", parameters[0])
-    return Signature(ctypes.CFUNCTYPE(_ctype(result), *map(_ctype, parameters)), extra[1] if extra else "")
+    named = [(_ctype(each), re.findall(r"\w+", each)[-1]) for each in parameters]
+    kind = ctypes.CFUNCTYPE(_ctype(result), *(each for each, _ in named))
+    return Signature(kind, extra[1] if extra else "", named)
 
 
 def _listed():
@@ -171,6 +179,8 @@ def _load():
     library.gc_select_kernels.argtypes = [ctypes.c_char_p]
     library.gc_select_kernels.restype = ctypes.c_void_p
     library.gc_best_isa.restype = ctypes.c_char_p
+    library.gc_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.gc_run.restype = ctypes.c_int64
     return library, signatures
 
 

@@ -3,6 +3,7 @@
     .grad -> scaling (the true gradient) -> exchange (start, wait)  -> engine (the collective operations of a plugin)
                                               |  plan: how each parameter travels, in which pieces and buckets
                                               |  ways: all-gather, two-phase, summed; schedule: several at once
+                                              |  pieces: one payload's parts, coded one by one; together: by one call
                                               |  report: bytes
     .grad <- results: each open until applied.py sees whether an optimizer used it; then memory follows
 

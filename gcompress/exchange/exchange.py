@@ -24,7 +24,7 @@ from .plan import Plan
 from .results import Results
 from .scaling import unscaled
 from .schedule import Schedule, Task
-from .ways import Encoded, Ways
+from .ways import Gradient, Ways
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class GradientExchange(Results):
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
         self._schedule, self._ways = Schedule(), Ways(self)
-        self._waiting: dict[int, dict[str, Encoded]] = {}  # by bucket number, until all of a bucket is there
+        self._waiting: dict[int, dict[str, Gradient]] = {}  # by bucket number, until all of a bucket is there
         self._tasks: dict[int, Task] = {}  # of this step, by bucket number
+        self._alone: list[str] = []  # names that the plan did not have at first
         self.feedback = new_memory(self.policy, at_once=False) if self.policy else None
         self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
@@ -82,12 +83,14 @@ class GradientExchange(Results):
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
-    def prepare(self, shapes: dict[str, torch.Size]) -> None:
+    def prepare(self, shapes: dict[str, torch.Size], *, alone: Iterable[str] = ()) -> None:
         """Plan the exchange of {name: shape}, in the model's order, for the engine's number of ranks.
 
-        Logs the plan on rank 0. `start` plans a parameter that is not in it by itself.
+        Logs the plan on rank 0. `start` plans a parameter that is not in it by itself. alone: names that travel in no
+        bucket with others.
         """
-        self.plan = Plan(self.policy, shapes, self.engine.world_size())
+        self._alone = [name for name in alone if name in shapes]
+        self.plan = Plan(self.policy, shapes, self.engine.world_size(), self._alone)
         owned = self.owned_pieces()
         self.owner_feedback.memories["residual"].drop(lambda key: key not in owned)
         if self.engine.rank() == 0:
@@ -110,13 +113,14 @@ class GradientExchange(Results):
         entries = self.plan.entries if self.plan else {}
         changed = name not in entries or entries[name].shape != shape
         if changed or self.plan.world_size != self.engine.world_size():
-            self.prepare({**{other: entry.shape for other, entry in entries.items()}, name: shape})
+            alone = self._alone if name in entries else [*self._alone, name]
+            self.prepare({**{other: entry.shape for other, entry in entries.items()}, name: shape}, alone=alone)
         return self.plan.entries[name]
 
     def start(self, name: str, gradient: torch.Tensor, *, absent: bool = False) -> Callable[[], torch.Tensor]:
         """Encode a gradient and start its exchange; move those under way.
 
-        With two-phase, the exchange of a bucket starts when all its gradients are there.
+        The exchange of a bucket starts when all its gradients are there.
 
         Args:
             name: the parameter's.
@@ -131,14 +135,10 @@ class GradientExchange(Results):
         entry, task = self._entry(name, gradient.shape), None
         scale = self._opened(name, absent)
         values = unscaled(gradient, scale)
-        if entry.exchange == "twophase":
-            self._fill_bucket(name, values, _place(gradient), entry.bucket)
-        elif entry.exchange == "summed":
+        if entry.exchange == "summed":
             task = self._schedule.start(self.engine, name, self._ways.summed(name, values))
         else:
-            task = self._schedule.start(
-                self.engine, name, self._ways.all_gather({name: values}, {name: _place(gradient)})
-            )
+            self._fill_bucket(name, Gradient(values, _place(gradient)), entry)
         if self.agreed:
             self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
@@ -159,27 +159,25 @@ class GradientExchange(Results):
         Returns a function that waits and returns {name: mean or sum over ranks}; its method
         `done()` moves the exchanges on and tells whether there is anything to wait for.
         """
-        ways: dict[str, dict[str, torch.Tensor]] = {}
-        places, results = {}, {}
+        ways: dict[str, dict] = {}
+        results = {}
         for name, gradient in gradients.items():
             way = self._entry(name, gradient.shape).exchange
             scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
-            ways.setdefault(way, {})[name] = unscaled(gradient, scale)
+            values = unscaled(gradient, scale)
             ctx = Context(gradient.shape, gradient.dtype)
-            if way in ("twophase", "allgather"):
-                places[name] = _place(gradient)
+            ways.setdefault(way, {})[name] = (
+                Gradient(values, _place(gradient)) if way in ("twophase", "allgather") else values
+            )
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
                 steps = {name: self._ways.summed(name, gradient) for name, gradient in members.items()}
             elif way == "twophase":
-                encoded = {
-                    name: self._ways.encoded_pieces(name, values, places[name]) for name, values in members.items()
-                }
-                steps = {f"twophase.{first}": self._ways.two_phase(encoded)}
+                steps = {f"twophase.{first}": self._ways.two_phase(members)}
             elif way == "allgather":
-                steps = {f"allgather.{first}": self._ways.all_gather(members, {name: places[name] for name in members})}
+                steps = {f"allgather.{first}": self._ways.all_gather(members)}
             else:
                 steps = {f"allreduce.{first}": self._ways.all_reduce(members)}
             tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
@@ -206,14 +204,14 @@ class GradientExchange(Results):
             self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
         return result.view(ctx.shape)
 
-    def _fill_bucket(self, name, gradient, place, number):
-        members, waiting = self.plan.buckets[number], self._waiting.setdefault(number, {})
-        waiting[name] = self._ways.encoded_pieces(name, gradient, place)
+    def _fill_bucket(self, name, gradient, entry):
+        members, waiting = self.plan.buckets[entry.bucket], self._waiting.setdefault(entry.bucket, {})
+        waiting[name] = gradient
         if len(waiting) == len(members):
-            encoded = {member: waiting[member] for member in members}
-            del self._waiting[number]
-            steps = self._ways.two_phase(encoded)
-            self._tasks[number] = self._schedule.start(self.engine, self.first_name(name), steps)
+            del self._waiting[entry.bucket]
+            way = self._ways.two_phase if entry.exchange == "twophase" else self._ways.all_gather
+            steps = way({member: waiting[member] for member in members})
+            self._tasks[entry.bucket] = self._schedule.start(self.engine, self.first_name(name), steps)
 
     def _task_of(self, name, number):
         if number not in self._tasks:

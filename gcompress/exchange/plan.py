@@ -74,9 +74,10 @@ class Plan:
         shapes: {name: shape} in the model's order; buckets follow the backward pass, which is
             taken to go the other way.
         world_size: the number of ranks.
+        alone: names that came later, each in a bucket of its own, so that the others' stay what they are.
     """
 
-    def __init__(self, policy, shapes, world_size):
+    def __init__(self, policy, shapes, world_size, alone=()):
         self.world_size, self.policy = world_size, policy
         self.entries = {}
         for name, shape in shapes.items():
@@ -88,7 +89,7 @@ class Plan:
                 entry.exchange = choose(policy, compressor, [e.numel for e in members], world_size)
         self.buckets = []
         self._cut()
-        self._fill_buckets()
+        self._fill_buckets(alone)
 
     def _cut(self):
         """Give every rank its pieces, the next one always to a rank that has the fewest bytes."""
@@ -104,18 +105,19 @@ class Plan:
                 pieces.append(Piece(owner, start, stop))
             entry.pieces = tuple(pieces)
 
-    def _fill_buckets(self):
-        size = self.policy.bucket_bytes
-        for name in reversed(self.entries):
-            entry = self.entries[name]
-            if entry.exchange != "twophase":
+    def _fill_buckets(self, alone):
+        filled: dict[str, int] = {}  # {exchange: bytes in its last bucket}
+        last: dict[str, int] = {}  # {exchange: the number of that}
+        for name in [*(name for name in reversed(self.entries) if name not in alone), *alone]:
+            entry, way = self.entries[name], self.entries[name].exchange
+            if way not in ("twophase", "allgather"):
                 continue
-            if size >= self.policy.bucket_bytes:
+            if name in alone or filled.get(way, self.policy.bucket_bytes) >= self.policy.bucket_bytes:
+                last[way], filled[way] = len(self.buckets), 0
                 self.buckets.append([])
-                size = 0
-            entry.bucket = len(self.buckets) - 1
-            self.buckets[-1].append(name)
-            size += 4 * entry.numel
+            entry.bucket = last[way]
+            self.buckets[entry.bucket].append(name)
+            filled[way] += 4 * entry.numel
 
     def unused_rules(self) -> list[Rule]:
         """The policy's rules for gradients that match none of the parameters."""
@@ -155,7 +157,8 @@ class Plan:
             members = [entry for entry in self.entries.values() if entry.exchange == exchange]
             numel = sum(entry.numel for entry in members)
             compressors = ", ".join(sorted({str(entry.compressor or "uncompressed") for entry in members}))
-            buckets = f" in {_counted(len(self.buckets), 'bucket')}" if exchange == "twophase" else ""
+            number = len({entry.bucket for entry in members if entry.bucket >= 0})
+            buckets = f" in {_counted(number, 'bucket')}" if number else ""
             lines.append(
                 f"{exchange} ({compressors}): {_counted(len(members), 'tensor')}, {numel:,} entries"
                 f"{buckets}, {round(sent):,} bytes per rank and step"

@@ -12,36 +12,38 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 """
 
-import contextlib
 import zlib
 from typing import NamedTuple
 
 import torch
 
-from .. import packing
+from .. import backends, packing
 from ..compressors import Compressor
 from ..errors import PayloadError
-from ..feedback import NoFeedback, Slice
 from ..memory import Scratch
 from ..packing import u32_bytes
+from . import together
+from .pieces import Item, OneByOne
 from .plan import Piece
 from .summed import sum_over_ranks
 
 
-class Encoded(NamedTuple):
-    """A gradient that is encoded for two-phase."""
+class Gradient(NamedTuple):
+    """A gradient that is to travel."""
 
-    compressor: Compressor
-    payloads: list[torch.Tensor]  # of its pieces, 1-D uint8
+    values: torch.Tensor
     place: torch.Tensor  # where its mean is to be, 1-D float32
 
 
-class OwnedPiece(NamedTuple):
-    """A piece of a parameter on its way to its owner and back."""
+class Route(NamedTuple):
+    """What of some gradients travels, in order; the same in every step, as long as plan and compressors are."""
 
-    name: str
-    piece: Piece
-    compressor: Compressor
+    plan: object
+    compressors: list[Compressor]  # of the gradients
+    items: list[Item]
+    owned: list[list[Item]]  # the same by owner, for two-phase
+    sizes: list[int]  # bytes by owner; for all-gather the most that a rank sends
+    coders: dict[tuple, together.Together | None]  # see `Ways._coder`
 
 
 class Ways:
@@ -54,39 +56,36 @@ class Ways:
     def __init__(self, exchange):
         self._exchange = exchange
         self._scratch = Scratch()
+        self._routes: dict[tuple, Route] = {}  # by (whether two-phase, names)
 
-    def all_gather(self, gradients, places):
-        """All-gather of {name: gradient} in one payload; the means come to {name: place}."""
-        world_size, compressors, payloads = self._exchange.engine.world_size(), {}, []
-        for name, gradient in gradients.items():
-            compressor = compressors[name] = self._exchange.compressor_for(name, gradient.numel())
-            coder = (self._memory_for(compressor, name) or NoFeedback).compress
-            payload, _ = coder(name, gradient, compressor, seed=self._seed(name, self._exchange.engine.rank()))
-            self._exchange.report.add_all_gather(gradient.numel(), payload.numel(), world_size)
-            payloads.append(payload)
-        payload = torch.cat(payloads) if len(payloads) > 1 else payloads[0]
-        sizes = [payload.numel()] * world_size
-        if not all(compressor.fixed_size for compressor in compressors.values()):
+    def all_gather(self, gradients):
+        """All-gather of {name: Gradient} in one payload; returns {name: mean}, in their places."""
+        world_size, rank = self._exchange.engine.world_size(), self._exchange.engine.rank()
+        route = self._route(gradients, False)
+        items, coder = route.items, self._coder(route, route.items, gradients)
+        payload = coder.encode(_values(gradients), self._memory_of, lambda item: self._seed(item.name, rank))
+        numel, sizes = sum(item.numel for item in items), [payload.numel()] * world_size
+        self._exchange.report.add_all_gather(numel, payload.numel(), world_size)
+        if not all(item.compressor.fixed_size for item in items):
             lengths = yield "allgather", u32_bytes(payload.numel(), payload.device), [4] * world_size
             sizes = packing.unpack_bits(lengths, world_size, 32).tolist()
-            self._check_sizes(sizes, gradients, compressors)
+            self._check_sizes(sizes, route)
             self._exchange.report.add_all_gather(0, 4, world_size)
         gathered = yield "allgather", payload, sizes
-        rows = _rows(gathered, sizes, f"gradients {', '.join(gradients)}")
-        for name, place in places.items():
-            rows = decode_sum(compressors[name], rows, place, self._factor(), name)
-        _check_used(rows, f"gradients {', '.join(gradients)}")
+        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
+        rows = coder.decode_sum(_rows(gathered, sizes, what), self._factor(), places)
+        _check_used(rows, what)
         return places
 
     def _factor(self):
         """What makes the wanted result of the ranks' sum."""
         return 1.0 / self._exchange.engine.world_size() if self._exchange.average else 1.0
 
-    def _check_sizes(self, sizes, gradients, compressors):
-        most = sum(compressors[name].nbytes(gradient.numel()) for name, gradient in gradients.items())
+    def _check_sizes(self, sizes, route):
+        (most,), names = route.sizes, ", ".join(item.name for item in route.items)
         if max(sizes) > most:
             raise PayloadError(
-                f"gradients {', '.join(gradients)}: a rank announces {max(sizes)} bytes, expected at most {most}: "
+                f"gradients {names}: a rank announces {max(sizes)} bytes, expected at most {most}: "
                 "do all ranks have the same model?"
             )
 
@@ -125,61 +124,81 @@ class Ways:
         )
         return {name: total.mul_(self._factor())}
 
-    def encoded_pieces(self, name, gradient, place):
-        """The gradient, Encoded; what its pieces lost is kept as one residual."""
-        compressor, entry = self._exchange.compressor_for(name, gradient.numel()), self._exchange.plan.entries[name]
-        rank = self._exchange.engine.rank()
-        parts = [
-            Slice(piece.start, piece.stop, entry.shape_of(piece), self._seed(name, rank, piece.start))
-            for piece in entry.pieces
-        ]
-        coder = self._memory_for(compressor, name) or NoFeedback
-        return Encoded(compressor, coder.compress_parts(name, gradient, compressor, parts), place)
-
-    def two_phase(self, encoded):
-        """All-to-all and all-gather of {name: Encoded}."""
+    def two_phase(self, gradients):
+        """All-to-all and all-gather of {name: Gradient}; returns {name: mean}, in their places."""
         world_size, rank = self._exchange.engine.world_size(), self._exchange.engine.rank()
-        owned = [[] for _ in range(world_size)]  # OwnedPieces by owner, in the order in which they travel
-        outgoing = [[] for _ in range(world_size)]
-        for name, (compressor, payloads, _) in encoded.items():
-            for piece, payload in zip(self._exchange.plan.entries[name].pieces, payloads, strict=True):
-                owned[piece.owner].append(OwnedPiece(name, piece, compressor))
-                outgoing[piece.owner].append(payload)
-        sizes = [sum(payload.numel() for payload in payloads) for payloads in outgoing]
-        self._count_two_phase(encoded, sizes)
-        what = f"gradients {', '.join(encoded)}"
-        packed = torch.cat([payload for payloads in outgoing for payload in payloads])
+        route = self._route(gradients, True)
+        sizes, coder = route.sizes, self._coder(route, route.items, gradients)
+        self._count_two_phase(gradients, sizes)
+        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
+        packed = coder.encode(_values(gradients), self._memory_of, lambda item: self._seed(item.name, rank, item.start))
         received = yield "alltoall", packed, sizes, [sizes[rank]] * world_size
-        rows = _rows(received, [sizes[rank]] * world_size, what)
-        again = [packed[:0]]
-        for name, piece, compressor in owned[rank]:
-            total = self._scratch.floats(piece.numel, packed.device)
-            rows = decode_sum(compressor, rows, total, self._factor(), name)
-            again.append(self._encoded_mean(name, piece, compressor, total))
-        gathered = yield "allgather", torch.cat(again), sizes
-        means = {name: each.place for name, each in encoded.items()}
-        for pieces, row in zip(owned, _rows(gathered, sizes, what), strict=True):
-            for name, (_, start, stop), compressor in pieces:
-                size = compressor.nbytes(stop - start)
-                compressor.decode_into(row[:size], means[name][start:stop])
-                row = row[size:]
-        return means
+        again = self._encoded_means(route, gradients, _rows(received, [sizes[rank]] * world_size, what))
+        gathered = yield "allgather", again, sizes
+        _rows(gathered, sizes, what)
+        coder.decode(gathered, places)
+        return places
 
-    def _encoded_mean(self, name, piece, compressor, total):
-        """The payload of the mean (or sum) of a piece that this rank owns."""
-        # The residual waits if no rank had a gradient; this one having had one is enough to know otherwise.
-        remembers = self._exchange.policy.feedback_for(compressor) and not (
-            name in self._exchange.absent and not bool(total.any())
+    def _encoded_means(self, route, gradients, rows):
+        """The payload of the means (or sums) of the items that this rank owns."""
+        items = route.owned[self._exchange.engine.rank()]
+        longest = max((item.numel for item in items), default=0)
+        return self._coder(route, items, gradients).mean(
+            rows,
+            self._factor(),
+            self._scratch.floats(longest, rows[0].device),
+            self._owner_memory_of,
+            lambda item: Piece(0, item.start, item.stop).key(item.name),
+            lambda item: self._seed(item.name, "mean", item.start),
         )
-        total = total.view(self._exchange.plan.entries[name].shape_of(piece))
-        coder = (self._exchange.owner_feedback if remembers else NoFeedback).compress
-        payload, _ = coder(piece.key(name), total, compressor, seed=self._seed(name, "mean", piece.start))
-        return payload
 
-    def _count_two_phase(self, encoded, sizes):
+    def _owner_memory_of(self, item, total):
+        # The residual waits if no rank had a gradient; this one having had one is enough to know otherwise.
+        waits = item.name in self._exchange.absent and not bool(total.any())
+        return (
+            self._exchange.owner_feedback if self._exchange.policy.feedback_for(item.compressor) and not waits else None
+        )
+
+    def _route(self, gradients, cut):
+        """The Route of {name: Gradient}; cut: into pieces by owner."""
+        plan, key = self._exchange.plan, (cut, *gradients)
+        compressors = [self._exchange.compressor_for(name, each.values.numel()) for name, each in gradients.items()]
+        route = self._routes.get(key)
+        if route is not None and route.plan is plan and route.compressors == compressors:
+            return route
+        owned: list[list[Item]] = [[] for _ in range(plan.world_size if cut else 1)]
+        for (name, (values, _)), compressor in zip(gradients.items(), compressors, strict=True):
+            entry, whole = plan.entries[name], Piece(0, 0, values.numel())
+            for piece in entry.pieces if cut else [whole]:
+                shape = entry.shape_of(piece) if cut else values.shape
+                owned[piece.owner].append(Item(name, piece.start, piece.stop, shape, compressor))
+        sizes = [sum(item.nbytes for item in items) for items in owned]
+        items = [item for items in owned for item in items]
+        self._routes[key] = Route(plan, compressors, items, owned, sizes, {})
+        return self._routes[key]
+
+    def _coder(self, route, items, gradients):
+        """What codes the items, some of the Route or all: by one call where that can be, or else one by one."""
+        memory, absent, world_size = self._exchange.feedback, self._exchange.absent, self._exchange.engine.world_size()
+        if (
+            (memory and not memory.together)
+            or not absent.isdisjoint(gradients)
+            or not all(each.place.is_cpu for each in gradients.values())
+        ):
+            return OneByOne(items, world_size)
+        key = id(backends.cpu_kernels()), len(items)
+        if key not in route.coders:
+            calls = together.coding(items, world_size)
+            route.coders[key] = together.Together(items, calls, world_size) if calls else None
+        return route.coders[key] or OneByOne(items, world_size)
+
+    def _count_two_phase(self, names, sizes):
         world_size, own = self._exchange.engine.world_size(), sizes[self._exchange.engine.rank()]
-        numel = sum(self._exchange.plan.entries[name].numel for name in encoded)
+        numel = sum(self._exchange.plan.entries[name].numel for name in names)
         self._exchange.report.add(numel, sum(sizes) + own, sum(sizes) - own + (world_size - 1) * own, world_size)
+
+    def _memory_of(self, item):
+        return self._memory_for(item.compressor, item.name)
 
     def _memory_for(self, compressor, name):
         return self._exchange.feedback if self.remembers(compressor, name) else None
@@ -213,31 +232,9 @@ def _check_used(rows, what):
             raise PayloadError(f"{what} from rank {rank}: {row.numel()} bytes are left over: have all the same model?")
 
 
-def decode_sum(compressor, rows, out, factor, name):
-    """Decode to `out` the sum, in rank order, of a payload at the start of every rank's row, times a factor.
-
-    Returns what follows the payloads in each row.
-    """
-    numel, payloads, rest = out.numel(), [], []
-    for rank, row in enumerate(rows):
-        with _from_rank(rank, name):
-            size = compressor.payload_nbytes(row, numel)
-        payloads.append(row[:size])
-        rest.append(row[size:])
-    try:
-        compressor.decode_sum(payloads, out, factor)
-    except PayloadError:
-        for rank, payload in enumerate(payloads):
-            with _from_rank(rank, name):
-                compressor.decode_into(payload, out)
-        raise
-    return rest
+def _values(gradients):
+    return {name: gradient.values for name, gradient in gradients.items()}
 
 
-@contextlib.contextmanager
-def _from_rank(rank, name):
-    """Say whose payload it was that does not fit."""
-    try:
-        yield
-    except PayloadError as error:
-        raise PayloadError(f"gradient {name!r} from rank {rank}: {error}") from None
+def _places(gradients):
+    return {name: gradient.place for name, gradient in gradients.items()}

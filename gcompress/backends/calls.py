@@ -1,0 +1,113 @@
+"""Many calls of C++ kernels by one call from Python (gc_run of csrc/gcompress.h): small tensors cost little else."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import PayloadError
+from .cpu import CpuKernels
+
+WORDS = 16  # of a call: the kernel's number and up to 15 arguments
+# Parameters that differ from call to call, by their names in csrc/kernels.def. `workspace` has `capacity` 32-bit words.
+ROLES = ("memory", "more", "x", "payload", "seed", "out", "add", "workspace")
+
+
+class Call(NamedTuple):
+    """A kernel's call without what its ROLES stand for."""
+
+    words: tuple[int, ...]  # as gc_run takes them; 0 for the roles
+    places: dict[str, int]  # {role: which word}
+    capacity: int  # of its workspace
+
+
+class _Recorder:
+    """Kernels that note how they are called."""
+
+    on_device = False
+
+    def __init__(self, kernels):
+        self._kernels, self.calls = kernels, []
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in self._kernels.names:
+            raise AttributeError(name)
+        return lambda *arguments: self.calls.append((name, arguments))
+
+
+def recorded(kernels: CpuKernels, code: Callable, structure: str) -> Call | None:
+    """The call that `code` makes, given kernels.
+
+    None if it makes none or several, or of a kernel that does not take a `structure` ("gc_memory", "gc_more"), or one
+    with a pointer that is none of ROLES.
+    """
+    recorder = _Recorder(kernels)
+    code(recorder)
+    if len(recorder.calls) != 1:
+        return None
+    ((name, arguments),) = recorder.calls
+    signature = kernels.signatures[name]
+    if signature.extra != structure:
+        return None
+    words, places, capacity = [kernels.numbers[name]], {}, 0
+    for (kind, parameter), value in zip(signature.parameters, (None, *arguments), strict=True):
+        if parameter in ROLES:
+            places[parameter] = len(words)
+            words.append(0)
+        elif kind is ctypes.c_void_p:
+            return None
+        else:
+            words.append(_word(kind, value))
+            capacity = value if parameter == "capacity" else capacity
+    return Call(tuple(words), places, capacity) if len(words) <= WORDS else None
+
+
+def _word(kind, value):
+    if kind is ctypes.c_float:
+        return struct.unpack("<i", struct.pack("<f", value))[0]
+    if kind is ctypes.c_double:
+        return struct.unpack("<q", struct.pack("<d", value))[0]
+    return int(value)
+
+
+class Batch:
+    """Calls that are made in turn, again and again with other arguments.
+
+    Args:
+        kernels: that all are of.
+        calls: Calls.
+    """
+
+    def __init__(self, kernels: CpuKernels, calls: Iterable[Call]):
+        calls = list(calls)
+        self._kernels, self._words = kernels, np.zeros((len(calls), WORDS), np.int64)
+        self._flat = self._words.reshape(-1)
+        self._where: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # {role: (calls that have it, their words)}
+        for row, call in zip(self._words, calls, strict=True):
+            row[: len(call.words)] = call.words
+        for role in ROLES:
+            having = [number for number, call in enumerate(calls) if role in call.places]
+            words = [number * WORDS + calls[number].places[role] for number in having]
+            self._where[role] = np.array(having, np.int64), np.array(words, np.int64)
+        self._workspace = np.empty(max((call.capacity for call in calls), default=0), np.uint32)
+        if len(self._where["workspace"][0]):
+            self._flat[self._where["workspace"][1]] = self._workspace.ctypes.data
+
+    def has(self, role: str) -> bool:
+        """Whether a call has this role."""
+        return len(self._where[role][0]) > 0
+
+    def set(self, role: str, values: np.ndarray | int) -> None:
+        """The argument of all calls that have this role: one for all, or int64 of as many as there are calls."""
+        having, words = self._where[role]
+        self._flat[words] = values[having] if isinstance(values, np.ndarray) else values
+
+    def run(self) -> None:
+        """Make the calls; PayloadError if one meets bad data."""
+        done = self._kernels.run(self._words.ctypes.data, len(self._words), WORDS)
+        if done != len(self._words):
+            raise PayloadError("payload: its index does not mark what was kept")

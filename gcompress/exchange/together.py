@@ -1,0 +1,194 @@
+"""Pieces of many gradients encoded, added up and decoded by one call of the C++ kernels for all of them.
+
+What is called for a piece never changes but for addresses and seeds, so it is noted once (backends/calls.py). Bytes and
+results are those of one piece after the other (`OneByOne` of pieces.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .. import backends
+from ..backends.calls import Batch, recorded
+from ..backends.cpu import MOST_MORE
+from ..errors import PayloadError
+from ..feedback import flat_values
+from .pieces import decode_sum
+
+NO_MEMORY = 0
+
+
+def coding(items, world_size):
+    """[(encoding Call, decoding Call)] of items (see pieces.py), or None if one of them cannot take part."""
+    kernels = backends.cpu_kernels()
+    if kernels is None or world_size - 1 > MOST_MORE:
+        return None
+    known, found = {}, []
+    for item in items:
+        kind = item.compressor, item.numel
+        if kind not in known:
+            known[kind] = _calls(kernels, *kind)
+        if known[kind] is None:
+            return None
+        found.append(known[kind])
+    return found
+
+
+def _calls(kernels, compressor, numel):
+    names = compressor.kernels or ()
+    if not (kernels.has(names) and kernels.keeps_residual_with(names) and kernels.adds_with(names)):
+        return None
+    if numel == 0 or not compressor.fixed_size or compressor.uses_shape or compressor.parts:
+        return None
+    values, payload = _Sized(numel), _Sized(compressor.nbytes(numel))
+    encode = recorded(kernels, lambda to: compressor._encode_native(to, values, payload, 0), "gc_memory")
+    decode = recorded(kernels, lambda to: compressor._decode_native(to, payload, values, False), "gc_more")
+    return encode and decode and (encode, decode)
+
+
+class _Sized:
+    """A CPU tensor of `numel` entries, of which only the number is real."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, numel):
+        self._numel = numel
+
+    def numel(self):
+        return self._numel
+
+    def data_ptr(self):
+        return 0
+
+
+class Together:
+    """Encodes items of gradients to one payload, and adds and decodes such payloads.
+
+    Args:
+        items: in the order of their payloads.
+        calls: what `coding` found for them.
+        world_size: the number of ranks.
+    """
+
+    def __init__(self, items, calls, world_size):
+        kernels = backends.cpu_kernels()
+        self.items, self._world_size = items, world_size
+        self._starts = np.array([item.start for item in items], np.int64)
+        sizes = [item.nbytes for item in items]
+        self._offsets, self.nbytes = np.cumsum([0, *sizes[:-1]]), sum(sizes)
+        self._encode = Batch(kernels, [encode for encode, _ in calls])
+        self._decode = Batch(kernels, [decode for _, decode in calls])
+        self._mean = Batch(kernels, [call for encode, decode in calls for call in (decode, encode)])
+        self._memory = np.zeros((len(items), 3), np.int64)
+        self._memory_places = self._memory.ctypes.data + 24 * np.arange(len(items))
+        self._poisoned = np.zeros(len(items), np.int32)
+        self._memory[:, 2] = self._poisoned.ctypes.data + 4 * np.arange(len(items))
+        self._more = np.zeros((len(items), 3), np.int64)
+        self._more_places = self._more.ctypes.data + 24 * np.arange(len(items))
+        self._others = np.zeros((len(items), world_size - 1), np.int64)
+        self._more[:, 0] = self._others.ctypes.data + 8 * (world_size - 1) * np.arange(len(items))
+        self._more[:, 1] = world_size - 1
+
+    def encode(self, values, memory_for, seed_of):
+        """One payload.
+
+        Args:
+            values: {name: the whole gradient}.
+            memory_for: from an item to its ErrorFeedback, or None.
+            seed_of: from an item to its seed.
+        """
+        flat = {name: flat_values(gradient) for name, gradient in values.items()}
+        sources = np.array([flat[item.name].data_ptr() for item in self.items], np.int64) + 4 * self._starts
+        payload = torch.empty(self.nbytes, dtype=torch.uint8)
+        opened = self._open({item.name: (memory_for(item), flat[item.name]) for item in self.items})
+        self._encode.set("x", sources)
+        self._encode.set("payload", payload.data_ptr() + self._offsets)
+        self._set_memory(self._encode, [opened[item.name] for item in self.items], self._starts)
+        if self._encode.has("seed"):
+            self._encode.set("seed", np.array([seed_of(item) for item in self.items], np.int64))
+        self._encode.run()
+        self._close(opened, [item.name for item in self.items])
+        return payload
+
+    def mean(self, rows, factor, total, memory_for, key_of, seed_of):
+        """The payload of the items' sums over ranks, times a factor, as `OneByOne.mean` makes it.
+
+        Args:
+            rows: the ranks' payloads, one behind the other in memory.
+            total: float32 memory for the longest item.
+            memory_for: from an item and its sum (here None) to an ErrorFeedback, or None.
+            seed_of: as for `encode`.
+            key_of: from an item to its name there.
+        """
+        payload = torch.empty(self.nbytes, dtype=torch.uint8)
+        keys = [key_of(item) for item in self.items]
+        opened = self._open(
+            {key: (memory_for(item, None), total[: item.numel]) for key, item in zip(keys, self.items, strict=True)}
+        )
+        batch, count = self._mean, len(self.items)
+        self._set_rows(rows, factor)
+        self._set_memory(None, [opened[key] for key in keys], np.zeros(count, np.int64))
+        batch.set("out", total.data_ptr())
+        batch.set("x", total.data_ptr())
+        batch.set("more", np.repeat(self._more_places, 2))
+        batch.set("memory", np.repeat(self._memory_words, 2))
+        batch.set(
+            "payload", np.stack([rows[0].data_ptr() + self._offsets, payload.data_ptr() + self._offsets], 1).ravel()
+        )
+        if batch.has("seed"):
+            batch.set("seed", np.repeat(np.array([seed_of(item) for item in self.items], np.int64), 2))
+        self._run(batch, rows)
+        self._close(opened, keys)
+        return payload
+
+    def decode_sum(self, rows, factor, places):
+        """Decode the sums over ranks, times a factor, to {name: the whole result}; `rows` is as for `mean`."""
+        self._set_rows(rows, factor)
+        self._set_decode(rows[0], self._more_places, places)
+        self._run(self._decode, rows)
+        return [row[self.nbytes :] for row in rows]
+
+    def decode(self, payload, places):
+        """Decode one payload to {name: the whole result}."""
+        self._set_decode(payload, 0, places)
+        self._run(self._decode, [payload])
+
+    def _run(self, batch, rows):
+        try:
+            batch.run()
+        except PayloadError:
+            for item in self.items:  # says whose payload it is
+                rows = decode_sum(item, rows, torch.empty(item.numel), 1.0)
+            raise
+
+    def _set_decode(self, payload, more, places):
+        self._decode.set("more", more)
+        self._decode.set("payload", payload.data_ptr() + self._offsets)
+        outs = np.array([places[item.name].data_ptr() for item in self.items], np.int64)
+        self._decode.set("out", outs + 4 * self._starts)
+
+    def _set_rows(self, rows, factor):
+        others = rows[0].data_ptr() + self.nbytes * np.arange(1, self._world_size)
+        self._others[:] = others + self._offsets[:, None]
+        self._more[:, 2] = np.array([factor], np.float32).view(np.int32)[0]
+
+    def _open(self, by_key):
+        """{key: (ErrorFeedback, residual or None, tensor for the new one) or None}, one opening of each."""
+        return {key: memory and (memory, *memory.opened(key, values)) for key, (memory, values) in by_key.items()}
+
+    def _set_memory(self, batch, opened, starts):
+        self._poisoned[:] = 0
+        self._memory[:, 0] = [0 if each is None or each[1] is None else each[1].data_ptr() for each in opened]
+        self._memory[:, 1] = [0 if each is None else each[2].data_ptr() for each in opened]
+        self._memory[:, 0] += np.where(self._memory[:, 0] > 0, 4 * starts, 0)
+        self._memory[:, 1] += 4 * starts
+        self._memory_words = np.where([each is not None for each in opened], self._memory_places, NO_MEMORY)
+        if batch is not None:
+            batch.set("memory", self._memory_words)
+
+    def _close(self, opened, keys):
+        poisoned = {keys[number] for number in np.flatnonzero(self._poisoned)} if self._poisoned.any() else ()
+        for key, each in opened.items():
+            if each is not None:
+                each[0].closed(key, each[2], key in poisoned)

@@ -1,0 +1,102 @@
+"""Items coded by one call (exchange/together.py) and one by one (exchange/pieces.py): the same bytes and memory."""
+
+import functools
+
+import pytest
+import torch
+
+from gcompress import PayloadError, Policy, backends, from_spec
+from gcompress.exchange import together
+from gcompress.exchange.pieces import Item, OneByOne
+from gcompress.feedback import ErrorFeedback
+from tests.compressors import SPECS
+from tests.local_ranks import World, run_ranks
+
+ISAS = backends.available_backends()[1:]
+pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
+ONE_CALL = {"quantize", "sign", "onebit", "bf16", "fp16", "fp8", "mxfp4", "qsgd", "natural", "ternary", "topk", "mask"}
+RANKS = 3
+
+
+def items_of(compressor):
+    """Pieces of tensors of odd sizes, not in the order of their entries."""
+    of = [("a", 1024, 3001), ("b", 0, 7), ("a", 0, 1024), ("c", 0, 5130), ("d", 0, 1)]
+    return [Item(name, start, stop, torch.Size((stop - start,)), compressor) for name, start, stop in of]
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(step)
+    values = {name: torch.randn(n, generator=generator) for name, n in (("a", 3001), ("b", 7), ("c", 5130), ("d", 1))}
+    if step == 1:
+        values["c"][77] = float("inf")
+    return values
+
+
+def seed_of(step, item):
+    return 7 * step + item.start
+
+
+def coded(items, coder):
+    """All that a coder makes in some steps, as one list of tensors."""
+    memory, owner, made = ErrorFeedback(), ErrorFeedback(), []
+    for step in range(4):
+        values, seed = gradients(step), functools.partial(seed_of, step)
+        payload = coder.encode(values, lambda item: memory if item.name != "b" else None, seed)
+        rows = list(torch.stack([payload, payload, coder.encode(values, lambda item: None, seed)]))
+        sums, means = ({name: torch.full_like(x, 9.0) for name, x in values.items()} for _ in range(2))
+        coder.decode_sum(rows, 1 / RANKS, sums)
+        total, keyed = torch.empty(5130), lambda item: f"{item.name}{item.start}"
+        mean = coder.mean(rows, 1 / RANKS, total, lambda item, _: owner, keyed, seed)
+        coder.decode(mean, means)
+        made += [payload, mean, *sums.values(), *means.values()]
+        made += [each.clone() for of in (memory, owner) for each in of.tensors()["residual"].values()]
+    return [each.view(torch.uint8) for each in made]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.split(":")[0] in ONE_CALL])
+def test_one_call_makes_what_single_calls_make(spec):
+    items = items_of(from_spec(spec))
+    for isa in ISAS:
+        with backends.use_backend(isa):
+            found = coded(items, together.Together(items, together.coding(items, RANKS), RANKS))
+            expected = coded(items, OneByOne(items, RANKS))
+        assert len(found) == len(expected)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (spec, isa)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_which_methods_can(spec):
+    items = items_of(from_spec(spec))
+    assert (together.coding(items, RANKS) is not None) == (spec.split(":")[0] in ONE_CALL)
+
+
+def test_a_bad_payload_is_named():
+    items = items_of(from_spec("topk:sparsity=0.9"))
+    coder = together.Together(items, together.coding(items, RANKS), RANKS)
+    good = coder.encode(gradients(0), lambda item: None, lambda item: 0)
+    bad = good.clone()
+    bad[items[0].nbytes + items[1].nbytes :][: items[2].nbytes] = 255
+    rows = list(torch.stack([good, good, bad]))
+    places = gradients(0)
+    with pytest.raises(PayloadError, match="gradient 'a' from rank 2"):
+        coder.decode_sum(rows, 1.0, places)
+    with pytest.raises(PayloadError, match="gradient 'a' from rank 2"):
+        coder.mean(rows, 1.0, torch.empty(5130), lambda *_: None, lambda item: item.name, lambda item: 0)
+    with pytest.raises(PayloadError):
+        coder.decode(bad, places)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "twophase"])
+def test_names_that_come_later_travel_alone(exchange):
+    """The buckets of a plan stay what they are when a parameter that it does not have comes in the middle of a step."""
+
+    def run(rank, ranks):
+        ranks.prepare({name: torch.Size((5000,)) for name in ("a", "b")})
+        first = ranks.start("b", torch.full((5000,), float(rank)))
+        late = ranks.start("late", torch.full((5000,), 2.0 * rank))
+        second = ranks.start("a", torch.full((5000,), 4.0 * rank))
+        assert ranks.plan.entries["a"].bucket == ranks.plan.entries["b"].bucket
+        return [float(each()[0]) for each in (first, second, late)]
+
+    policy = Policy("bf16", exchange=exchange, min_numel=0)
+    assert run_ranks(World(2), policy, run) == [[0.5, 2.0, 1.0]] * 2
