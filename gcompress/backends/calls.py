@@ -74,7 +74,7 @@ def _word(kind, value):
     return int(value)
 
 
-class Batch:
+class CallList:
     """Calls that are made in turn, again and again with other arguments.
 
     Args:

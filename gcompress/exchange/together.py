@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import backends
-from ..backends.calls import Batch, recorded
+from ..backends.calls import CallList, recorded
 from ..backends.cpu import MOST_MORE
 from ..errors import PayloadError
 from ..feedback import flat_values
@@ -77,9 +77,9 @@ class Together:
         self._starts = np.array([item.start for item in items], np.int64)
         sizes = [item.nbytes for item in items]
         self._offsets, self.nbytes = np.cumsum([0, *sizes[:-1]]), sum(sizes)
-        self._encode = Batch(kernels, [encode for encode, _ in calls])
-        self._decode = Batch(kernels, [decode for _, decode in calls])
-        self._mean = Batch(kernels, [call for encode, decode in calls for call in (decode, encode)])
+        self._encode = CallList(kernels, [encode for encode, _ in calls])
+        self._decode = CallList(kernels, [decode for _, decode in calls])
+        self._mean = CallList(kernels, [call for encode, decode in calls for call in (decode, encode)])
         self._memory = np.zeros((len(items), 3), np.int64)
         self._memory_places = self._memory.ctypes.data + 24 * np.arange(len(items))
         self._poisoned = np.zeros(len(items), np.int32)
