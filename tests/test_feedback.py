@@ -127,4 +127,4 @@ def test_gathered_bytes_of_another_model_are_refused_by_name():
     good = TopK(sparsity=0.9).compress(torch.randn(2000))[0]
     with pytest.raises(PayloadError, match="'layer.weight' from rank 1"):
         item = Item("layer.weight", 0, 2000, torch.Size((2000,)), TopK(sparsity=0.9))
-        OneByOne([item], 2).decode_sum([good, torch.zeros_like(good)], 1.0, {"layer.weight": torch.empty(2000)})
+        OneByOne([item]).decode_sum([good, torch.zeros_like(good)], 1.0, {"layer.weight": torch.empty(2000)})

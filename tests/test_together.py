@@ -58,8 +58,8 @@ def test_one_call_makes_what_single_calls_make(spec):
     items = items_of(from_spec(spec))
     for isa in ISAS:
         with backends.use_backend(isa):
-            found = coded(items, together.Together(items, together.coding(items, RANKS), RANKS))
-            expected = coded(items, OneByOne(items, RANKS))
+            found = coded(items, together.Together(items, together.calls_of(items, RANKS), RANKS))
+            expected = coded(items, OneByOne(items))
         assert len(found) == len(expected)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (spec, isa)
 
@@ -67,12 +67,12 @@ def test_one_call_makes_what_single_calls_make(spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_which_methods_can(spec):
     items = items_of(from_spec(spec))
-    assert (together.coding(items, RANKS) is not None) == (spec.split(":")[0] in ONE_CALL)
+    assert (together.calls_of(items, RANKS) is not None) == (spec.split(":")[0] in ONE_CALL)
 
 
 def test_a_bad_payload_is_named():
     items = items_of(from_spec("topk:sparsity=0.9"))
-    coder = together.Together(items, together.coding(items, RANKS), RANKS)
+    coder = together.Together(items, together.calls_of(items, RANKS), RANKS)
     good = coder.encode(gradients(0), lambda item: None, lambda item: 0)
     bad = good.clone()
     bad[items[0].nbytes + items[1].nbytes :][: items[2].nbytes] = 255

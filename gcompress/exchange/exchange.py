@@ -118,9 +118,9 @@ class GradientExchange(Results):
         return self.plan.entries[name]
 
     def start(self, name: str, gradient: torch.Tensor, *, absent: bool = False) -> Callable[[], torch.Tensor]:
-        """Encode a gradient and start its exchange; move those under way.
+        """Begin the exchange of a gradient; move those under way.
 
-        The exchange of a bucket starts when all its gradients are there.
+        A bucket is encoded and sent when all its gradients are there: leave the gradient alone until the result is.
 
         Args:
             name: the parameter's.

@@ -36,11 +36,10 @@ class OneByOne:
 
     Args:
         items: in the order of their payloads.
-        world_size: the number of ranks.
     """
 
-    def __init__(self, items, world_size):
-        self.items, self._world_size = items, world_size
+    def __init__(self, items):
+        self.items = items
 
     def encode(self, values, memory_for, seed_of):
         """One payload.

@@ -16,10 +16,8 @@ from ..errors import PayloadError
 from ..feedback import flat_values
 from .pieces import decode_sum
 
-NO_MEMORY = 0
 
-
-def coding(items, world_size):
+def calls_of(items, world_size):
     """[(encoding Call, decoding Call)] of items (see pieces.py), or None if one of them cannot take part."""
     kernels = backends.cpu_kernels()
     if kernels is None or world_size - 1 > MOST_MORE:
@@ -67,7 +65,7 @@ class Together:
 
     Args:
         items: in the order of their payloads.
-        calls: what `coding` found for them.
+        calls: what `calls_of` found for them.
         world_size: the number of ranks.
     """
 
@@ -91,20 +89,14 @@ class Together:
         self._more[:, 1] = world_size - 1
 
     def encode(self, values, memory_for, seed_of):
-        """One payload.
-
-        Args:
-            values: {name: the whole gradient}.
-            memory_for: from an item to its ErrorFeedback, or None.
-            seed_of: from an item to its seed.
-        """
+        """One payload; the arguments of `OneByOne.encode`."""
         flat = {name: flat_values(gradient) for name, gradient in values.items()}
         sources = np.array([flat[item.name].data_ptr() for item in self.items], np.int64) + 4 * self._starts
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
         opened = self._open({item.name: (memory_for(item), flat[item.name]) for item in self.items})
         self._encode.set("x", sources)
         self._encode.set("payload", payload.data_ptr() + self._offsets)
-        self._set_memory(self._encode, [opened[item.name] for item in self.items], self._starts)
+        self._encode.set("memory", self._memory_words([opened[item.name] for item in self.items], self._starts))
         if self._encode.has("seed"):
             self._encode.set("seed", np.array([seed_of(item) for item in self.items], np.int64))
         self._encode.run()
@@ -112,33 +104,26 @@ class Together:
         return payload
 
     def mean(self, rows, factor, total, memory_for, key_of, seed_of):
-        """The payload of the items' sums over ranks, times a factor, as `OneByOne.mean` makes it.
+        """The payload of the items' sums over ranks, times a factor; the arguments of `OneByOne.mean`.
 
-        Args:
-            rows: the ranks' payloads, one behind the other in memory.
-            total: float32 memory for the longest item.
-            memory_for: from an item and its sum (here None) to an ErrorFeedback, or None.
-            seed_of: as for `encode`.
-            key_of: from an item to its name there.
+        rows: one behind the other in memory. `memory_for` gets None for the sum.
         """
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
         keys = [key_of(item) for item in self.items]
         opened = self._open(
             {key: (memory_for(item, None), total[: item.numel]) for key, item in zip(keys, self.items, strict=True)}
         )
-        batch, count = self._mean, len(self.items)
+        calls = self._mean  # a decoder's and an encoder's for each item
         self._set_rows(rows, factor)
-        self._set_memory(None, [opened[key] for key in keys], np.zeros(count, np.int64))
-        batch.set("out", total.data_ptr())
-        batch.set("x", total.data_ptr())
-        batch.set("more", np.repeat(self._more_places, 2))
-        batch.set("memory", np.repeat(self._memory_words, 2))
-        batch.set(
-            "payload", np.stack([rows[0].data_ptr() + self._offsets, payload.data_ptr() + self._offsets], 1).ravel()
-        )
-        if batch.has("seed"):
-            batch.set("seed", np.repeat(np.array([seed_of(item) for item in self.items], np.int64), 2))
-        self._run(batch, rows)
+        calls.set("out", total.data_ptr())
+        calls.set("x", total.data_ptr())
+        calls.set("more", np.repeat(self._more_places, 2))
+        calls.set("memory", np.repeat(self._memory_words([opened[key] for key in keys], 0), 2))
+        starts = np.array([rows[0].data_ptr(), payload.data_ptr()])
+        calls.set("payload", (starts + self._offsets[:, None]).ravel())
+        if calls.has("seed"):
+            calls.set("seed", np.repeat(np.array([seed_of(item) for item in self.items], np.int64), 2))
+        self._run(calls, rows)
         self._close(opened, keys)
         return payload
 
@@ -154,9 +139,9 @@ class Together:
         self._set_decode(payload, 0, places)
         self._run(self._decode, [payload])
 
-    def _run(self, batch, rows):
+    def _run(self, calls, rows):
         try:
-            batch.run()
+            calls.run()
         except PayloadError:
             for item in self.items:  # says whose payload it is
                 rows = decode_sum(item, rows, torch.empty(item.numel), 1.0)
@@ -177,15 +162,13 @@ class Together:
         """{key: (ErrorFeedback, residual or None, tensor for the new one) or None}, one opening of each."""
         return {key: memory and (memory, *memory.opened(key, values)) for key, (memory, values) in by_key.items()}
 
-    def _set_memory(self, batch, opened, starts):
+    def _memory_words(self, opened, starts):
+        """Where each item's gc_memory lies, or 0: filled from what `_open` made of it and its first entry."""
         self._poisoned[:] = 0
         self._memory[:, 0] = [0 if each is None or each[1] is None else each[1].data_ptr() for each in opened]
         self._memory[:, 1] = [0 if each is None else each[2].data_ptr() for each in opened]
-        self._memory[:, 0] += np.where(self._memory[:, 0] > 0, 4 * starts, 0)
-        self._memory[:, 1] += 4 * starts
-        self._memory_words = np.where([each is not None for each in opened], self._memory_places, NO_MEMORY)
-        if batch is not None:
-            batch.set("memory", self._memory_words)
+        self._memory[:, :2] += np.where(self._memory[:, :2] > 0, 4 * np.reshape(starts, (-1, 1)), 0)
+        return np.where([each is not None for each in opened], self._memory_places, 0)
 
     def _close(self, opened, keys):
         poisoned = {keys[number] for number in np.flatnonzero(self._poisoned)} if self._poisoned.any() else ()

@@ -8,8 +8,9 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
     other's parameter servers. All-to-all: every rank sends its encoded pieces to their owners,
     which decode and add them in float32 and encode the mean again, with an error feedback of
     their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
-    Parameters travel in buckets, each on its way as soon as its last gradient is there.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
+
+In the first two, parameters travel in buckets. A bucket is encoded and on its way as soon as its last gradient is there.
 """
 
 import zlib
@@ -24,7 +25,7 @@ from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
 from .pieces import Item, OneByOne
-from .plan import Piece
+from .plan import Piece, Plan
 from .summed import sum_over_ranks
 
 
@@ -38,7 +39,7 @@ class Gradient(NamedTuple):
 class Route(NamedTuple):
     """What of some gradients travels, in order; the same in every step, as long as plan and compressors are."""
 
-    plan: object
+    plan: Plan
     compressors: list[Compressor]  # of the gradients
     items: list[Item]
     owned: list[list[Item]]  # the same by owner, for two-phase
@@ -136,7 +137,7 @@ class Ways:
         again = self._encoded_means(route, gradients, _rows(received, [sizes[rank]] * world_size, what))
         gathered = yield "allgather", again, sizes
         _rows(gathered, sizes, what)
-        coder.decode(gathered, places)
+        coder.decode(gathered.contiguous(), places)
         return places
 
     def _encoded_means(self, route, gradients, rows):
@@ -185,12 +186,12 @@ class Ways:
             or not absent.isdisjoint(gradients)
             or not all(each.place.is_cpu for each in gradients.values())
         ):
-            return OneByOne(items, world_size)
-        key = id(backends.cpu_kernels()), len(items)
+            return OneByOne(items)
+        key = backends.cpu_kernels(), items is route.items
         if key not in route.coders:
-            calls = together.coding(items, world_size)
+            calls = together.calls_of(items, world_size)
             route.coders[key] = together.Together(items, calls, world_size) if calls else None
-        return route.coders[key] or OneByOne(items, world_size)
+        return route.coders[key] or OneByOne(items)
 
     def _count_two_phase(self, names, sizes):
         world_size, own = self._exchange.engine.world_size(), sizes[self._exchange.engine.rank()]
@@ -223,7 +224,7 @@ def _rows(tensor, sizes, what):
             f"{what}: got {tensor.numel()} bytes from {len(sizes)} ranks, expected {sum(sizes)}: "
             "do all ranks have the same model?"
         )
-    return tensor.split(sizes)
+    return tensor.contiguous().split(sizes)
 
 
 def _check_used(rows, what):
