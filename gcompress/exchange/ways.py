@@ -10,7 +10,7 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
     their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 
-In the first two, parameters travel in buckets. A bucket is encoded and on its way as soon as its last gradient is there.
+In the first two, parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
 """
 
 import zlib
