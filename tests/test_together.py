@@ -100,3 +100,36 @@ def test_names_that_come_later_travel_alone(exchange):
 
     policy = Policy("bf16", exchange=exchange, min_numel=0)
     assert run_ranks(World(2), policy, run) == [[0.5, 2.0, 1.0]] * 2
+
+
+def test_an_owner_remembers_over_steps_in_which_no_rank_had_a_gradient():
+    policy = Policy("quantize:bits=2", exchange="twophase", min_numel=0)
+
+    def run(rank, ranks):
+        found = []
+        for absent in (False, True):
+            gradient = torch.zeros(9000) if absent else torch.randn(9000, generator=torch.Generator().manual_seed(rank))
+            ranks.start("a", gradient, absent=absent)()
+            ranks.end_step()
+            found.append({key: each.clone() for key, each in ranks.owner_feedback.state_dict().items()})
+        return found
+
+    for before, after in run_ranks(World(2), policy, run):
+        assert before and all(bool(each.any()) for each in before.values())
+        assert all(torch.equal(each, after[key]) for key, each in before.items())
+
+
+def test_ranks_that_come_get_their_share():
+    """The same names and compressors by another plan, as in an elastic job."""
+    policy, known = Policy("bf16", exchange="twophase", min_numel=0), {}
+
+    def run(rank, ranks):
+        if rank in known:
+            known[rank].engine, ranks = ranks.engine, known[rank]
+        known[rank] = ranks
+        mean = ranks.start("a", torch.full((90_000,), float(rank)))()
+        ranks.end_step()
+        return sorted({float(each) for each in mean})
+
+    assert run_ranks(World(2), policy, run) == [[0.5]] * 2
+    assert run_ranks(World(3), policy, run) == [[1.0]] * 3
