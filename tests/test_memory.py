@@ -1,12 +1,15 @@
 """Memory in two moves, states of all ranks on other numbers of them, and the loss scale that a gradient carries."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from gcompress import ConfigError, Policy, merge_states
+from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.scaling import LossScale
 from gcompress.memory import Memory
 from tests.local_ranks import World, run_ranks
@@ -117,6 +120,20 @@ def test_memory_takes_what_the_plan_says_and_twice_that_before_a_step_is_applied
     for before, after, _ in ranks:
         assert before == 2 * after
     assert sum(after for _, after, _ in ranks) / 4 == pytest.approx(ranks[0][2], abs=16)
+
+
+def test_an_optimizer_steps_while_another_ones_exchange_is_collected():
+    """Python may collect it at any moment, also between two looks at it."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    exchange = GradientExchange(Policy("topk:sparsity=0.9"))
+    exchange.watch({"a": parameter})
+    watch, gone = exchange._watch, weakref.ref(exchange)
+    del exchange
+    gc.collect()
+    assert gone() is None
+    watch.before_step(optimizer)
+    watch.after_step(optimizer)
 
 
 def test_states_that_do_not_belong_together_are_not_merged():

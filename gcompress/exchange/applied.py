@@ -75,11 +75,12 @@ class Watch:
             exchange.carry_on(name)
 
     def before_step(self, optimizer):
-        if optimizer not in self._optimizers:
-            policy = self._exchange().policy
-            if policy:
-                check_momentum(policy, optimizer.param_groups, self._names)
-            self._optimizers.add(optimizer)
+        exchange = self._exchange()
+        if exchange is None or optimizer in self._optimizers:
+            return
+        if exchange.policy:
+            check_momentum(exchange.policy, optimizer.param_groups, self._names)
+        self._optimizers.add(optimizer)
 
     def after_step(self, optimizer):
         exchange = self._exchange()
@@ -139,8 +140,7 @@ def _look_at_optimizers():
 
 def _before_step(optimizer, arguments, keywords):
     for watch in list(_watches):
-        if watch._exchange() is not None:
-            watch.before_step(optimizer)
+        watch.before_step(optimizer)
     _stepping.clear()  # of one whose step ended with an error
     _stepping.add(optimizer)
 

@@ -101,7 +101,7 @@ def _scaled(number):
     if exact is not None:
         return exact()
     thread = threading.get_ident()
-    outer = [scaled for reference in _passes.values() if (scaled := reference()) and scaled.thread == thread]
+    outer = [scaled for reference in list(_passes.values()) if (scaled := reference()) and scaled.thread == thread]
     return outer[-1] if outer else None
 
 
