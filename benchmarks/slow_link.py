@@ -63,12 +63,16 @@ def parse():
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each method (default 5)")
     parser.add_argument("--parameters", type=float, default=8.4, help="model size in million entries (default 8.4)")
+    parser.add_argument("--layers", type=int, default=4, help="square layers, each with a bias (default 4)")
     parser.add_argument("--methods", "--compressors", nargs="+", default=DEFAULT, metavar="[ddp/]SPEC[@EXCHANGE]")
     parser.add_argument("--batch", type=int, help="rows of a batch; measures the overlap (default 8, does not)")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw step time against rate, a curve for each method")
     parser.add_argument("--rank", nargs=2, metavar=("RATE", "FILE"), help=argparse.SUPPRESS)  # what a rank measures
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.ranks, arguments.steps, arguments.layers) < 1 or arguments.parameters <= 0:
+        parser.error("--ranks, --steps, --layers, --parameters: expected more than 0")
+    return arguments
 
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -118,19 +122,19 @@ def launch(arguments):
         plot(arguments, rows)
 
 
-def make_model(parameters):
+def make_model(arguments):
     import torch
 
-    width = max(8, round((parameters * 1e6 / 4) ** 0.5))
+    width = max(8, round((arguments.parameters * 1e6 / arguments.layers) ** 0.5))
     torch.manual_seed(0)
-    return torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(4)]), width
+    return torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(arguments.layers)]), width
 
 
-def make_step(method, parameters):
+def make_step(method, arguments):
     """A function that trains one step with one method, and a function that counts its bytes so far."""
     import torch
 
-    model, width = make_model(parameters)
+    model, width = make_model(arguments)
     make = make_ddp if method.startswith("ddp/") else make_horovod
     model, optimizer, bytes_so_far = make(method.removeprefix("ddp/"), model)
 
@@ -215,11 +219,11 @@ def start_torch_distributed():
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=hvd.rank(), world_size=hvd.size())
 
 
-def computation_seconds(parameters, batch):
+def computation_seconds(arguments, batch):
     """What a step takes without any exchange, while all ranks compute."""
     import torch
 
-    model, width = make_model(parameters)
+    model, width = make_model(arguments)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seconds = []
     for _ in range(4):
@@ -240,8 +244,8 @@ def measure(arguments):
     if any(method.startswith("ddp/") for method in arguments.methods):
         start_torch_distributed()
     batch = arguments.batch or 8
-    computing = computation_seconds(arguments.parameters, batch)
-    runs = {method: make_step(method, arguments.parameters) for method in arguments.methods}
+    computing = computation_seconds(arguments, batch)
+    runs = {method: make_step(method, arguments) for method in arguments.methods}
     for step, _ in runs.values():  # names are negotiated, memory is allocated and buckets are rebuilt
         for _ in range(3):
             step(1)
@@ -311,7 +315,8 @@ def show(arguments, rate, rows):
     base = {row["method"]: row["median_step_seconds"] for row in rows}
     limit = bits_per_second(rate)
     print(
-        f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters, link {rate}, {arguments.steps} steps each, "
+        f"\n{arguments.ranks} ranks, {arguments.parameters:g} M parameters in {arguments.layers} layers, link {rate}, "
+        f"{arguments.steps} steps each, "
         f"computing alone {rows[0]['computation_seconds']:.3f} s"
     )
     print(
