@@ -33,6 +33,7 @@ from .errors import (
     ServerError,
 )
 from .exchange.saved_state import merge_states
+from .outer import OuterOptimizer
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "MaskSparse",
     "Natural",
     "OneBit",
+    "OuterOptimizer",
     "Polar",
     "PayloadError",
     "Policy",

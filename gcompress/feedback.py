@@ -7,6 +7,10 @@ With it every contraction, however biased, converges at the rate of SGD.
 Very sparse compressors send an entry once in hundreds of steps; what they need besides is
 that of Deep Gradient Compression (Lin et al., arXiv 1712.01887): momentum correction, momentum
 factor masking and clipping (`MomentumCorrection`), and a warm-up (`eased`).
+
+Between outer steps (gcompress/outer/) what waits is old by H steps and more; there the residual
+decays, as in SparseLoCo (Sarfi et al., arXiv 2508.15706): `ErrorFeedback(decay=0.95)`. `EstimateFeedback`
+remembers in another way, that of EF21 (Richtárik et al., arXiv 2106.05203).
 """
 
 from __future__ import annotations
@@ -66,13 +70,16 @@ class ErrorFeedback:
     Args:
         at_once: whether a residual changes as soon as it is kept. Otherwise it is proposed, until
             `apply` or `discard` (see gcompress/memory.py).
+        decay: what is left of a residual when the next gradient comes, 0 < decay <= 1. The residual is kept as
+            it will be added: multiplied by `decay`.
     """
 
     kinds: tuple[str, ...] = ("residual",)  # of tensors that it remembers for a parameter
     together: bool = True  # whether `opened` and `closed` are all that an encoder needs
 
-    def __init__(self, at_once=True):
+    def __init__(self, at_once=True, decay=1.0):
         self.memories = {kind: Memory(at_once) for kind in self.kinds}
+        self.decay = decay
         self._residuals, self._scratch = self.memories["residual"], Scratch()
 
     def compress(
@@ -114,7 +121,10 @@ class ErrorFeedback:
 
     def closed(self, name: str, fresh: torch.Tensor, poisoned: bool) -> None:
         """Propose what was written as the residual, unless it is not finite."""
-        (self._residuals.give_back if poisoned else self._residuals.put)(name, fresh)
+        if poisoned:
+            self._residuals.give_back(name, fresh)
+            return
+        self._residuals.put(name, fresh if self.decay == 1.0 else fresh.mul_(self.decay))
 
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient plus the residual of `name`: a 1-D float32 tensor for `keep`."""
@@ -154,11 +164,14 @@ class ErrorFeedback:
             sent: a function that returns what was sent, 1-D float32.
             sparse: see `keep`.
         """
+        if lost.restored and self.decay != 1.0:  # an old residual, which has decayed before, must not do so again
+            self._residuals.put(name, lost.residual.mul_(torch.where(lost.poisoned.bool(), 1.0, self.decay)))
+            return
         self.closed(name, lost.residual, not lost.restored and bool(lost.poisoned))
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
-        self._residuals.add(name, values)
+        self._residuals.add(name, values if self.decay == 1.0 else values * self.decay)
 
     def residual(self, name: str) -> torch.Tensor | None:
         """The residual of `name` (1-D float32, valid until the next step), or None before its first one."""
@@ -197,11 +210,19 @@ class ErrorFeedback:
 
         sizes: see `checked_copies`.
         """
-        return {"residual": checked_copies("residual", state, sizes)}
+        if len(self.kinds) == 1:
+            return {"residual": checked_copies("residual", state, sizes)}
+        if not isinstance(state, dict) or set(state) != set(self.kinds):
+            got = ", ".join(map(repr, state)) if isinstance(state, dict) else type(state).__name__
+            raise ConfigError(f"feedback: got {got}, expected {' and '.join(self.kinds)}")
+        return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
 
     def state_dict(self) -> dict:
-        """{name: residual}, copies; the residuals are this rank's own and must not be broadcast."""
-        return self.copies()["residual"]
+        """{name: residual}, or {kind: {name: tensor}} where several `kinds` are remembered.
+
+        Copies; they are this rank's own and must not be broadcast.
+        """
+        return self.copies()["residual"] if len(self.kinds) == 1 else self.copies()
 
     def load_state_dict(self, state: dict) -> None:
         """Replace all residuals by copies of those of `state_dict()`; ConfigError, and no change, if it is none."""
@@ -244,13 +265,14 @@ class MomentumCorrection(ErrorFeedback):
         momentum: factor of the velocity, 0 <= momentum < 1.
         clip: the L2 norm to which this rank's gradient of one parameter is scaled down before
             it is added, or None. Of a limit for the mean over N ranks each takes 1 / sqrt(N).
+        at_once, decay: see `ErrorFeedback`.
     """
 
     kinds = ("residual", "velocity")
     together = False  # the velocity follows what was sent
 
-    def __init__(self, momentum=0.9, clip=None, at_once=True):
-        super().__init__(at_once)
+    def __init__(self, momentum=0.9, clip=None, at_once=True, decay=1.0):
+        super().__init__(at_once, decay)
         self.momentum, self.clip = momentum, clip
         self._velocities = self.memories["velocity"]
         self._moving = {}  # velocities of gradients that were not kept yet
@@ -289,15 +311,45 @@ class MomentumCorrection(ErrorFeedback):
         """The velocity of `name` (1-D float32, valid until the next step), or None before its first one."""
         return self._velocities.values().get(name)
 
-    def checked(self, state: dict, sizes: dict[str, int] | None = None) -> dict[str, dict[str, torch.Tensor]]:
-        if not isinstance(state, dict) or set(state) != set(self.kinds):
-            got = ", ".join(map(repr, state)) if isinstance(state, dict) else type(state).__name__
-            raise ConfigError(f"feedback: got {got}, expected residual and velocity")
-        return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
 
-    def state_dict(self) -> dict:
-        """{"residual": {name: tensor}, "velocity": {name: tensor}}, copies, this rank's own."""
-        return self.copies()
+class EstimateFeedback(ErrorFeedback):
+    """The memory of EF21: every rank sends how its gradient differs from the estimate that all know of it.
+
+    With the estimate h of a rank's gradient g, send C(g - h) and add what that decodes to, to h. All ranks
+    add the mean over ranks of it to what was delivered before; so what is delivered is the mean of the estimates.
+    Nothing waits to be sent: a gradient that shrinks is followed at once, where a residual would bring the old one
+    late. The compressor must be a contraction.
+
+    The residual is -h here, so that a gradient plus the residual is what a payload is made of.
+    """
+
+    kinds = ("residual", "delivered")
+    together = False  # the estimate moves by what was sent
+
+    def __init__(self, at_once=True):
+        super().__init__(at_once)
+        self._delivered = self.memories["delivered"]
+
+    def _keep(self, name, lost, sent, sparse):
+        before, fresh = self._residuals.get(name), lost.residual
+        if not lost.restored and bool(lost.poisoned):
+            self._residuals.give_back(name, fresh)
+            return
+        before = torch.zeros_like(fresh) if before is None else before.to(fresh.device)
+        torch.sub(before, sent(), out=fresh)
+        if lost.restored:
+            torch.where(lost.poisoned.bool(), before, fresh, out=fresh)
+        self._residuals.put(name, fresh)
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Nothing: what a gradient's type could not hold of what was delivered is still in memory."""
+
+    def deliver(self, name: str, mean: torch.Tensor) -> None:
+        """Make of the ranks' mean (or sum) of what was sent, 1-D float32, that of their estimates, in place."""
+        before = self._delivered.get(name)
+        before = torch.zeros_like(mean) if before is None else before.to(mean.device)
+        fresh = self._delivered.spare(name, mean)
+        self._delivered.put(name, torch.where(_not_finite(mean.add_(before)), before, mean, out=fresh))
 
 
 def _compress_keeping(compressor, values, residual, fresh, parts, scratch):
@@ -353,9 +405,16 @@ def new_memory(policy, at_once=True):
     """The empty memory that a Policy asks for, or None; at_once: see `ErrorFeedback`."""
     if not policy.uses_feedback:
         return None
+    if policy.error_feedback == "ef21":
+        return EstimateFeedback(at_once)
     if policy.momentum or policy.clip:
-        return MomentumCorrection(policy.momentum, policy.clip, at_once)
-    return ErrorFeedback(at_once)
+        return MomentumCorrection(policy.momentum, policy.clip, at_once, policy.decay)
+    return ErrorFeedback(at_once, policy.decay)
+
+
+def second_memory(policy, at_once=False):
+    """The empty memory of who encodes the ranks' mean again: the owner of a piece, or a server."""
+    return ErrorFeedback(at_once, policy.decay if policy else 1.0)
 
 
 def eased(compressor: Compressor, step: int, warmup_steps: int) -> Compressor:

@@ -68,7 +68,10 @@ class Policy:
     Args:
         compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say.
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
-        error_feedback: True, False, or None: on for compressors that are not unbiased.
+        error_feedback: True, False, or None: on for compressors that are not unbiased. "ef21": for these, too, but
+            what is remembered is an estimate of the gradient (see feedback.EstimateFeedback).
+        feedback_decay: what is left of a residual when the next gradient comes, 0 < feedback_decay <= 1; None: all,
+            and between outer steps 0.95 (see gcompress/outer/).
         exchange: how ranks come to the mean (see gcompress/exchange/exchange.py): "allgather", "twophase",
             "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
         bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
@@ -90,18 +93,19 @@ class Policy:
 
     compressor: Compressor | None
     min_numel: int = 1024
-    error_feedback: bool | None = None
+    error_feedback: bool | str | None = None
     exchange: str = "auto"
     bucket_bytes: int = 8 << 20
     rules: tuple = ()
     momentum: float = 0.0
     clip: float | None = None
     warmup_steps: int = 0
+    feedback_decay: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
-        check_choice("error_feedback", self.error_feedback, (None, True, False))
+        check_choice("error_feedback", self.error_feedback, (None, True, False, "ef21"))
         check_choice("exchange", self.exchange, EXCHANGES)
         check_integer("bucket_bytes", self.bucket_bytes, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
@@ -111,17 +115,22 @@ class Policy:
         if self.clip is not None:
             _check_number("clip", self.clip, 0 < _number(self.clip) < math.inf, "a positive norm or None")
         check_integer("warmup_steps", self.warmup_steps, 0)
+        if self.feedback_decay is not None:
+            fine = 0 < _number(self.feedback_decay) <= 1
+            _check_number("feedback_decay", self.feedback_decay, fine, "0 < feedback_decay <= 1 or None")
         self._check_exchange_and_feedback()
 
     def _check_exchange_and_feedback(self):
         for compressor in self._compressors() if self.exchange == "summed" else ():
             if not compressor.summable:
                 raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {compressor} do not add")
-        if self.error_feedback is False and (self.momentum or self.clip is not None):
-            what = "momentum" if self.momentum else "clip"
-            raise ConfigError(
-                f"{what}: got {getattr(self, what)}, which needs error feedback: got error_feedback=False"
-            )
+        if self.error_feedback in (False, "ef21"):
+            for what in ("momentum", "clip", "feedback_decay"):
+                if getattr(self, what):
+                    raise ConfigError(
+                        f"{what}: got {getattr(self, what)}, which needs error feedback with a residual: "
+                        f"got error_feedback={self.error_feedback}"
+                    )
 
     def _compressors(self):
         return [each.compressor for each in (*self.rules, self) if each.compressor]
@@ -153,9 +162,16 @@ class Policy:
 
     def feedback_for(self, compressor: Compressor) -> bool:
         """Whether what this compressor loses is remembered."""
+        if self.error_feedback == "ef21":
+            return not compressor.unbiased
         if self.error_feedback is None:
             return bool(self.momentum or self.clip is not None or not compressor.unbiased)
-        return self.error_feedback
+        return bool(self.error_feedback)
+
+    @property
+    def decay(self) -> float:
+        """What is left of a residual when the next gradient comes."""
+        return 1.0 if self.feedback_decay is None else self.feedback_decay
 
     def to_dict(self) -> dict:
         """The configuration as a JSON-able dict; `as_policy` reads it."""

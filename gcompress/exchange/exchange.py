@@ -16,7 +16,7 @@ import torch
 from .. import packing
 from ..compressors import Compressor, Context
 from ..errors import ExchangeError
-from ..feedback import ErrorFeedback, new_memory
+from ..feedback import EstimateFeedback, new_memory, second_memory
 from ..memory import Memory
 from ..policy import as_policy
 from . import saved_state
@@ -55,7 +55,7 @@ class GradientExchange(Results):
         self._tasks: dict[int, Task] = {}  # of this step, by bucket number
         self._alone: list[str] = []  # names that the plan did not have at first
         self.feedback = new_memory(self.policy, at_once=False) if self.policy else None
-        self.owner_feedback = ErrorFeedback(at_once=False)  # by the piece's key
+        self.owner_feedback = second_memory(self.policy)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
         self.absent: set[str] = set()  # names without a gradient on this rank in this step
         self.carried: dict[str, int] = {}  # name: how many results in a row its gradient contains
@@ -192,11 +192,13 @@ class GradientExchange(Results):
 
     def _result(self, name, mean, ctx, scale):
         """The result of an exchange in the gradient's type, shape and scale."""
+        compressor = self.plan.entries[name].compressor
+        if compressor and isinstance(self.feedback, EstimateFeedback) and self.policy.feedback_for(compressor):
+            self.feedback.deliver(name, mean)
         if scale != 1.0:
             mean.mul_(scale)
         if ctx.dtype.is_complex:
             return mean.to(ctx.dtype).view(ctx.shape)
-        compressor = self.plan.entries[name].compressor
         if compressor and not compressor.fixed_size:
             self._note_empty(name, mean)
         result, beyond = packing.saturated(mean, ctx.dtype)

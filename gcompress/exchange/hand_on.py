@@ -9,7 +9,7 @@ import re
 import torch
 
 from ..errors import ConfigError
-from ..feedback import new_memory
+from ..feedback import EstimateFeedback, new_memory
 from ..memory import checked_copies
 
 
@@ -72,7 +72,10 @@ def take_over(exchange, sums, ranks, memories, steps):
         owner = sums.get(f"owner/{name}")
         if owner is None:
             continue
-        if not entry.pieces:  # it no longer travels by two phases
+        if isinstance(exchange.feedback, EstimateFeedback):  # what was delivered is the mean of the present estimates
+            total = sums[f"residual/{name}"] / (-ranks if exchange.average else -1)
+            kinds["delivered"][name] = total - owner if entry.pieces else total
+        elif not entry.pieces:  # it no longer travels by two phases
             kinds["residual"][name] += owner if exchange.average else owner / shares
         pieces.update(_own_pieces(exchange, name, owner))
     if exchange.feedback:

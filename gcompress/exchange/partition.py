@@ -10,7 +10,7 @@ import torch
 from ..checks import check_integer
 from ..compressors import Compressor
 from ..errors import ConfigError, PayloadError
-from ..feedback import ErrorFeedback, new_memory
+from ..feedback import EstimateFeedback, new_memory, second_memory
 from ..packing import bytes_to_float, float_to_bytes, to_type
 from ..policy import Policy
 
@@ -79,7 +79,7 @@ class PartitionCodec:
         self.partitions, self._side, self._policy = partitions, side, policy
         self._feedback = new_memory(policy, at_once=False) if policy else None
         if self._feedback and side == "server":
-            self._feedback = ErrorFeedback(at_once=False)
+            self._feedback = second_memory(policy)
 
     def encode(self, key: int, values: torch.Tensor, step: int, peer: str = "") -> torch.Tensor:
         """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
@@ -111,6 +111,13 @@ class PartitionCodec:
                 out.add_(bytes_to_float(payload)) if add else out.copy_(bytes_to_float(payload))
         except PayloadError as error:
             raise PayloadError(f"gradient {part.name!r} from entry {part.start} on: {error}") from None
+
+    def deliver(self, key: int, mean: torch.Tensor) -> None:
+        """Make of what a worker pulled, decoded to a 1-D float32 tensor, the mean of the gradients, in place."""
+        part = self.partitions[key]
+        if isinstance(self._feedback, EstimateFeedback) and part.compressor:
+            if self._policy.feedback_for(part.compressor):
+                self._feedback.deliver(memory_name(part), mean)
 
     def settle(self, keys: Iterable[int], applied: bool, peer: str = "") -> None:
         """The last results of these keys were applied, or not: memory follows them or stays."""

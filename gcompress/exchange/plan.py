@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..compressors import Compressor
+from ..feedback import new_memory
 from ..policy import Rule
 
 # A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole;
@@ -143,7 +144,7 @@ class Plan:
 
     def memory_bytes(self) -> int:
         """The mean over ranks of the bytes that error feedback holds between steps."""
-        kinds = 2 if self.policy.momentum or self.policy.clip else 1
+        kinds = len(memory.kinds) if (memory := new_memory(self.policy)) else 0
         total = 0
         for entry in self.entries.values():
             if entry.compressor and self.policy.feedback_for(entry.compressor):

@@ -155,7 +155,8 @@ public:
           plan_(find_plan(need(kwargs, "gcompress_plan"), std::stoll(need(kwargs, "partition_bytes")) / 4)),
           key_(static_cast<uint32_t>(std::stoull(need(kwargs, "partition_key")))),
           tensor_(std::stoll(need(kwargs, "gcompress_tensor"))),
-          feedback_(need(kwargs, "gcompress_feedback") == "1"),
+          decay_(std::stof(need(kwargs, "gcompress_feedback"))),
+          feedback_(decay_ > 0),
           bytes_(plan_.bytes + feedback_),
           work_(plan_.workspace) {
         BPS_CHECK(kernels != nullptr && python != nullptr) << "gcompress: the kernels were not handed over";
@@ -240,7 +241,7 @@ private:
         decode(payload, sent_.data());
         proposed_ = true;
         for (int64_t i = 0; i < plan_.entries; ++i) {
-            sent_[i] = corrected_[i] - sent_[i];
+            sent_[i] = decay_ * (corrected_[i] - sent_[i]);
             proposed_ &= static_cast<bool>(std::isfinite(sent_[i]));
         }
     }
@@ -277,6 +278,7 @@ private:
     const Plan plan_;
     const uint32_t key_;
     const int64_t tensor_;
+    const float decay_;  // what is left of a residual at the next step
     const bool feedback_;
     const int64_t bytes_;  // of a payload
     uint32_t side_ = 0, step_ = 1;

@@ -64,21 +64,21 @@ def payload_bytes(compressor: Compressor, numel: int, feedback: bool) -> int:
     return compressor.nbytes(numel) + bool(feedback)
 
 
-def parameters(number: int, compressor: Compressor, lengths: list[int], feedback: bool) -> dict:
+def parameters(number: int, compressor: Compressor, lengths: list[int], decay: float) -> dict:
     """What BytePS hands to our C++ compressor for one tensor, as {name: value} without spaces.
 
     Args:
         number: of the tensor, among this process's.
         compressor: a Compressor.
         lengths: the numbers of entries that the tensor's partitions have.
-        feedback: whether both sides remember what they lost.
+        decay: what is left, on both sides, of what was lost when the next gradient comes; 0: nothing is remembered.
     """
     if not compressor.fixed_size:
         raise ConfigError(f"compression: got {compressor}, expected one of fixed size, which BytePS's buffers need")
     row, integers_of = METHODS.get(type(compressor), ("python", _nothing))
     plans = []
     for numel in sorted(set(lengths)):
-        if payload_bytes(compressor, numel, feedback) > 4 * numel:
+        if payload_bytes(compressor, numel, decay > 0) > 4 * numel:
             raise ConfigError(f"compression: {compressor} makes {numel} entries larger, which BytePS cannot send")
         integers = ",".join(str(int(value)) for value in integers_of(compressor, numel))
         plans.append(f"{numel}:{compressor.nbytes(numel)}:{workspace(compressor, numel)}:{integers}")
@@ -88,7 +88,7 @@ def parameters(number: int, compressor: Compressor, lengths: list[int], feedback
         "gcompress_method": row,
         "gcompress_spec": str(compressor),
         "gcompress_plan": ";".join(plans),
-        "gcompress_feedback": int(feedback),
+        "gcompress_feedback": float(decay),
     }
 
 

@@ -6,7 +6,7 @@ import byteps.torch as bps
 
 from gcompress.errors import ConfigError
 from gcompress.exchange.summed import sum_over_ranks
-from gcompress.feedback import new_memory
+from gcompress.feedback import EstimateFeedback, new_memory
 from gcompress.memory import Memory
 from gcompress.policy import as_policy
 
@@ -56,14 +56,17 @@ class Compression:
         _, payload, op = next(rounds)
         if op != "sum":
             raise ConfigError(f"compression: {compressor} needs the ranks' {op}, which BytePS has not")
-        return payload.contiguous(), (rounds, compressor, tensor)
+        return payload.contiguous(), (rounds, compressor, tensor, name)
 
     def decompress(self, averaged, ctx):
         if ctx is None:
             return averaged
-        rounds, compressor, tensor = ctx
+        rounds, compressor, tensor, name = ctx
         try:
             rounds.send(averaged * bps.size())
         except StopIteration as end:
-            return end.value.mul_(1.0 / bps.size()).to(tensor.dtype).view(tensor.shape)
+            mean = end.value.mul_(1.0 / bps.size())
+            if isinstance(self._feedback, EstimateFeedback) and self.policy.feedback_for(compressor):
+                self._feedback.deliver(name, mean)
+            return mean.to(tensor.dtype).view(tensor.shape)
         raise ConfigError(f"compression: {compressor} needs several sums, of which BytePS's interface has one")

@@ -141,6 +141,8 @@ class PushPullExchange(Results):
     def _declare(self, named):
         if self.policy.momentum or self.policy.clip or self.policy.warmup_steps:
             raise ConfigError("momentum, clip, warmup_steps: BytePS's C++ compressors have none of them, expected 0")
+        if self.policy.error_feedback == "ef21":
+            raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
         for name, p in named.items():
             compressor = self.policy.compressor_for(name, p.numel())
             if compressor is None:
@@ -148,9 +150,9 @@ class PushPullExchange(Results):
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name!r}: got {p.dtype}, expected torch.float32 or no compressor for it")
             self._numbers[name] = next(_numbers)
-            self.declared[name] = parameters(
-                self._numbers[name], compressor, partition_lengths(p.numel()), self.policy.feedback_for(compressor)
-            )
+            decay = self.policy.decay if self.policy.feedback_for(compressor) else 0.0
+            lengths = partition_lengths(p.numel())
+            self.declared[name] = parameters(self._numbers[name], compressor, lengths, decay)
 
     def _payload_bytes(self, name, p):
         if name in self.declared:

@@ -7,10 +7,13 @@
 the gradients travel. `state.state_dict()` holds the error feedback of this rank: save it per
 rank. It is kept by parameter, so that DDP may rebuild its buckets, which it does after the
 first step. What the policy leaves uncompressed is all-reduced, all of a bucket in one tensor.
+
+`engine()` is torch.distributed for `gcompress.OuterOptimizer`, which takes the plain model.
 """
 
 from gcompress.exchange.results import exchange
 
 from .hook import GradientState, compress, register
+from .process_group import engine
 
-__all__ = ["GradientState", "compress", "exchange", "register"]
+__all__ = ["GradientState", "compress", "engine", "exchange", "register"]

@@ -43,7 +43,7 @@ class ProcessGroupEngine:
             dist.monitored_barrier(self.group, timeout=timeout)
         except RuntimeError as error:
             raise ExchangeError(
-                f"register: not every rank called it within the process group's time-out, {timeout}: {error}"
+                f"register or engine: not every rank called it within the process group's time-out, {timeout}: {error}"
             ) from error
         return timeout
 
@@ -104,3 +104,8 @@ class GroupOperation:
     def wait(self):
         self._work.wait()
         return self._result
+
+
+def engine(group: dist.ProcessGroup | None = None) -> ProcessGroupEngine:
+    """torch.distributed for `gcompress.OuterOptimizer`: the ranks of a group, or all; each must call it."""
+    return ProcessGroupEngine(group)

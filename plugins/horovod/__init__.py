@@ -19,12 +19,14 @@ ranks come or go (see elastic.py).
 `exchange(optimizer)` gives this rank's `GradientExchange`: `.report` counts bytes,
 `.state_dict()` holds the error feedback of this rank. Save it per rank; Horovod's
 `broadcast_optimizer_state` does not touch it.
+
+`engine()` is Horovod for `gcompress.OuterOptimizer`, which takes a plain optimizer.
 """
 
 from gcompress.exchange.results import exchange
 
-from .patch import activate
+from .patch import activate, engine
 
 activate()
 
-__all__ = ["exchange"]
+__all__ = ["engine", "exchange"]

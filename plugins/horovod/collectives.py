@@ -45,12 +45,15 @@ class HorovodEngine:
     Args:
         process_set: Horovod's.
         number: of the optimizer, the same on all ranks: two optimizers' texts must not meet.
+        prefix: begins the names of its operations.
+        started: a set to which what begins an exchange is added, as (function, name, process set); see patch.join.
     """
 
     in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 
-    def __init__(self, process_set: hvd.ProcessSet, number: int):
+    def __init__(self, process_set: hvd.ProcessSet, number: int, prefix: str = "gcompress", started: set | None = None):
         self.process_set, self.number = process_set, number
+        self._prefix, self._started = prefix, started
 
     def world_size(self):
         return self.process_set.size()
@@ -75,18 +78,31 @@ class HorovodEngine:
         return [bytes(part.tolist()).decode() for part in gathered.split(lengths.tolist())]
 
     def allgather(self, name, lane, payload, sizes):
-        started = hvd.allgather_async(payload, name=f"gcompress.{name}", process_set=self.process_set)
-        return HorovodOperation(name, started)
+        full = self._full(name, lane, hvd.allgather_async)
+        return HorovodOperation(name, hvd.allgather_async(payload, name=full, process_set=self.process_set))
 
     def alltoall(self, name, lane, payload, to, back):
+        full = self._full(name, lane, alltoall_token_async)
         splits = torch.tensor(to, dtype=torch.int32)
-        started = hvd.alltoall_async(payload, splits, name=f"gcompress.{name}", process_set=self.process_set)
-        return HorovodOperation(name, started)
+        return HorovodOperation(name, hvd.alltoall_async(payload, splits, name=full, process_set=self.process_set))
 
     def allreduce(self, name, lane, tensor, op):
+        full = self._full(name, lane, hvd.allreduce_async)
         operation = {"sum": hvd.Sum, "max": hvd.Max}[op]
-        started = hvd.allreduce_async(tensor, name=f"gcompress.{name}", op=operation, process_set=self.process_set)
+        started = hvd.allreduce_async(tensor, name=full, op=operation, process_set=self.process_set)
         return HorovodOperation(name, started)
+
+    def _full(self, name, lane, function):
+        """Horovod's name of an operation."""
+        full = f"{self._prefix}.{name}"
+        if lane == 0 and self._started is not None:
+            self._started.add((function, full, self.process_set))
+        return full
+
+
+def alltoall_token_async(token: torch.Tensor, name: str, process_set: hvd.ProcessSet) -> int:
+    """Start an all-to-all of one token for each rank."""
+    return hvd.alltoall_async(token.repeat(process_set.size()), name=name, process_set=process_set)
 
 
 class HorovodOperation:

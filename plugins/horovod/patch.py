@@ -17,7 +17,14 @@ from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.hand_on import replan
 from gcompress.policy import Policy, check_momentum, check_types
 
-from .collectives import HorovodEngine, MismatchedExchangeError, explain, patient_synchronize, wait_or_raise
+from .collectives import (
+    HorovodEngine,
+    MismatchedExchangeError,
+    alltoall_token_async,
+    explain,
+    patient_synchronize,
+    wait_or_raise,
+)
 from .elastic import enter_world
 from .elastic import register as register_elastic
 
@@ -208,13 +215,8 @@ def _refuse_unsynchronized_scaler(optimizer, arguments, keywords):
             )
 
 
-def alltoall_async(token, name, process_set):
-    """Start an all-to-all of one token for each rank."""
-    return hvd.alltoall_async(token.repeat(process_set.size()), name=name, process_set=process_set)
-
-
 # The operation with which each exchange starts.
-STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_async, "summed": hvd.allreduce_async}
+STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_token_async, "summed": hvd.allreduce_async}
 
 
 def agree_once(self):
@@ -237,6 +239,13 @@ def agree_once(self):
             _names.add((operation, f"gcompress.{exchange.first_name(name)}", self.process_set))
         else:
             _names.add((hvd.allreduce_async, name, self.process_set))
+
+
+def engine(process_set: hvd.ProcessSet = hvd.global_process_set) -> HorovodEngine:
+    """Horovod for `gcompress.OuterOptimizer`: the ranks of a process set, each of which must call it."""
+    global _compressing
+    _compressing, number = True, next(_numbers)
+    return HorovodEngine(process_set, number, f"gcompress.{number}", _names)
 
 
 def adasum_init(self, params, named_parameters, compression, *arguments, **keywords):

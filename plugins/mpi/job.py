@@ -24,8 +24,10 @@ from mpi4py import MPI  # noqa: E402
 from gcompress.checks import check_choice, check_integer  # noqa: E402
 from gcompress.errors import ConfigError, ExchangeError  # noqa: E402
 from gcompress.exchange.engine import wait_until  # noqa: E402
+from gcompress.policy import Policy  # noqa: E402
 
 from .server_rank import serve  # noqa: E402
+from .worker_means import WorkerExchange  # noqa: E402
 
 TIMES_TOLD_TO_END = 10  # once a second
 
@@ -55,7 +57,7 @@ class Job:
     Attributes: `is_server`; `rank` and `size`, a worker's number and how many there were at
     the start; `world`, the communicator of all; `workers`, that of the workers, for a script's
     own collectives (on a server: that of the servers); `all_ranks` and `settings`, who agrees on
-    what before the first message.
+    what before the first message; `all_workers`, who agree among themselves.
     """
 
     def __init__(self, servers: int = 1, on_failure: str = "end", comm: MPI.Comm | None = None):
@@ -85,7 +87,8 @@ class Job:
         self.workers = self.world.Split(int(self.is_server), self.world.rank)
         for communicator in (self.world, self.workers):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
-        self.all_ranks, self.settings = MpiRanks(self), {"servers": servers, "on_failure": on_failure}
+        self.all_ranks, self.settings = MpiRanks(self, self.world), {"servers": servers, "on_failure": on_failure}
+        self.all_workers = MpiRanks(self, self.workers)
         self._sending = []  # (request, buffer): a buffer must live until it is sent
         self._known_dead = set()
         self._next_look = 0.0
@@ -96,6 +99,10 @@ class Job:
         if not self.is_server:
             raise ConfigError(f"serve: got a call on worker {self.rank}, expected it on server ranks only")
         return serve(self)
+
+    def mean_exchange(self, policy: Policy, tensors: dict[str, torch.Tensor]) -> WorkerExchange:
+        """A worker's side of outer steps; see gcompress/outer/means.py."""
+        return WorkerExchange(self, policy, tensors)
 
     def server_rank(self, server: int) -> int:
         """The rank of a server's number."""
@@ -213,23 +220,23 @@ class Job:
 
 
 class MpiRanks:
-    """All ranks of a job, workers and servers, as those that agree (`gcompress.exchange.engine.Ranks`)."""
+    """All ranks of a job, workers and servers, or the workers alone (`gcompress.exchange.engine.Ranks`)."""
 
-    def __init__(self, job):
-        self._job = job
+    def __init__(self, job, comm):
+        self._job, self._comm = job, comm
 
     def rank(self):
-        return self._job.world.rank
+        return self._comm.rank
 
     def world_size(self):
-        return self._job.world.size
+        return self._comm.size
 
     def gather_texts(self, text: str) -> list[str]:
-        job, own = self._job, np.frombuffer(text.encode(), dtype=np.uint8)
+        job, comm, own = self._job, self._comm, np.frombuffer(text.encode(), dtype=np.uint8)
         lengths = np.zeros(self.world_size(), dtype=np.int64)
         what = "agreeing on the configuration (have all ranks made a Job, and do the last ones serve?)"
-        job.wait(job.world.Iallgather([np.array([own.size]), MPI.INT64_T], [lengths, MPI.INT64_T]).Test, what)
+        job.wait(comm.Iallgather([np.array([own.size]), MPI.INT64_T], [lengths, MPI.INT64_T]).Test, what)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         gathered = np.empty(starts[-1], dtype=np.uint8)
-        job.wait(job.world.Iallgatherv([own, MPI.BYTE], [gathered, lengths, starts[:-1], MPI.BYTE]).Test, what)
+        job.wait(comm.Iallgatherv([own, MPI.BYTE], [gathered, lengths, starts[:-1], MPI.BYTE]).Test, what)
         return [gathered[a:b].tobytes().decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]

@@ -54,6 +54,11 @@ class Worker(Results):
         check_integer("partition_bytes", partition_bytes, 4)
         check_integer("staleness", staleness, 0)
         super().__init__(None if compression is None else as_policy(compression), scaler)
+        if self.policy and self.policy.error_feedback == "ef21" and (staleness or momentum or job.on_failure != "end"):
+            raise ConfigError(
+                "error_feedback: got 'ef21', which needs the same means on all workers, without staleness or momentum "
+                "on the servers, and workers that all stay"
+            )
         self.job = job
         configuration = {
             **job.settings,
@@ -124,6 +129,9 @@ class Worker(Results):
         def finish():
             self.job.wait(lambda: self._take(pending, total), f"gradient {name!r}")
             self._waiting.discard(name)
+            for key in self._keys[name]:
+                part = self.partitions[key]
+                self._codec.deliver(key, total[part.start : part.start + part.numel])
             self._note_empty(name, total)
             mean, beyond = saturated(total if scale == 1.0 else total * scale, dtype)
             for key in self._keys[name] if beyond is not None else ():

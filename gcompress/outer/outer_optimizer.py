@@ -1,0 +1,369 @@
+"""The outer optimizer: rounds of H local steps, and what becomes of the weights between them.
+
+A round, on every rank: from the anchor, which is the same on all, H steps of the inner optimizer; then the change
+`anchor - weights` is compressed, with what earlier rounds left over, and averaged over the ranks; the anchor moves by
+the mean, and the weights are the anchor again. With momentum m and learning rate a:
+
+    change = mean over ranks of decode(encode(anchor - weights + residual))
+    velocity = m velocity + change
+    anchor = anchor - a (change + m velocity)
+
+DiLoCo (Douillard et al., arXiv 2311.08105) is compression None, lr 0.7, momentum 0.9. SparseLoCo (Sarfi et al., arXiv
+2508.15706) is lr 1 and no momentum, with a residual that decays by 0.95 from round to round: late changes act as
+momentum does. That is the default here, for every compressor. Streaming DiLoCo (arXiv 2501.18512) is `fragments` and
+`delay`.
+
+What was published for the overlap mixes half of the weights with half of the new anchor. Here a rank keeps all that it
+did during the exchange: its weights move by as much as the anchor's side of them did, new anchor - (weights sent).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..checks import check_integer, is_number, shown
+from ..errors import ConfigError, ExchangeError
+from ..exchange.engine import agree
+from ..exchange.results import exchange as exchange_of
+from ..policy import Policy, Rule, as_policy
+from .fragments import fragments_of
+from .means import mean_exchange
+
+DECAY = 0.95  # of residuals, where the policy leaves it open
+BUFFER = "buffer/"  # begins the names of buffers, which are not compressed
+
+
+@dataclasses.dataclass
+class Round:
+    """An exchange of one fragment that is under way."""
+
+    fragment: int
+    due: int  # the inner step after which the weights take its result
+    sent: dict[str, torch.Tensor]  # the weights as they were sent, where steps go on meanwhile
+    means: Any = None  # what waits for them, until `change` is there
+    change: dict[str, torch.Tensor] | None = None  # their mean change
+
+
+class OuterOptimizer:
+    """A torch optimizer whose steps are a rank's own, and an exchange of what changed after every H of them.
+
+    All ranks make one with the same arguments, and start from rank 0's weights. Make it of the plain model, not of a
+    DistributedDataParallel, and of the plain optimizer. Every rank must take the same number of steps.
+
+    Args:
+        optimizer: the inner one: any torch optimizer. Its state (momentum, Adam's) stays each rank's own, and a
+            learning-rate scheduler is made of it.
+        model: a module, whose floating-point buffers (BatchNorm's) are averaged, too; or `named_parameters()`.
+        engine: `gcompress.plugins.horovod.engine()`, `gcompress.plugins.ddp.engine()` or a worker's
+            `gcompress.plugins.mpi.Job`.
+        compression: what `gcompress.as_policy` takes; None: changes travel as they are. Residuals decay by 0.95
+            from round to round, unless the policy says otherwise (`feedback_decay`).
+        every: H, the inner steps of a round.
+        lr, momentum: the outer learning rate and Nesterov momentum; see above.
+        fragments: parts of the model that are exchanged in turns, every H / fragments steps one of them.
+        delay: inner steps that an exchange takes place beside; 0: the ranks wait for it. At most H / fragments.
+        anchor_device: where anchors and velocities lie and changes are encoded, such as "cpu"; None: beside the
+            parameters.
+
+    Attributes:
+        optimizer: the inner one.
+        steps, rounds: inner steps taken, and exchanges of a fragment that have ended.
+        exchange: its `report` counts bytes; one of its steps is one exchange.
+
+    >>> import torch.distributed as dist
+    >>> import gcompress, gcompress.plugins.ddp
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.Linear(64, 64)
+    >>> inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> outer = gcompress.OuterOptimizer(inner, model, gcompress.plugins.ddp.engine(), "topk:sparsity=0.9", every=5)
+    >>> for step in range(10):
+    ...     outer.zero_grad()
+    ...     model(torch.randn(8, 64)).square().mean().backward()
+    ...     outer.step()
+    >>> outer.rounds, round(outer.exchange.report.ratio)
+    (2, 8)
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]],
+        engine: Any,
+        compression: Any = None,
+        *,
+        every: int = 30,
+        lr: float = 1.0,
+        momentum: float = 0.0,
+        fragments: int = 1,
+        delay: int = 0,
+        anchor_device: torch.device | str | None = None,
+    ):
+        check_integer("every", every, 1)
+        check_integer("fragments", fragments, 1, every)
+        check_integer("delay", delay, 0, every // fragments)
+        if not is_number(lr) or not 0 < lr < math.inf:
+            raise ConfigError(f"lr: got {shown(lr)}, expected a positive number")
+        if not is_number(momentum) or not 0 <= momentum < 1:
+            raise ConfigError(f"momentum: got {shown(momentum)}, expected 0 <= momentum < 1")
+        self.optimizer, self.every, self.lr, self.momentum, self.delay = optimizer, every, lr, momentum, delay
+        self._tensors = tensors_of(optimizer, model)
+        self.fragments = fragments_of({name: each.numel() for name, each in self._tensors.items()}, fragments)
+        self.steps = self.rounds = 0
+        self._exchanged = [0] * fragments  # the inner step at which each fragment was sent last
+        self._round: Round | None = None
+        self._exchange = mean_exchange(engine, _policy(compression, self._tensors), self._tensors)
+        self._terms = {"every": every, "lr": lr, "momentum": momentum, "fragments": fragments, "delay": delay}
+        self._agreed = False
+        self._agree({})
+        self._exchange.broadcast(self._tensors)
+        self.anchors = {name: _anchor(each, anchor_device) for name, each in self._tensors.items()}
+        self.velocities: dict[str, torch.Tensor] = {}
+
+    @property
+    def exchange(self) -> Any:
+        """This rank's side of the exchange: `report`, and what is remembered."""
+        return self._exchange.results
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The inner optimizer's."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The inner optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable | None = None) -> Any:
+        """The inner optimizer's step, then `advance`; returns what the inner step does."""
+        result = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+        self.advance()
+        return result
+
+    def advance(self) -> None:
+        """One inner step is over, also one that a loss scaler skipped: exchange what is due.
+
+        To be called, instead of `step`, after an inner step of your own: `scaler.step(optimizer)`,
+        `scaler.update()`, `outer.advance()`.
+
+        Raises:
+            ExchangeError: on all ranks, if the weights of one are not finite. All are back at the anchor then.
+        """
+        self.steps += 1
+        if self._round is not None:
+            if self.steps == self._round.due:
+                self._land()
+            elif self._round.means is not None:
+                self._round.means.done()
+        for fragment, offset in enumerate(self._offsets()):
+            if self.steps % self.every == offset:
+                self._launch(fragment)
+                if self.delay == 0:
+                    self._land()
+
+    def _offsets(self):
+        return [fragment * self.every // len(self.fragments) for fragment in range(len(self.fragments))]
+
+    def finish(self) -> None:
+        """Exchange all that has changed since; afterwards all ranks have the same weights. On all ranks."""
+        if self._round is not None:
+            self._land()
+        for fragment, exchanged in enumerate(self._exchanged):
+            if exchanged != self.steps:
+                self._launch(fragment)
+                self._land()
+
+    @torch.no_grad()
+    def _launch(self, fragment):
+        """Start the exchange of a fragment's change."""
+        if not self._agreed:  # after states were loaded: all ranks' must be of one moment
+            self._agree({"steps": self.steps, "anchors": self._digest()})
+        changes, sent = {}, {}
+        for name in self.fragments[fragment]:
+            tensor, anchor = self._tensors[name].detach(), self.anchors[name]
+            changes[name] = anchor - tensor.to(anchor.device)
+            if self.delay:
+                sent[name] = tensor.clone()
+        self._exchanged[fragment] = self.steps
+        self._round = Round(fragment, self.steps + self.delay, sent, self._exchange.begin(changes))
+
+    def _agree(self, moment):
+        agree(self._exchange.ranks, {**self._exchange.terms, **self._terms, **moment})
+        self._agreed = True
+
+    def _digest(self):
+        """A number that differs where anchors do."""
+        digest = 0
+        for anchor in self.anchors.values():
+            digest = zlib.crc32(anchor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest)
+        return digest
+
+    def _receive(self):
+        """Wait for what is under way; memory follows it."""
+        current = self._round
+        if current is None or current.change is not None:
+            return
+        try:
+            current.change, current.means = current.means.wait(), None
+        except ExchangeError as error:
+            self._round = None
+            self._restart(self.fragments[current.fragment])
+            raise ExchangeError(f"exchange {self.rounds} of outer steps: {error}") from error
+
+    @torch.no_grad()
+    def _land(self):
+        """Move the anchor of the fragment that is under way by the mean change, and the weights with it."""
+        self._receive()
+        current, self._round = self._round, None
+        for name in self.fragments[current.fragment]:
+            tensor, anchor = self._tensors[name], self.anchors[name]
+            self._move(name, anchor, current.change[name].to(anchor.device))
+            if current.sent and self.steps > self._exchanged[current.fragment]:
+                tensor.detach().add_((anchor - current.sent[name].to(anchor.device)).to(tensor.device, tensor.dtype))
+            else:
+                tensor.detach().copy_(anchor)
+        self.rounds += 1
+
+    def _move(self, name, anchor, change):
+        if name.startswith(BUFFER):
+            anchor.sub_(change)
+        elif self.momentum:
+            velocity = self.velocities.setdefault(name, torch.zeros_like(anchor))
+            velocity.mul_(self.momentum).add_(change)
+            anchor.sub_(change.add_(velocity, alpha=self.momentum), alpha=self.lr)
+        else:
+            anchor.sub_(change, alpha=self.lr)
+
+    @torch.no_grad()
+    def _restart(self, names):
+        """Put weights back to the anchor."""
+        for name in names:
+            self._tensors[name].detach().copy_(self.anchors[name])
+
+    def state_dict(self) -> dict:
+        """What this rank needs to go on to the bit, but for the model's own state: save both for each rank.
+
+        On all ranks after the same step. An exchange that is under way is waited for.
+        """
+        self._receive()
+        current = self._round
+        under_way = None
+        if current is not None:
+            under_way = dataclasses.asdict(dataclasses.replace(current, means=None))
+        return {
+            **self._common_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "exchange": self.exchange.state_dict(),
+            "round": under_way,
+        }
+
+    def full_state_dict(self) -> dict:
+        """What all ranks have in common, for any number of ranks: anchors, and the sums of what is remembered.
+
+        On all ranks after the same step; the same on each. A rank that loads it begins a round at the anchor; the
+        inner optimizer's state, each rank's own, is not in it. Not on parameter servers.
+        """
+        self._receive()
+        if self._round is not None:
+            self._land()
+        return {**self._common_state(), "exchange": self.exchange.full_state_dict()}
+
+    def _common_state(self):
+        return {
+            "settings": {"every": self.every, "fragments": len(self.fragments), "delay": self.delay},
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "exchanged": list(self._exchanged),
+            "anchors": {name: anchor.clone() for name, anchor in self.anchors.items()},
+            "velocities": {name: velocity.clone() for name, velocity in self.velocities.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict()` of this rank, after the model's own, or from `full_state_dict()`.
+
+        On all ranks, before the same step; that all have loaded the same anchors is looked at before the next exchange.
+
+        Raises:
+            ConfigError: it is of another model, of other settings or another rank. Nothing has changed then.
+        """
+        self._check_state(state)
+        self.exchange.load_state_dict(state["exchange"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.rounds, self._exchanged = state["steps"], state["rounds"], list(state["exchanged"])
+        for name, anchor in self.anchors.items():
+            anchor.copy_(state["anchors"][name])
+        self.velocities = {
+            name: velocity.to(self.anchors[name], copy=True) for name, velocity in state["velocities"].items()
+        }
+        under_way = state.get("round")
+        self._round = Round(**under_way) if under_way else None
+        if "optimizer" not in state:
+            self._restart(self._tensors)
+        self._agreed = False
+
+    def _check_state(self, state):
+        expected = self._common_state()
+        if not isinstance(state, dict) or not {*expected, "exchange"} <= set(state):
+            raise ConfigError(f"state: got {shown(state)}, expected what state_dict() or full_state_dict() returned")
+        if state["settings"] != expected["settings"]:
+            raise ConfigError(f"state: it is of {state['settings']}, this run uses {expected['settings']}")
+        for kind in ("anchors", "velocities"):
+            for name, tensor in state[kind].items():
+                own = self.anchors.get(name)
+                if own is None or tensor.shape != own.shape or not bool(torch.isfinite(tensor).all()):
+                    raise ConfigError(f"state: got {kind} of {name!r} that are not finite or of another model")
+        missing = [name for name in self.anchors if name not in state["anchors"]]
+        if missing:
+            raise ConfigError(f"state: it has no anchor of {missing[0]!r}: it is of another model")
+
+
+def tensors_of(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
+) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what is exchanged: the optimizer's parameters, and a module's floating-point buffers.
+
+    Raises:
+        ConfigError: the optimizer has a parameter that the model has not, one that is no real floating-point tensor,
+            or gradients that are exchanged already.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ConfigError("model: got a DistributedDataParallel, which averages every gradient, expected the module")
+    if hasattr(optimizer, "_gcompress"):
+        raise ConfigError(f"optimizer: got one whose gradients travel ({exchange_of(optimizer)}), expected a plain one")
+    module = model if isinstance(model, torch.nn.Module) else None
+    named = dict(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    unnamed = stepped - set(named.values())
+    if unnamed:
+        shape = tuple(next(iter(unnamed)).shape)
+        raise ConfigError(f"model: it lacks the optimizer's parameter of shape {shape}, expected all to be there")
+    found: dict[str, torch.Tensor] = {name: each for name, each in named.items() if each in stepped}
+    for name, parameter in found.items():
+        if not parameter.is_floating_point():
+            raise ConfigError(f"parameter {name!r}: got {parameter.dtype}, expected real floating point")
+    kept = module.state_dict(keep_vars=True) if module is not None else {}
+    for name, buffer in module.named_buffers() if module is not None else ():
+        if name in kept and buffer.is_floating_point() and buffer.numel() and bool(torch.isfinite(buffer).all()):
+            found[BUFFER + name] = buffer
+    return found
+
+
+def _policy(compression, names):
+    policy = Policy(None) if compression is None else as_policy(compression)
+    if policy.feedback_decay is None and policy.error_feedback in (None, True):
+        policy = dataclasses.replace(policy, feedback_decay=DECAY)
+    alone = [Rule(None, name=f"{BUFFER}*")] if any(name.startswith(BUFFER) for name in names) else []
+    return dataclasses.replace(policy, rules=(*alone, *policy.rules))
+
+
+def _anchor(tensor, device):
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    values = tensor.detach().to(device or tensor.device, dtype)
+    return values.clone(memory_format=torch.contiguous_format)
