@@ -162,3 +162,9 @@ def wait_until(ready: Callable[[], bool], what: str, seconds: float | None = Non
             raise ExchangeError(f"{what}: no answer within {seconds:g} s")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def result(operation: Operation, what: str) -> torch.Tensor:
+    """What an operation comes to; ExchangeError, with `what` it is, if it does not end within the time-out."""
+    wait_until(operation.ready, what)
+    return operation.wait()

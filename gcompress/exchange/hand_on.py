@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..feedback import EstimateFeedback, new_memory
 from ..memory import checked_copies
+from .engine import result
 
 
 def memory_sums(exchange, saved):
@@ -93,7 +94,8 @@ def replan(exchange, shapes):
     for name, entry in exchange.plan.entries.items():
         if f"owner/{name}" not in sums or not entry.pieces:
             continue
-        owner = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum").wait()
+        adding = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum")
+        owner = result(adding, f"the owners' residuals of {name}")
         pieces.update(_own_pieces(exchange, name, owner))
     exchange.owner_feedback.load_tensors({"residual": pieces})
 

@@ -24,6 +24,7 @@ import torch
 from ..errors import ConfigError
 from ..memory import checked_copies
 from ..policy import as_policy
+from .engine import result
 from .hand_on import memory_sums, sums_of, take_over
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def of_all_ranks(exchange: GradientExchange) -> dict:
         raise ConfigError("state: nothing was planned yet, expected a call after the model's parameters are known")
     sums = memory_sums(exchange, of_rank(exchange))
     for name, vector in sums.items():
-        handle = exchange.engine.allreduce(f"state.{name}", 0, vector, "sum")
-        sums[name] = handle.wait()
+        sums[name] = result(exchange.engine.allreduce(f"state.{name}", 0, vector, "sum"), f"the ranks' sum of {name}")
     return {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "sums": sums}
 
 

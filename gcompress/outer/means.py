@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import ConfigError, ExchangeError
-from ..exchange.engine import Ranks, wait_until
+from ..exchange.engine import Ranks, result
 from ..exchange.exchange import GradientExchange
 from ..exchange.results import Results
 from ..policy import Policy
@@ -97,8 +97,7 @@ class EngineExchange:
             sizes = [values.numel() * values.element_size(), *[0] * (world_size - 1)]
             payload = values.view(-1).view(torch.uint8)[: sizes[rank]]
             operation = self.engine.allgather(f"broadcast.{name}", 0, payload, sizes)
-            wait_until(operation.ready, f"rank 0's value of {name!r}")
-            received = operation.wait()
+            received = result(operation, f"rank 0's value of {name!r}")
             tensor.detach().copy_(received.view(tensor.dtype).view(tensor.shape))
 
     def begin(self, tensors):

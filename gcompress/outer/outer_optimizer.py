@@ -30,13 +30,13 @@ import torch
 from ..checks import check_integer, is_number, shown
 from ..errors import ConfigError, ExchangeError
 from ..exchange.engine import agree
-from ..exchange.results import exchange as exchange_of
 from ..policy import Policy, Rule, as_policy
+from . import outer_state
 from .fragments import fragments_of
 from .means import mean_exchange
+from .tensors import BUFFER, tensors_of
 
 DECAY = 0.95  # of residuals, where the policy leaves it open
-BUFFER = "buffer/"  # begins the names of buffers, which are not compressed
 
 
 @dataclasses.dataclass
@@ -117,12 +117,13 @@ class OuterOptimizer:
         self.fragments = fragments_of({name: each.numel() for name, each in self._tensors.items()}, fragments)
         self.steps = self.rounds = 0
         self._exchanged = [0] * fragments  # the inner step at which each fragment was sent last
-        self._round: Round | None = None
+        self.under_way: Round | None = None
         self._exchange = mean_exchange(engine, _policy(compression, self._tensors), self._tensors)
         self._terms = {"every": every, "lr": lr, "momentum": momentum, "fragments": fragments, "delay": delay}
         self._agreed = False
-        self._agree({})
-        self._exchange.broadcast(self._tensors)
+        if not getattr(engine, "elastic", False):  # where a rank that comes late finds the others at another place
+            self._agree({})
+            self._exchange.broadcast(self._tensors)
         self.anchors = {name: _anchor(each, anchor_device) for name, each in self._tensors.items()}
         self.velocities: dict[str, torch.Tensor] = {}
 
@@ -156,11 +157,11 @@ class OuterOptimizer:
             ExchangeError: on all ranks, if the weights of one are not finite. All are back at the anchor then.
         """
         self.steps += 1
-        if self._round is not None:
-            if self.steps == self._round.due:
+        if self.under_way is not None:
+            if self.steps == self.under_way.due:
                 self._land()
-            elif self._round.means is not None:
-                self._round.means.done()
+            elif self.under_way.means is not None:
+                self.under_way.means.done()
         for fragment, offset in enumerate(self._offsets()):
             if self.steps % self.every == offset:
                 self._launch(fragment)
@@ -172,7 +173,7 @@ class OuterOptimizer:
 
     def finish(self) -> None:
         """Exchange all that has changed since; afterwards all ranks have the same weights. On all ranks."""
-        if self._round is not None:
+        if self.under_way is not None:
             self._land()
         for fragment, exchanged in enumerate(self._exchanged):
             if exchanged != self.steps:
@@ -191,7 +192,7 @@ class OuterOptimizer:
             if self.delay:
                 sent[name] = tensor.clone()
         self._exchanged[fragment] = self.steps
-        self._round = Round(fragment, self.steps + self.delay, sent, self._exchange.begin(changes))
+        self.under_way = Round(fragment, self.steps + self.delay, sent, self._exchange.begin(changes))
 
     def _agree(self, moment):
         agree(self._exchange.ranks, {**self._exchange.terms, **self._terms, **moment})
@@ -204,64 +205,87 @@ class OuterOptimizer:
             digest = zlib.crc32(anchor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), digest)
         return digest
 
-    def _receive(self):
-        """Wait for what is under way; memory follows it."""
-        current = self._round
+    def receive(self) -> None:
+        """Wait for what is under way, so that its mean change is there; memory follows it."""
+        current = self.under_way
         if current is None or current.change is not None:
             return
         try:
             current.change, current.means = current.means.wait(), None
         except ExchangeError as error:
-            self._round = None
-            self._restart(self.fragments[current.fragment])
+            self.under_way = None
+            self.restart(self.fragments[current.fragment])
             raise ExchangeError(f"exchange {self.rounds} of outer steps: {error}") from error
 
     @torch.no_grad()
     def _land(self):
         """Move the anchor of the fragment that is under way by the mean change, and the weights with it."""
-        self._receive()
-        current, self._round = self._round, None
+        self.receive()
+        current, self.under_way = self.under_way, None
         for name in self.fragments[current.fragment]:
             tensor, anchor = self._tensors[name], self.anchors[name]
-            self._move(name, anchor, current.change[name].to(anchor.device))
+            self.move(name, anchor, current.change[name].to(anchor.device), self.velocities)
             if current.sent and self.steps > self._exchanged[current.fragment]:
                 tensor.detach().add_((anchor - current.sent[name].to(anchor.device)).to(tensor.device, tensor.dtype))
             else:
                 tensor.detach().copy_(anchor)
         self.rounds += 1
 
-    def _move(self, name, anchor, change):
+    def move(self, name: str, anchor: torch.Tensor, change: torch.Tensor, velocities: dict[str, torch.Tensor]) -> None:
+        """Move an anchor, and its velocity if it has one, by a mean change, which is used up."""
         if name.startswith(BUFFER):
             anchor.sub_(change)
         elif self.momentum:
-            velocity = self.velocities.setdefault(name, torch.zeros_like(anchor))
+            velocity = velocities.setdefault(name, torch.zeros_like(anchor))
             velocity.mul_(self.momentum).add_(change)
             anchor.sub_(change.add_(velocity, alpha=self.momentum), alpha=self.lr)
         else:
             anchor.sub_(change, alpha=self.lr)
 
     @torch.no_grad()
-    def _restart(self, names):
+    def restart(self, names: Iterable[str]) -> None:
         """Put weights back to the anchor."""
         for name in names:
             self._tensors[name].detach().copy_(self.anchors[name])
+
+    @property
+    def counts(self) -> list[int]:
+        """Inner steps taken, exchanges that have ended, and after which step each fragment was sent last."""
+        return [self.steps, self.rounds, *self._exchanged]
+
+    @counts.setter
+    def counts(self, counts: list[int]) -> None:
+        self.steps, self.rounds, *self._exchanged = counts
+        self._agreed = False
+
+    def resume_round(self, saved: dict | None) -> None:
+        """Go on with an exchange of a saved state, whose mean change is known, or with none."""
+        self.under_way = Round(**saved) if saved else None
+
+    def enter(self, counts: list[int]) -> None:
+        """Begin a round among other ranks than before, from the anchors as they are now; on all ranks alike."""
+        self.counts = counts
+        self.restart(self.anchors)
+
+    def leave(self) -> dict[str, torch.Tensor]:
+        """Before the ranks change: let what has come move the anchors; returns them, to be given to all ranks.
+
+        They are the weights of a rank that has not taken a step. Velocities are among them.
+        """
+        if self.under_way is not None:
+            self._land()
+        for name, anchor in self.anchors.items() if self.steps == 0 else ():
+            anchor.copy_(self._tensors[name].detach())
+        moving = [name for name in self.anchors if self.momentum and not name.startswith(BUFFER)]
+        velocities = {name: self.velocities.setdefault(name, torch.zeros_like(self.anchors[name])) for name in moving}
+        return {**self.anchors, **{f"velocity/{name}": each for name, each in velocities.items()}}
 
     def state_dict(self) -> dict:
         """What this rank needs to go on to the bit, but for the model's own state: save both for each rank.
 
         On all ranks after the same step. An exchange that is under way is waited for.
         """
-        self._receive()
-        current = self._round
-        under_way = None
-        if current is not None:
-            under_way = dataclasses.asdict(dataclasses.replace(current, means=None))
-        return {
-            **self._common_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "exchange": self.exchange.state_dict(),
-            "round": under_way,
-        }
+        return outer_state.of_rank(self)
 
     def full_state_dict(self) -> dict:
         """What all ranks have in common, for any number of ranks: anchors, and the sums of what is remembered.
@@ -269,20 +293,7 @@ class OuterOptimizer:
         On all ranks after the same step; the same on each. A rank that loads it begins a round at the anchor; the
         inner optimizer's state, each rank's own, is not in it. Not on parameter servers.
         """
-        self._receive()
-        if self._round is not None:
-            self._land()
-        return {**self._common_state(), "exchange": self.exchange.full_state_dict()}
-
-    def _common_state(self):
-        return {
-            "settings": {"every": self.every, "fragments": len(self.fragments), "delay": self.delay},
-            "steps": self.steps,
-            "rounds": self.rounds,
-            "exchanged": list(self._exchanged),
-            "anchors": {name: anchor.clone() for name, anchor in self.anchors.items()},
-            "velocities": {name: velocity.clone() for name, velocity in self.velocities.items()},
-        }
+        return outer_state.of_all_ranks(self)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict()` of this rank, after the model's own, or from `full_state_dict()`.
@@ -292,67 +303,7 @@ class OuterOptimizer:
         Raises:
             ConfigError: it is of another model, of other settings or another rank. Nothing has changed then.
         """
-        self._check_state(state)
-        self.exchange.load_state_dict(state["exchange"])
-        if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.steps, self.rounds, self._exchanged = state["steps"], state["rounds"], list(state["exchanged"])
-        for name, anchor in self.anchors.items():
-            anchor.copy_(state["anchors"][name])
-        self.velocities = {
-            name: velocity.to(self.anchors[name], copy=True) for name, velocity in state["velocities"].items()
-        }
-        under_way = state.get("round")
-        self._round = Round(**under_way) if under_way else None
-        if "optimizer" not in state:
-            self._restart(self._tensors)
-        self._agreed = False
-
-    def _check_state(self, state):
-        expected = self._common_state()
-        if not isinstance(state, dict) or not {*expected, "exchange"} <= set(state):
-            raise ConfigError(f"state: got {shown(state)}, expected what state_dict() or full_state_dict() returned")
-        if state["settings"] != expected["settings"]:
-            raise ConfigError(f"state: it is of {state['settings']}, this run uses {expected['settings']}")
-        for kind in ("anchors", "velocities"):
-            for name, tensor in state[kind].items():
-                own = self.anchors.get(name)
-                if own is None or tensor.shape != own.shape or not bool(torch.isfinite(tensor).all()):
-                    raise ConfigError(f"state: got {kind} of {name!r} that are not finite or of another model")
-        missing = [name for name in self.anchors if name not in state["anchors"]]
-        if missing:
-            raise ConfigError(f"state: it has no anchor of {missing[0]!r}: it is of another model")
-
-
-def tensors_of(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]]
-) -> dict[str, torch.Tensor]:
-    """{name: tensor} of what is exchanged: the optimizer's parameters, and a module's floating-point buffers.
-
-    Raises:
-        ConfigError: the optimizer has a parameter that the model has not, one that is no real floating-point tensor,
-            or gradients that are exchanged already.
-    """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise ConfigError("model: got a DistributedDataParallel, which averages every gradient, expected the module")
-    if hasattr(optimizer, "_gcompress"):
-        raise ConfigError(f"optimizer: got one whose gradients travel ({exchange_of(optimizer)}), expected a plain one")
-    module = model if isinstance(model, torch.nn.Module) else None
-    named = dict(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
-    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    unnamed = stepped - set(named.values())
-    if unnamed:
-        shape = tuple(next(iter(unnamed)).shape)
-        raise ConfigError(f"model: it lacks the optimizer's parameter of shape {shape}, expected all to be there")
-    found: dict[str, torch.Tensor] = {name: each for name, each in named.items() if each in stepped}
-    for name, parameter in found.items():
-        if not parameter.is_floating_point():
-            raise ConfigError(f"parameter {name!r}: got {parameter.dtype}, expected real floating point")
-    kept = module.state_dict(keep_vars=True) if module is not None else {}
-    for name, buffer in module.named_buffers() if module is not None else ():
-        if name in kept and buffer.is_floating_point() and buffer.numel() and bool(torch.isfinite(buffer).all()):
-            found[BUFFER + name] = buffer
-    return found
+        outer_state.load(self, state)
 
 
 def _policy(compression, names):

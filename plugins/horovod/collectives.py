@@ -1,6 +1,7 @@
 """Horovod's named operations as an engine (gcompress/exchange/engine.py), and waiting for them without spinning."""
 
 import math
+import os
 
 import horovod.torch as hvd
 import torch
@@ -54,6 +55,7 @@ class HorovodEngine:
     def __init__(self, process_set: hvd.ProcessSet, number: int, prefix: str = "gcompress", started: set | None = None):
         self.process_set, self.number = process_set, number
         self._prefix, self._started = prefix, started
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"  # whether a rank may be made while others go on
 
     def world_size(self):
         return self.process_set.size()

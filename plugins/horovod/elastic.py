@@ -6,8 +6,14 @@ W', every new rank gets the mean of the residuals of those old ranks that are st
 results are sums, not means: the sum of the residuals, divided by W'). So the model still gets what
 it has not got yet. The residuals of the pieces' owners go to the new owners. The residual of a
 rank that was killed is lost.
+
+`hvd.elastic.TorchState(model=model, outer=outer)` keeps a `gcompress.OuterOptimizer` in the same way: after
+every change all ranks begin a round at the anchors, with the inner optimizer's state that they had; new ones take
+that of a rank that was there. Commit right after an exchange, when `outer.steps % outer.every == 0`: then no local
+step is lost.
 """
 
+import copy
 import json
 import os
 
@@ -20,6 +26,7 @@ from gcompress.errors import ExchangeError
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.hand_on import memory_sums, take_over
 from gcompress.exchange.saved_state import put_back
+from gcompress.outer import OuterOptimizer, outer_state
 
 from .collectives import HorovodEngine
 
@@ -115,9 +122,57 @@ def broadcast_shared(engine: HorovodEngine, state: dict, root: int, name: str) -
     return steps, memories
 
 
+class OuterStateHandler(elastic_state.StateHandler):
+    """What `hvd.elastic.TorchState` does with a `gcompress.OuterOptimizer`."""
+
+    def __init__(self, outer):
+        super().__init__(outer)
+        self._ranks = None
+        self.save()
+
+    def save(self):
+        self._saved = copy.deepcopy(self.value.state_dict())
+
+    def restore(self):
+        outer_state.put_back(self.value, self._saved)
+
+    def sync(self):
+        before, self._ranks = self._ranks, [hvd.rank(), hvd.size()]
+        enter_round(self.value, before)
+        self.save()
+
+
+def enter_round(outer: OuterOptimizer, before: list[int] | None) -> None:
+    """Let all ranks begin a round among those that there are now; on all of them.
+
+    Args:
+        before: this rank's number and how many there were, or None if it is new.
+    """
+    exchange = outer.exchange
+    engine, name = exchange.engine, f"gcompress.elastic.{exchange.engine.number}"
+    texts = engine.gather_texts(json.dumps([before, outer.counts]), "elastic.ranks")
+    ranks = [json.loads(text) for text in texts]
+    old = [rank for rank, (_, counts) in enumerate(ranks) if counts[0] > 0]
+    root = old[0] if old else 0
+    for key, tensor in outer.leave().items():
+        tensor.copy_(hvd.broadcast(tensor, root, name=f"{name}.{key}"))
+    inner = hvd.broadcast_object(
+        outer.optimizer.state_dict() if hvd.rank() == root else None, root, name=f"{name}.inner"
+    )
+    if hvd.rank() not in old:
+        outer.optimizer.load_state_dict(inner)
+    if old and [numbers for numbers, _ in ranks] != [[rank, hvd.size()] for rank in range(hvd.size())]:
+        state = exchange.state_dict()
+        exchange.discard()
+        exchange.prepare({key: entry.shape for key, entry in exchange.plan.entries.items()})
+        hand_on(exchange, state, old, name)
+    outer.enter(ranks[root][1])
+
+
 def register() -> None:
-    """Make `hvd.elastic.TorchState` use the handler for every optimizer."""
-    registry = [
+    """Make `hvd.elastic.TorchState` use the handlers for every optimizer."""
+    registry = [(OuterOptimizer, OuterStateHandler)]
+    registry += [
         (kind, ResidualStateHandler if handler is elastic_state.OptimizerStateHandler else handler)
         for kind, handler in elastic_state.get_handler_registry()
     ]
