@@ -3,6 +3,7 @@
 Every rank writes {promise: "ok" or its error} to OUT.RANK.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -12,6 +13,8 @@ import torch
 
 import gcompress
 import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_memory  # noqa: F401
+import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
 from tests.promises import PROMISES, Trainer, sgd
 
@@ -34,9 +37,16 @@ class Ddp(Trainer):
         return self.parallel(x)
 
     def gather(self, tensor):
-        rows = [torch.empty_like(tensor) for _ in range(self.size)]
+        rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, tensor.contiguous())
         return rows
+
+    @staticmethod
+    @contextlib.contextmanager
+    def outer_engine():
+        from gcompress.plugins import ddp
+
+        yield ddp.engine(), dist.get_rank(), dist.get_world_size()
 
 
 class Horovod(Trainer):
@@ -61,6 +71,13 @@ class Horovod(Trainer):
     def gather(self, tensor):
         return list(hvd.allgather(tensor.unsqueeze(0).clone(), name="gathered").unbind(0))
 
+    @staticmethod
+    @contextlib.contextmanager
+    def outer_engine():
+        import gcompress.plugins.horovod as plugin
+
+        yield plugin.engine(), hvd.rank(), hvd.size()
+
 
 class Mpi(Trainer):
     engine = "mpi"
@@ -83,6 +100,16 @@ class Mpi(Trainer):
 
     def gather(self, tensor):
         return self.job.workers.allgather(tensor)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def outer_engine():
+        world.bcast(True, root=0)
+        job = servers.Job(1)
+        try:
+            yield job, job.rank, job.size
+        finally:
+            job.close()
 
     def state_of_all(self):
         return servers.merge_states(self.job.workers.allgather(self.exchange.state_dict()))

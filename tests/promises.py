@@ -117,13 +117,16 @@ def weights(trainer):
 
 def policies(trainer_class):
     """Every exchange and every kind of memory that the engine has."""
-    found = [Policy("topk:sparsity=0.9"), Policy("quantize:bits=3")]
+    found = [Policy("topk:sparsity=0.9"), Policy("quantize:bits=3"), Policy("topk:sparsity=0.9", feedback_decay=0.7)]
+    if trainer_class.engine != "byteps":
+        found += [Policy("quantize:bits=3", error_feedback="ef21")]
     if trainer_class.engine in ("horovod", "ddp"):
         found += [
             Policy("topk:sparsity=0.9", exchange="twophase"),
             Policy("lowrank:rank=2", exchange="summed"),
             Policy("randomk:sparsity=0.75", exchange="summed", error_feedback=True),
             Policy("threshold:threshold=0.002"),
+            Policy("lowrank:rank=2", exchange="summed", error_feedback="ef21"),
             Policy("topk:sparsity=0.95", momentum=0.9, clip=0.02, warmup_steps=4, exchange="twophase"),
         ]
     if trainer_class.engine == "byteps":  # through its Python interface

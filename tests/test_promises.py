@@ -6,6 +6,8 @@ import json
 import pytest
 
 import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_memory  # noqa: F401
+import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
 from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
 from tests.promises import PROMISES
@@ -14,11 +16,11 @@ pytestmark = pytest.mark.ranks
 
 RANKS = "-m", "tests.promise_ranks"
 LAUNCHES = {
-    "ddp": lambda out: launch_ddp(3, *RANKS, "ddp", out, timeout=300),
+    "ddp": lambda out: launch_ddp(3, *RANKS, "ddp", out, timeout=400),
     # Of two: Horovod adds the floats of three in an order that follows what it happens to fuse.
-    "horovod": lambda out: launch_horovod(2, *RANKS, "horovod", out, timeout=300),
-    "mpi": lambda out: launch_mpi(4, *RANKS, "mpi", out, timeout=300),
-    "byteps": lambda out: launch_byteps(2, *RANKS, "byteps", out, timeout=300),
+    "horovod": lambda out: launch_horovod(2, *RANKS, "horovod", out, timeout=400),
+    "mpi": lambda out: launch_mpi(4, *RANKS, "mpi", out, timeout=400),
+    "byteps": lambda out: launch_byteps(2, *RANKS, "byteps", out, timeout=400),
 }
 
 

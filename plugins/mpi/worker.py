@@ -79,6 +79,7 @@ class Worker(Results):
         for key, part in enumerate(self.partitions):
             self._keys[part.name].append(key)
         self._pushed = {}  # name: (shape, type) of what was pushed and not pulled
+        self._asked = {}  # {id of a buffer: (request, buffer)} of answers that have not come
         self._waiting = set()  # names pulled whose mean has not been taken
         self._partition_numel, self._staleness = partition_bytes // 4, staleness
 
@@ -150,6 +151,7 @@ class Worker(Results):
         """Ask a key's server, with `question` zero bytes, for at most `largest`; returns what `_answer` takes."""
         rank, buffer = self.job.server_rank(self.partitions[key].server), torch.empty(largest, dtype=torch.uint8)
         request = self.job.world.Irecv([buffer.numpy(), MPI.BYTE], rank, tag)
+        self._asked[id(buffer)] = request, buffer  # MPI writes there even if nobody asks for it any more
         self.job.send(torch.zeros(question, dtype=torch.uint8).numpy(), rank, tag)
         return request, buffer
 
@@ -163,6 +165,7 @@ class Worker(Results):
             self.job.check_failure(error)
             rank = self.job.server_rank(part.server)
             raise ExchangeError(f"gradient {part.name!r}: {self.job.describe(rank)} died") from error
+        del self._asked[id(buffer)]
         size = status.Get_count(MPI.BYTE)
         if size == 0:
             raise ExchangeError(f"gradient {part.name!r}: the servers have given this worker up for its silence")
@@ -195,8 +198,16 @@ class Worker(Results):
             raise ExchangeError("summing over the workers: the servers have given this worker up for its silence")
         return total.tolist()
 
+    def _all_came(self):
+        try:
+            return MPI.Request.Testall([request for request, _ in self._asked.values()])
+        except MPI.Exception as error:
+            self.job.check_failure(error)  # of a server that died, which owes nothing
+            return True
+
     def leave(self) -> None:
-        """Tell the servers that this worker is done."""
+        """Tell the servers that this worker is done, once all that it asked for has come."""
+        self.job.wait(self._all_came, "what the servers still owe this worker")
         nothing = torch.empty(0, dtype=torch.uint8).numpy()
         for server in range(self.job.servers):
             self.job.send(nothing, self.job.server_rank(server), leave_tag(self.partitions))
