@@ -33,7 +33,7 @@ from .errors import (
     ServerError,
 )
 from .exchange.saved_state import merge_states
-from .outer import OuterOptimizer
+from .outer import DeMo, OuterOptimizer
 from .policy import EXCHANGES, Policy, Rule, as_policy, parameter_groups
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ __all__ = [
     "ConfigError",
     "ConfigMismatchError",
     "Context",
+    "DeMo",
     "Entropy",
     "Eden",
     "ExchangeError",

@@ -349,6 +349,22 @@ def test_a_loss_scale_of_the_inner_steps_does_not_reach_what_is_remembered():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_layer_unfrozen_later_is_refused_before_ranks_drift_apart():
+    def train(rank, engine):
+        model = network()
+        model[3].requires_grad_(False)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = OuterOptimizer(inner, model, engine, every=1)
+        model(torch.randn(16, 64)).square().mean().backward()
+        outer.step()
+        model[3].requires_grad_(True)
+        with pytest.raises(ConfigError, match=r"shape \(64, 80\) that was frozen"):
+            outer.step()
+        return True
+
+    assert all(ranks(train, size=2))
+
+
 WRONG = [
     ({"every": 0}, "every: got 0"),
     ({"every": 4, "fragments": 5}, "fragments: got 5"),

@@ -9,9 +9,10 @@
     outer.finish()
 
 outer_optimizer.py says what a round is, fragments.py how a model is cut into parts that are exchanged in turns, and
-means.py what outer steps need of an engine.
+means.py what outer steps need of an engine. demo.py has DeMo, which exchanges at every step, but little.
 """
 
+from .demo import DeMo
 from .outer_optimizer import OuterOptimizer
 
-__all__ = ["OuterOptimizer"]
+__all__ = ["DeMo", "OuterOptimizer"]

@@ -60,18 +60,22 @@ def mean_exchange(engine: Any, policy: Policy, tensors: dict[str, torch.Tensor])
     return EngineExchange(engine, policy, tensors)
 
 
+class NotFiniteError(ExchangeError):
+    """What was exchanged is not finite on some rank; all ranks have it."""
+
+
 def finished(results: Results, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Let memory follow an exchange: its means, if all are finite.
 
     Raises:
-        ExchangeError: one is not, on every rank. Memory is what it was before the exchange.
+        NotFiniteError: one is not, on every rank. Memory is what it was before the exchange.
     """
     wrong = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
     if wrong:
         results.discard(means)
     results.end_step()
     if wrong:
-        raise ExchangeError(f"{wrong[0]!r}: some rank's values are not finite: its training has diverged")
+        raise NotFiniteError(f"{wrong[0]!r}: some rank's values are not finite: its training has diverged")
     return means
 
 

@@ -34,7 +34,7 @@ from ..policy import Policy, Rule, as_policy
 from . import outer_state
 from .fragments import fragments_of
 from .means import mean_exchange
-from .tensors import BUFFER, tensors_of
+from .tensors import BUFFER, check_unfrozen, tensors_of
 
 DECAY = 0.95  # of residuals, where the policy leaves it open
 
@@ -185,6 +185,7 @@ class OuterOptimizer:
         """Start the exchange of a fragment's change."""
         if not self._agreed:  # after states were loaded: all ranks' must be of one moment
             self._agree({"steps": self.steps, "anchors": self._digest()})
+        check_unfrozen(self.optimizer, self._tensors)
         changes, sent = {}, {}
         for name in self.fragments[fragment]:
             tensor, anchor = self._tensors[name].detach(), self.anchors[name]
