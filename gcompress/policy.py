@@ -15,7 +15,7 @@ from .compressors.spec import parse_value
 from .errors import ConfigError
 from .feedback import eased
 
-EXCHANGES = ("auto", "allgather", "twophase", "summed")
+EXCHANGES = ("auto", "allgather", "twophase", "summed", "turns")
 ROLES = ("gradient", "activation")
 
 
@@ -72,8 +72,9 @@ class Policy:
             what is remembered is an estimate of the gradient (see feedback.EstimateFeedback).
         feedback_decay: what is left of a residual when the next gradient comes, 0 < feedback_decay <= 1; None: all,
             and between outer steps 0.95 (see gcompress/outer/).
-        exchange: how ranks come to the mean (see gcompress/exchange/exchange.py): "allgather", "twophase",
-            "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks.
+        exchange: how ranks come to the mean (see gcompress/exchange/ways.py): "allgather", "twophase",
+            "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks. "turns" is for
+            outer steps: each piece of a tensor comes from one rank, in every round from another.
         bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
             the engine does not form buckets itself.
         rules: Rules or their dicts; the first that matches decides, before `compressor` and
@@ -124,6 +125,8 @@ class Policy:
         for compressor in self._compressors() if self.exchange == "summed" else ():
             if not compressor.summable:
                 raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {compressor} do not add")
+        if self.exchange == "turns" and (self.error_feedback == "ef21" or self.momentum or self.clip is not None):
+            raise ConfigError("exchange: got 'turns', which remembers a residual alone: no ef21, momentum or clip")
         if self.error_feedback in (False, "ef21"):
             for what in ("momentum", "clip", "feedback_decay"):
                 if getattr(self, what):

@@ -126,6 +126,7 @@ def policies(trainer_class):
             Policy("lowrank:rank=2", exchange="summed"),
             Policy("randomk:sparsity=0.75", exchange="summed", error_feedback=True),
             Policy("threshold:threshold=0.002"),
+            Policy("quantize:bits=3", exchange="turns"),
             Policy("lowrank:rank=2", exchange="summed", error_feedback="ef21"),
             Policy("topk:sparsity=0.95", momentum=0.9, clip=0.02, warmup_steps=4, exchange="twophase"),
         ]

@@ -14,7 +14,9 @@ OPTIONS = {"every": 3}, {"every": 4, "momentum": 0.5, "fragments": 2, "delay": 1
 
 def compressions(engine):
     found = [None, "topk:sparsity=0.9", "polar:rate=0.25,floor=0", "quantize:bits=4; error_feedback=ef21"]
-    return found + ([] if engine == "mpi" else ["topk:sparsity=0.9; exchange=twophase", "lowrank:rank=2"])
+    if engine == "mpi":
+        return found
+    return [*found, "topk:sparsity=0.9; exchange=twophase", "lowrank:rank=2", "polar:rate=1; exchange=turns"]
 
 
 class OuterSteps:

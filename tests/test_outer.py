@@ -21,6 +21,7 @@ COMPRESSIONS = (
     "quantize:bits=4; error_feedback=ef21",
     "lowrank:rank=2",
     "threshold:threshold=0.001",
+    "polar:rate=1,floor=0; exchange=turns",
 )
 
 
@@ -158,6 +159,62 @@ def test_a_round_is_that_of_sparse_loco(decay):
             memory.sub_(sent[-1])
         anchor = anchor - sum(sent) / 2
     torch.testing.assert_close(ranks(train, size=2)[0], anchor)
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_in_turns_each_piece_comes_from_one_rank_and_the_rest_waits_in_its_residual(fragments):
+    """Of 2 ranks and 2 pieces of a matrix of 128 rows: rank r sends piece r, then the other one, and so on."""
+
+    def train(rank, engine):
+        model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(fragments)])
+        outer = OuterOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0), model, engine, "fp16; exchange=turns; error_feedback=true",
+            every=fragments, fragments=fragments,
+        )  # fmt: skip
+        anchors, residuals = [], []
+        for _ in range(4 * fragments):
+            for parameter in model:
+                parameter.grad = torch.full((128, 128), -float(2**rank))  # each rank's weights grow by that
+            outer.step()
+            anchors.append(outer.anchors["0"].clone())
+            residuals.append(outer.exchange.state_dict()["feedback"].get("0"))
+        return anchors[fragments - 1 :: fragments], residuals[fragments - 1 :: fragments]
+
+    found = ranks(train, size=2)
+    assert same([dict(enumerate(anchors)) for anchors, _ in found])
+    owners = found[0][0][0][[0, 127], 0].tolist()  # which rank sent the first and the last rows in the first round
+    assert sorted(owners) == [1.0, 2.0] if fragments == 1 else owners
+    if fragments == 1:
+        memory = torch.zeros(2, 2)  # by rank and piece
+        total = torch.zeros(2)
+        senders = [int(owners[0] == 2), int(owners[1] == 2)]
+        for turn in range(4):
+            for rank in range(2):
+                memory[rank] = memory[rank] * 0.5 + 2**rank
+            for piece in range(2):
+                sender = (senders[piece] + turn) % 2
+                total[piece] += memory[sender, piece]
+                memory[sender, piece] = 0
+            assert found[0][0][turn][[0, 127], 5].tolist() == total.tolist()
+    pieces = [anchors[-1][[0, 127], 0] for anchors, _ in found]
+    assert (pieces[0] > 4).all()  # both ranks' changes have come to both pieces
+
+
+def test_in_turns_what_is_not_finite_is_seen_by_all_whoever_sends_it():
+    def train(rank, engine):
+        weight = torch.nn.Parameter(torch.zeros(128, 128))
+        outer = OuterOptimizer(
+            torch.optim.SGD([weight], lr=1.0), [("w", weight)], engine, "fp16; exchange=turns", every=1
+        )
+        for row in (0, 127):
+            weight.grad = torch.zeros(128, 128)
+            weight.grad[row, 0] = float("nan") if rank == 1 else 1.0
+            with pytest.raises(ExchangeError, match="not finite"):
+                outer.step()
+            assert not weight.any()
+        return True
+
+    assert all(ranks(train, size=2))
 
 
 def test_with_a_delay_a_rank_keeps_what_it_did_meanwhile():

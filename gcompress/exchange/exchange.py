@@ -58,6 +58,7 @@ class GradientExchange(Results):
         self.owner_feedback = second_memory(self.policy)  # by the piece's key
         self.memories = Memory()  # what summable compressors remember, a dict by parameter
         self.absent: set[str] = set()  # names without a gradient on this rank in this step
+        self.turn: int | None = None  # which rank's turn it is, the same on all ranks; None: follows `steps`
         self.carried: dict[str, int] = {}  # name: how many results in a row its gradient contains
 
     def compressor_for(self, name: str, numel: int) -> Compressor | None:
@@ -79,7 +80,7 @@ class GradientExchange(Results):
     def _memories_of(self, names):
         """[(memory, its keys)] of parameters."""
         entries = self.plan.entries if self.plan else {}
-        pieces = [piece.key(name) for name in names if name in entries for piece in entries[name].pieces]
+        pieces = [piece.key(name) for name in names if name in entries for piece in entries[name].summed_pieces]
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
@@ -104,7 +105,7 @@ class GradientExchange(Results):
         return {
             piece.key(name): piece.numel
             for name, entry in self.plan.entries.items()
-            for piece in entry.pieces
+            for piece in entry.summed_pieces
             if piece.owner == rank
         }
 
@@ -167,17 +168,15 @@ class GradientExchange(Results):
             values = unscaled(gradient, scale)
             ctx = Context(gradient.shape, gradient.dtype)
             ways.setdefault(way, {})[name] = (
-                Gradient(values, _place(gradient)) if way in ("twophase", "allgather") else values
+                Gradient(values, _place(gradient)) if way in self._ways.in_buckets else values
             )
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
                 steps = {name: self._ways.summed(name, gradient) for name, gradient in members.items()}
-            elif way == "twophase":
-                steps = {f"twophase.{first}": self._ways.two_phase(members)}
-            elif way == "allgather":
-                steps = {f"allgather.{first}": self._ways.all_gather(members)}
+            elif way in self._ways.in_buckets:
+                steps = {f"{way}.{first}": self._ways.in_buckets[way](members)}
             else:
                 steps = {f"allreduce.{first}": self._ways.all_reduce(members)}
             tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
@@ -211,8 +210,7 @@ class GradientExchange(Results):
         waiting[name] = gradient
         if len(waiting) == len(members):
             del self._waiting[entry.bucket]
-            way = self._ways.two_phase if entry.exchange == "twophase" else self._ways.all_gather
-            steps = way({member: waiting[member] for member in members})
+            steps = self._ways.in_buckets[entry.exchange]({member: waiting[member] for member in members})
             self._tasks[entry.bucket] = self._schedule.start(self.engine, self.first_name(name), steps)
 
     def _task_of(self, name, number):

@@ -75,8 +75,8 @@ def take_over(exchange, sums, ranks, memories, steps):
             continue
         if isinstance(exchange.feedback, EstimateFeedback):  # what was delivered is the mean of the present estimates
             total = sums[f"residual/{name}"] / (-ranks if exchange.average else -1)
-            kinds["delivered"][name] = total - owner if entry.pieces else total
-        elif not entry.pieces:  # it no longer travels by two phases
+            kinds["delivered"][name] = total - owner if entry.summed_pieces else total
+        elif not entry.summed_pieces:  # it no longer travels by two phases
             kinds["residual"][name] += owner if exchange.average else owner / shares
         pieces.update(_own_pieces(exchange, name, owner))
     if exchange.feedback:
@@ -92,7 +92,7 @@ def replan(exchange, shapes):
     exchange.prepare(shapes)
     pieces = {}
     for name, entry in exchange.plan.entries.items():
-        if f"owner/{name}" not in sums or not entry.pieces:
+        if f"owner/{name}" not in sums or not entry.summed_pieces:
             continue
         adding = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum")
         owner = result(adding, f"the owners' residuals of {name}")
@@ -103,5 +103,5 @@ def replan(exchange, shapes):
 def _own_pieces(exchange, name, owner):
     """{key: residual} of this rank's pieces, from the residuals of all owners of a parameter."""
     rank = exchange.engine.rank()
-    pieces = exchange.plan.entries[name].pieces
+    pieces = exchange.plan.entries[name].summed_pieces
     return {piece.key(name): owner[piece.start : piece.stop].clone() for piece in pieces if piece.owner == rank}

@@ -31,7 +31,7 @@ FEW_RANKS = 3
 
 
 class Piece(NamedTuple):
-    """Entries start to stop of a parameter, which rank `owner` sums and encodes again."""
+    """Entries start to stop of a parameter, which rank `owner` sums and encodes again, or begins to send in turn."""
 
     owner: int
     start: int
@@ -52,13 +52,18 @@ class Entry:
 
     shape: torch.Size
     compressor: Compressor | None  # None: uncompressed, by all-reduce
-    exchange: str  # "allgather", "twophase", "summed" or "allreduce"
+    exchange: str  # "allgather", "twophase", "turns", "summed" or "allreduce"
     pieces: tuple = ()
     bucket: int = -1
 
     @property
     def numel(self) -> int:
         return self.shape.numel()
+
+    @property
+    def summed_pieces(self) -> tuple:
+        """Those whose owner sums them and remembers what his encoding lost."""
+        return self.pieces if self.exchange == "twophase" else ()
 
     def shape_of(self, piece: Piece) -> torch.Size:
         """The shape in which a piece is encoded: rows of the parameter where they are whole ones."""
@@ -96,7 +101,7 @@ class Plan:
         """Give every rank its pieces, the next one always to a rank that has the fewest bytes."""
         load = [0] * self.world_size
         for entry in self.entries.values():
-            if entry.exchange != "twophase":
+            if entry.exchange not in ("twophase", "turns"):
                 continue
             free, pieces = set(range(self.world_size)), []
             for start, stop in borders(entry.compressor, entry.shape, self.world_size):
@@ -111,7 +116,7 @@ class Plan:
         last: dict[str, int] = {}  # {exchange: the number of that}
         for name in [*(name for name in reversed(self.entries) if name not in alone), *alone]:
             entry, way = self.entries[name], self.entries[name].exchange
-            if way not in ("twophase", "allgather"):
+            if way not in ("twophase", "turns", "allgather"):
                 continue
             if name in alone or filled.get(way, self.policy.bucket_bytes) >= self.policy.bucket_bytes:
                 last[way], filled[way] = len(self.buckets), 0
@@ -220,6 +225,8 @@ def wire_bytes(entry: Entry, world_size: int) -> float:
         return share * 4 * entry.numel
     if entry.exchange == "allgather":
         return (world_size - 1) * entry.compressor.nbytes(entry.numel)
+    if entry.exchange == "turns":
+        return (world_size - 1) / world_size * sum(entry.compressor.nbytes(piece.numel) for piece in entry.pieces)
     if entry.exchange == "twophase":
         return share * sum(entry.compressor.nbytes(piece.numel) for piece in entry.pieces)
     return share * entry.compressor.summed_nbytes(entry.shape, world_size)

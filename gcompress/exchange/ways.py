@@ -1,4 +1,4 @@
-"""The ways in which gradients travel: all-gather, two-phase, summed, and the plain all-reduce.
+"""The ways in which gradients travel: all-gather, two-phase, turns, summed, and the plain all-reduce.
 
 Each is a generator for `Schedule`: it yields the collective operation that it wants next, and is sent the result.
 
@@ -8,11 +8,17 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
     other's parameter servers. All-to-all: every rank sends its encoded pieces to their owners,
     which decode and add them in float32 and encode the mean again, with an error feedback of
     their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
+turns: every parameter is cut into pieces as for two-phase, and each piece comes from one rank alone, in
+    the next round from the next rank. What stands for the mean is thus a sample of it, at N times the bits that
+    as many bytes give an entry when all ranks send all. That is for outer steps, in which ranks move far and much
+    alike, so that the coder's error is larger than the ranks' differences. A rank sends 1 / N payload, and
+    a byte that says whether all its values are finite.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 
-In the first two, parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
+In all but the last, parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
 """
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -21,6 +27,7 @@ import torch
 from .. import backends, packing
 from ..compressors import Compressor
 from ..errors import PayloadError
+from ..feedback import NoFeedback, Slice
 from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
@@ -56,6 +63,7 @@ class Ways:
 
     def __init__(self, exchange):
         self._exchange = exchange
+        self.in_buckets = {"allgather": self.all_gather, "twophase": self.two_phase, "turns": self.turns}
         self._scratch = Scratch()
         self._routes: dict[tuple, Route] = {}  # by (whether two-phase, names)
 
@@ -139,6 +147,40 @@ class Ways:
         _rows(gathered, sizes, what)
         coder.decode(gathered.contiguous(), places)
         return places
+
+    def turns(self, gradients):
+        """All-gather of {name: Gradient}, each rank sending the pieces whose turn it is; returns {name: result}."""
+        world_size, rank = self._exchange.engine.world_size(), self._exchange.engine.rank()
+        route = self._route(gradients, True)
+        turn = self._exchange.steps if self._exchange.turn is None else self._exchange.turn
+        senders = [(number - turn) % world_size for number in range(world_size)]  # whose pieces each rank has now
+        sizes = [1 + route.sizes[owner] for owner in senders]
+        payload = self._encoded_turn(gradients, route.owned[senders[rank]])
+        numel = sum(self._exchange.plan.entries[name].numel for name in gradients)
+        self._exchange.report.add_all_gather(numel, payload.numel(), world_size)
+        gathered = yield "allgather", payload, sizes
+        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
+        rows = _rows(gathered, sizes, what)
+        for owner, row in zip(senders, rows, strict=True):
+            OneByOne(route.owned[owner]).decode(row[1:], places)
+        poisoned, factor = any(int(row[0]) for row in rows), world_size * self._factor()
+        for place in places.values() if poisoned or factor != 1 else ():
+            place.mul_(math.nan if poisoned else factor)
+        return places
+
+    def _encoded_turn(self, gradients, items):
+        """A byte that is 0 if all that this rank has is finite, and the payload of the items."""
+        rank, payloads, poisoned = self._exchange.engine.rank(), {}, False
+        for name, gradient in gradients.items():
+            mine = [item for item in items if item.name == name]
+            slices = [Slice(each.start, each.stop, each.shape, self._seed(name, rank, each.start)) for each in mine]
+            compressor = self._exchange.compressor_for(name, gradient.values.numel())
+            memory = self._memory_for(compressor, name) or NoFeedback
+            found, wrong = memory.compress_some(name, gradient.values, compressor, slices)
+            payloads.update(zip(mine, found, strict=True))
+            poisoned |= wrong
+        flag = torch.full((1,), poisoned, dtype=torch.uint8, device=gradient.values.device)
+        return torch.cat([flag, *(payloads[item] for item in items)])
 
     def _encoded_means(self, route, gradients, rows):
         """The payload of the means (or sums) of the items that this rank owns."""

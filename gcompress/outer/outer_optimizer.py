@@ -36,7 +36,8 @@ from .fragments import fragments_of
 from .means import mean_exchange
 from .tensors import BUFFER, check_unfrozen, tensors_of
 
-DECAY = 0.95  # of residuals, where the policy leaves it open
+# Of residuals, where the policy leaves it open: what was sent in parts, and what waits for its turn.
+DECAY, DECAY_OF_TURNS = 0.95, 0.5
 
 
 @dataclasses.dataclass
@@ -193,6 +194,7 @@ class OuterOptimizer:
             if self.delay:
                 sent[name] = tensor.clone()
         self._exchanged[fragment] = self.steps
+        self.exchange.turn = self.rounds // len(self.fragments)  # so that each fragment's pieces change hands
         self.under_way = Round(fragment, self.steps + self.delay, sent, self._exchange.begin(changes))
 
     def _agree(self, moment):
@@ -310,7 +312,7 @@ class OuterOptimizer:
 def _policy(compression, names):
     policy = Policy(None) if compression is None else as_policy(compression)
     if policy.feedback_decay is None and policy.error_feedback in (None, True):
-        policy = dataclasses.replace(policy, feedback_decay=DECAY)
+        policy = dataclasses.replace(policy, feedback_decay=DECAY_OF_TURNS if policy.exchange == "turns" else DECAY)
     alone = [Rule(None, name=f"{BUFFER}*")] if any(name.startswith(BUFFER) for name in names) else []
     return dataclasses.replace(policy, rules=(*alone, *policy.rules))
 

@@ -141,6 +141,8 @@ class PushPullExchange(Results):
     def _declare(self, named):
         if self.policy.momentum or self.policy.clip or self.policy.warmup_steps:
             raise ConfigError("momentum, clip, warmup_steps: BytePS's C++ compressors have none of them, expected 0")
+        if self.policy.exchange == "turns":
+            raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
         if self.policy.error_feedback == "ef21":
             raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
         for name, p in named.items():

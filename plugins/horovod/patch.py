@@ -216,7 +216,12 @@ def _refuse_unsynchronized_scaler(optimizer, arguments, keywords):
 
 
 # The operation with which each exchange starts.
-STARTS = {"allgather": hvd.allgather_async, "twophase": alltoall_token_async, "summed": hvd.allreduce_async}
+STARTS = {
+    "allgather": hvd.allgather_async,
+    "turns": hvd.allgather_async,
+    "twophase": alltoall_token_async,
+    "summed": hvd.allreduce_async,
+}
 
 
 def agree_once(self):

@@ -59,6 +59,8 @@ class Worker(Results):
                 "error_feedback: got 'ef21', which needs the same means on all workers, without staleness or momentum "
                 "on the servers, and workers that all stay"
             )
+        if self.policy and self.policy.exchange == "turns":
+            raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
         self.job = job
         configuration = {
             **job.settings,
