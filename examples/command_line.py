@@ -96,6 +96,11 @@ def compression_of(arguments, engine, **given):
     own = engine.own_compression(arguments.compressor)
     if own is not None or arguments.compressor == "none":
         return own
+    return policy_of(arguments, **given)
+
+
+def policy_of(arguments, **given):
+    """The Policy of a spec and of the other options of `add_exchange`."""
     given = {
         "min_numel": arguments.min_numel,
         "exchange": arguments.exchange,
