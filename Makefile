@@ -22,7 +22,7 @@ CHECKERS := $(VENV)/.checkers
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train split check lint types test coverage attack test-gpu bench clean
+.PHONY: help setup venv engines data train outer split check lint types test coverage attack test-gpu bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,14 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 	@mkdir -p runs
 	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train.py --compressor '$(COMPRESSOR)' \
 		--plot runs/train.png --log-file runs/train.jsonl \
+		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
+
+outer: $(READY) ## train a language model by outer steps and by fp16 gradients, and compare: runs/outer.png (3 minutes on 2 cores)
+	@mkdir -p runs
+	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train_lm.py --sync gradients --compressor fp16 \
+		--log-file runs/outer-fp16.jsonl --progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
+	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train_lm.py --sync outer --compressor polar:rate=0.25,floor=0 --every 15 \
+		--log-file runs/outer-polar.jsonl --compare runs/outer-fp16.jsonl --plot runs/outer.png \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
 
 split: data ## train a model cut in two, with and without compression, and compare: runs/split.png (2 processes)

@@ -53,9 +53,6 @@ To take gcompress into a training script of your own, look at `wrap` of your eng
 an import and one call and, for checkpoints, one state per rank.
 """
 
-import argparse
-import contextlib
-import os
 import sys
 import time
 
@@ -67,53 +64,16 @@ try:
     import image_data
     import image_training
     import training_checkpoint
-    import training_engines
     import training_options
     import training_report
 except ImportError as error:
     sys.exit(f"train.py: error: {error}; `make setup` installs what is needed into .venv")
+from command_line import Refusal
 from image_training import build_model, learning_rate, rank_batches
-from training_options import Refusal, build_compression, settings
+from training_options import build_compression, settings
+from training_start import refused_together, share_cores, start_engine
 
 TEST_BATCH = 500
-
-
-def start_engine():
-    """The engine that --engine names or whose launcher started this process."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--engine", choices=training_engines.ENGINES, default=training_engines.launched_by())
-    engine = training_engines.ENGINES[parser.parse_known_args()[0].engine]
-    try:
-        return engine()
-    except ImportError as error:
-        sys.exit(f"train.py: error: {error}; `{engine.install}` installs what {engine.name} needs")
-
-
-@contextlib.contextmanager
-def refused_together(engine):
-    """End all ranks with exit code 2 and one sentence from rank 0 if any rank refuses within the block.
-
-    A rank that ended alone would leave the others waiting in their next operation. Blocks must not contain
-    operations of the engine, for the same reason.
-    """
-    message = ""
-    try:
-        yield
-    except (Refusal, gcompress.ConfigError, ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-    length = 1000
-    rows = torch.zeros(engine.size, length)
-    encoded = message.encode()[:length]
-    rows[engine.rank, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.float32)
-    rows = torch.tensor(engine.sum(rows.view(-1).tolist())).view(engine.size, length).to(torch.uint8)
-    messages = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
-    if any(messages):
-        if engine.rank == 0:
-            print(f"train.py: error: {next(filter(None, messages))}", file=sys.stderr, flush=True)
-        # The launcher terminates the other ranks once one has failed: none may end before the sentence is
-        # out, and then all at once.
-        engine.sum([0.0])
-        engine.abort()
 
 
 class Training:
@@ -167,7 +127,9 @@ class Training:
         """Train for an epoch, or up to the last step allowed; returns this rank's sums for `measured`."""
         self.network.train()
         started, loss_sum, correct, seen = time.perf_counter(), 0.0, 0, 0
-        with progress_bar(self) as bar:
+        total = min(self.steps_per_epoch, self.last_step - self.step)
+        title = f"epoch {self.epoch + 1}/{self.arguments.epochs}"
+        with training_report.progress_bar(self.engine, self.arguments.progress, title, total) as bar:
             for images, labels in self.batches():
                 if self.step >= self.last_step:
                     break
@@ -222,24 +184,6 @@ class Training:
         }
 
 
-def progress_bar(training):
-    """A tqdm bar on rank 0 if it is wanted; else one that shows nothing."""
-    from tqdm import tqdm
-
-    choice = training.arguments.progress
-    shown = training.engine.rank == 0 and (choice == "bar" or choice == "auto" and sys.stderr.isatty())
-    return tqdm(
-        total=min(training.steps_per_epoch, training.last_step - training.step),
-        desc=f"epoch {training.epoch + 1}/{training.arguments.epochs}",
-        unit="step",
-        disable=not shown,
-        leave=False,
-        # A launcher puts rank and stream before each line, and a line that wraps cannot be redrawn.
-        ncols=110,
-        mininterval=0.5,
-    )
-
-
 def epoch_line(record, epochs):
     ratio = training_report.ratio(record["fp32_bytes"], record["sent_bytes"])
     sent = f"{training_report.in_bytes(record['sent_bytes'])} ({ratio:.1f}x below fp32)"
@@ -282,9 +226,7 @@ def load_data(engine, arguments):
 
 def main():
     engine = start_engine()
-    # Ranks that share a machine share its cores; with a thread per core each, they would wait for each other.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // engine.local_size))
+    share_cores(engine)
     with refused_together(engine):
         arguments = training_options.parse_arguments(engine, __doc__)
     if not engine.start(arguments):

@@ -1,4 +1,7 @@
-"""Checkpoints of train.py: a folder for each epoch, with what is the same on all ranks and what is each one's own."""
+"""Checkpoints: a folder for each moment, with what is the same on all ranks and what is each one's own.
+
+`write_folder` and `read_folder` serve train.py and train_lm.py alike; `save` and `resume` are train.py's.
+"""
 
 import os
 import pickle
@@ -21,35 +24,60 @@ def write_atomically(path, write):
     os.replace(partial, path)
 
 
-def save(training, settings):
-    """Write this epoch's checkpoint: a folder that counts only once `latest` names it.
+def write_folder(engine, root, name, shared, own, shared_file="model.pt"):
+    """Write a checkpoint: a folder that counts only once `latest` names it; older ones go.
 
-    Rank 0 writes what is the same on all ranks. Each rank writes what is its own: the residuals of its
-    compressors, and the state of its random generator.
+    Args:
+        engine: of train.py; all ranks call this.
+        root: the folder of all checkpoints.
+        name: this one's, `epoch-003`: a word, a hyphen and a number.
+        shared: what is the same on all ranks, with the run's `settings`; rank 0 writes it.
+        own: what is this rank's own; each rank writes it.
+        shared_file: the name of the file with `shared`.
     """
-    engine, root = training.engine, training.arguments.checkpoint
-    folder = root / f"epoch-{training.epoch:03}"
+    folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    own = {"exchange": engine.exchange.state_dict(), "rng": torch.get_rng_state()}
     write_atomically(folder / f"rank-{engine.rank}.pt", lambda file: torch.save(own, file))
     if engine.rank == 0:
-        shared = {
-            "settings": settings,
-            "epoch": training.epoch,
-            "step": training.step,
-            "seconds": training.seconds,
-            "curve": training.curve,
-            "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
-        }
-        write_atomically(folder / "model.pt", lambda file: torch.save(shared, file))
+        write_atomically(folder / shared_file, lambda file: torch.save(shared, file))
     engine.sum([0.0])  # all have written
     if engine.rank == 0:
-        write_atomically(root / "latest", lambda file: file.write(f"{folder.name}\n".encode()))
-        for other in root.glob("epoch-[0-9]*"):
-            if other.name != folder.name:
+        write_atomically(root / "latest", lambda file: file.write(f"{name}\n".encode()))
+        for other in root.glob(f"{name.split('-')[0]}-[0-9]*"):
+            if other.name != name:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def read_folder(engine, root, settings, shared_file="model.pt"):
+    """The (shared, own) of the last checkpoint; CannotResume if there is none, or one of other settings."""
+    if not (root / "latest").is_file():
+        raise CannotResume(f"--resume: there is no checkpoint in {root} (no file {root / 'latest'})")
+    folder = root / (root / "latest").read_text().strip()
+    shared = load_file(folder / shared_file)
+    for name, now in settings.items():
+        then = shared["settings"].get(name)
+        if then != now:
+            raise CannotResume(f"--resume: {root} was written with {name} {then}, this run has {name} {now}")
+    return shared, load_file(folder / f"rank-{engine.rank}.pt")
+
+
+def save(training, settings):
+    """Write this epoch's checkpoint.
+
+    A rank's own are the residuals of its compressors, and the state of its random generator.
+    """
+    own = {"exchange": training.engine.exchange.state_dict(), "rng": torch.get_rng_state()}
+    shared = {
+        "settings": settings,
+        "epoch": training.epoch,
+        "step": training.step,
+        "seconds": training.seconds,
+        "curve": training.curve,
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+    }
+    write_folder(training.engine, training.arguments.checkpoint, f"epoch-{training.epoch:03}", shared, own)
 
 
 def load_file(path):
@@ -61,16 +89,7 @@ def load_file(path):
 
 def resume(training, settings):
     """Bring `training` to where the checkpoint's run was at the end of its last epoch; CannotResume if it cannot."""
-    root = training.arguments.checkpoint
-    if not (root / "latest").is_file():
-        raise CannotResume(f"--resume: there is no checkpoint in {root} (no file {root / 'latest'})")
-    folder = root / (root / "latest").read_text().strip()
-    shared = load_file(folder / "model.pt")
-    for name, now in settings.items():
-        then = shared["settings"].get(name)
-        if then != now:
-            raise CannotResume(f"--resume: {root} was written with {name} {then}, this run has {name} {now}")
-    own = load_file(folder / f"rank-{training.engine.rank}.pt")
+    shared, own = read_folder(training.engine, training.arguments.checkpoint, settings)
     training.model.load_state_dict(shared["model"])
     training.optimizer.load_state_dict(shared["optimizer"])
     training.scaler.load_state_dict(shared["scaler"])

@@ -1,6 +1,7 @@
-"""What train.py needs of an engine, once for each: to start, to wrap the optimizer, to add up and to broadcast.
+"""What train.py and train_lm.py need of an engine, once for each: start, wrap the optimizer, add up, broadcast.
 
-To take gcompress into a training script of your own, look at `wrap` of your engine: an import and one call.
+To take gcompress into a training script of your own, look at `wrap` of your engine, or at `outer` and its
+`carrier`: an import and one call.
 """
 
 import importlib
@@ -18,9 +19,10 @@ class Engine:
     Attributes:
         name: for people.
         install: how to get what it needs.
-        lacks: options of train.py that it has no use for.
+        lacks: options of train.py that it has no use for, and "outer" if it has no outer steps.
         rank, size: this worker and how many there are; local_rank, local_size: of those on this machine.
-        exchange: this worker's side of the exchange, with `report`, `plan` and `state_dict`, once `wrap` was called.
+        exchange: this worker's side of the exchange, with `report`, `plan` and `state_dict`, once `wrap` or `outer`
+            was called.
     """
 
     name, install = "", ""
@@ -34,6 +36,26 @@ class Engine:
     def wrap(self, optimizer, model, compression, arguments):
         """Let gradients be exchanged; returns the optimizer to step and the model to call."""
         raise NotImplementedError
+
+    def outer(self, optimizer, model, compression, arguments):
+        """Let what weights changed by be exchanged every so many steps; returns the optimizer to step."""
+        outer = gcompress.OuterOptimizer(
+            optimizer,
+            model,
+            self.carrier(),
+            compression=compression,
+            every=arguments.every,
+            lr=arguments.outer_learning_rate,
+            momentum=arguments.outer_momentum,
+            fragments=arguments.fragments,
+            delay=arguments.delay,
+        )
+        self.exchange = outer.exchange
+        return outer
+
+    def carrier(self):
+        """The engine that gcompress has for it, which carries what `outer` exchanges."""
+        return self.plugin.engine()
 
     def sum(self, values):
         """The sums over the workers of a list of numbers."""
@@ -152,6 +174,9 @@ class ParameterServers(Engine):
         self.exchange = self.plugin.exchange(optimizer)
         return optimizer, model
 
+    def carrier(self):
+        return self.job
+
     def sum(self, values):
         if self.exchange is None:
             return [sum(numbers) for numbers in zip(*self._workers.allgather(values), strict=True)]
@@ -163,7 +188,7 @@ class ParameterServers(Engine):
 
 class BytePS(Engine):
     name, install = "BytePS", "make engines"
-    lacks = (*Horovod.lacks, "exchange", "momentum_correction", "warmup_steps", "clip", "checkpoint")
+    lacks = (*Horovod.lacks, "exchange", "momentum_correction", "warmup_steps", "clip", "checkpoint", "outer")
 
     def __init__(self):
         self.plugin = importlib.import_module("gcompress.plugins.byteps")

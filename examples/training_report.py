@@ -1,10 +1,23 @@
-"""What train.py shows of a run: byte counts in words, the closing table, the JSON-lines log and the plot."""
+"""What train.py shows of a run: byte counts in words, the closing table, the JSON-lines log and the plot.
+
+Of these train_lm.py takes the words, the bar, the table of bytes, the log and the plot's looks.
+"""
 
 import json
 import math
+import sys
 
+RECORD = {"step", "sent_bytes", "test_accuracy", "compressor"}  # what a line of the log has at least
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "font.size": 10,
+    "axes.axisbelow": True,
+}
 
 
 def in_bytes(count):
@@ -24,6 +37,24 @@ def ratio(whole, part):
     return whole / part if part else math.inf
 
 
+def progress_bar(engine, choice, title, total, done=0):
+    """A tqdm bar on rank 0 if `choice`, of --progress, wants it; else one that shows nothing."""
+    from tqdm import tqdm
+
+    shown = engine.rank == 0 and (choice == "bar" or choice == "auto" and sys.stderr.isatty())
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit="step",
+        disable=not shown,
+        leave=False,
+        # A launcher puts rank and stream before each line, and a line that wraps cannot be redrawn.
+        ncols=110,
+        mininterval=0.5,
+    )
+
+
 def table(record, world_size):
     """The closing table, from the last epoch's record.
 
@@ -31,20 +62,28 @@ def table(record, world_size):
     sends over the network when these run in the usual rings: a payload of an all-gather goes round to each
     of the other N - 1 ranks, an all-reduce sends 2 (N - 1) / N of its tensor. To a server goes what was handed over.
     """
-    steps = max(record["gradient_steps"], 1)
     rows = [
         ("this run", record["sent_bytes"], record["wire_bytes"]),
         ("the same gradients in fp16", record["fp16_bytes"], record["fp32_wire_bytes"] // 2),
         ("the same gradients in fp32", record["fp32_bytes"], record["fp32_wire_bytes"]),
     ]
     per_step = f"{1000 * record['seconds'] / max(record['step'], 1):.0f} ms each"
-    handed_title = f"handed to {record['engine']}"
-    wire_title = f"on the wire, {in_ranks(world_size)}"
     lines = [
         f"compressor     {record['compressor']}",
         f"test accuracy  {100 * record['test_accuracy']:.2f} %",
         f"steps          {record['step']} ({per_step}, {record['seconds']:.1f} s of training)",
         "",
+        *byte_lines(rows, record["gradient_steps"], record["engine"], world_size),
+    ]
+    return "\n".join(lines)
+
+
+def byte_lines(rows, steps, engine, world_size):
+    """A table of (name, bytes handed over, bytes on the wire) with ratios to the first row, in lines."""
+    steps = max(steps, 1)
+    handed_title = f"handed to {engine}"
+    wire_title = f"on the wire, {in_ranks(world_size)}"
+    lines = [
         f"{'bytes of one rank':<28}{handed_title:^32}{wire_title:^32}",
         f"{'':<28}" + f"{'per step':>11}{'in total':>11}{'ratio':>8}  " * 2,
     ]
@@ -56,14 +95,14 @@ def table(record, world_size):
             shown = f"{ratio(count, reference):.1f}x" if reference else "-"
             line += f"{in_bytes(count / steps):>11}{in_bytes(count):>11}{shown:>8}  "
         lines.append(line)
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]
 
 
 class Log:
-    """One JSON object a line: one for each epoch, and a last one with `"final": true`."""
+    """One JSON object a line: one for each record (of train.py: epoch), and a last one with `"final": true`."""
 
     def __init__(self, path, curve):
-        """Begin a new file with the epochs so far, so that a resumed run's log has every epoch once."""
+        """Begin a new file with the records so far, so that a resumed run's log has every one once."""
         self._file = open(path, "w", encoding="utf-8") if path else None
         for record in curve:
             self.write(record)
@@ -78,9 +117,8 @@ class Log:
             self._file.close()
 
 
-def read_log(path):
-    """The epoch records of a log, oldest first. Raises ValueError, naming the file, if it is not one."""
-    needed = {"step", "sent_bytes", "test_accuracy", "compressor"}
+def read_log(path, needed=RECORD, program="train.py"):
+    """The records of a program's log, oldest first. Raises ValueError, naming the file, if it is not one."""
     with open(path, encoding="utf-8") as file:
         try:
             records = [json.loads(line) for line in file if line.strip()]
@@ -89,7 +127,7 @@ def read_log(path):
         except (ValueError, AttributeError, TypeError):
             complete = False
     if not complete:
-        raise ValueError(f"{path}: not a log written by train.py --log-file")
+        raise ValueError(f"{path}: not a log written by {program} --log-file")
     return curve
 
 
@@ -115,6 +153,17 @@ def set_byte_axis(panel, counts):
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
+def looks(number, label):
+    """How the run of a number is drawn."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": "o",
+        "markersize": 4,
+        "linewidth": 2,
+        "label": label,
+    }
+
+
 def plot(path, curves, title):
     """Draw test accuracy against steps and against the bytes that rank 0 handed to the engine.
 
@@ -129,30 +178,30 @@ def plot(path, curves, title):
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
-    with pyplot.rc_context({**style, "font.size": 10, "axes.axisbelow": True}):
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
         by_step, by_bytes = panels
         for number, curve in reversed(list(enumerate(curves))):
             accuracy = [100 * record["test_accuracy"] for record in curve]
             last = curve[-1]
-            looks = {
-                "color": COLOURS[number % len(COLOURS)],
-                "marker": "o",
-                "markersize": 4,
-                "linewidth": 2,
-                "label": f"{last['compressor']}  ({accuracy[-1]:.1f} %, {in_bytes(last['sent_bytes'])})",
-            }
-            by_step.plot([record["step"] for record in curve], accuracy, **looks)
-            by_bytes.plot([record["sent_bytes"] for record in curve], accuracy, **looks)
+            label = f"{last['compressor']}  ({accuracy[-1]:.1f} %, {in_bytes(last['sent_bytes'])})"
+            by_step.plot([record["step"] for record in curve], accuracy, **looks(number, label))
+            by_bytes.plot([record["sent_bytes"] for record in curve], accuracy, **looks(number, label))
         by_step.set(xlabel="steps", ylabel="test accuracy (%)", title="Accuracy by steps")
         by_step.set_xlim(left=0)
         by_step.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         by_bytes.set(xlabel="bytes handed to the engine by rank 0", title="Accuracy by bytes sent")
         set_byte_axis(by_bytes, [record["sent_bytes"] for curve in curves for record in curve])
         by_step.yaxis.set_major_locator(MaxNLocator(nbins=7))
-        handles, labels = by_step.get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", frameon=False, ncols=1)
-        figure.suptitle(title, fontsize=12)
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
+        finish_figure(figure, by_step, path, title)
+
+
+def finish_figure(figure, panel, path, title):
+    """Put the legend of a panel below all, the title above, and write the file."""
+    from matplotlib import pyplot
+
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", frameon=False, ncols=1)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

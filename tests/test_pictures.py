@@ -28,6 +28,7 @@ def load(folder, name):
 
 training_report = load("examples", "training_report")
 split_report = load("examples", "split_report")
+language_report = load("examples", "language_report")
 split_comparison = load("benchmarks", "split_learning")
 
 SENT = {"1 MB": 10**6, "100 MB": 10**8, "200 MB": 2 * 10**8, "2 GB": 2 * 10**9, "1 TB": 10**12}
@@ -46,6 +47,21 @@ def split_curve(total):
     part = {"title": "cnn_fashion, up none, down none"}
     return [
         {"epoch": k, "socket_up": total * k // 20, "socket_down": total * k // 20, "test_top1": 0.08 * k, **part}
+        for k in range(1, 11)
+    ]
+
+
+def language_curve(total, steps=300):
+    """What train_lm.py logs of ten validations."""
+    run = {"title": "outer, polar:rate=0.25,floor=0, every 15 steps"}
+    return [
+        {
+            "step": steps * k // 10,
+            "seconds": steps * k / 100,
+            "wire_bytes": total * k // 10,
+            "validation_loss": 6 - k / 3,
+            **run,
+        }
         for k in range(1, 11)
     ]
 
@@ -91,9 +107,10 @@ def test_labels_of_bytes_stay_apart(drawn, tmp_path, total, fractions):
     totals = [round(total * fraction) for fraction in fractions]
     training_report.plot(tmp_path / "train.png", [training_curve(each) for each in totals], "runs")
     split_report.plot(tmp_path / "split.png", [split_curve(each) for each in totals], "runs")
+    language_report.plot(tmp_path / "lm.png", [language_curve(each) for each in totals], "runs")
     methods = dict(zip(split_comparison.METHODS, [split_curve(each) for each in totals], strict=False))
     split_comparison.plot(tmp_path / "cuts.png", {cut: methods for cut in ("shallow", "medium", "deep")})
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     for figure in drawn:
         assert_readable(figure)
 
@@ -101,6 +118,7 @@ def test_labels_of_bytes_stay_apart(drawn, tmp_path, total, fractions):
 def test_labels_of_many_steps_stay_apart(drawn, tmp_path):
     for steps in (10, 2340, 800_000):
         training_report.plot(tmp_path / "train.png", [training_curve(10**8, steps)], "runs")
+        language_report.plot(tmp_path / "lm.png", [language_curve(10**8, steps)], "runs")
     for figure in drawn:
         assert_readable(figure)
 
@@ -108,7 +126,8 @@ def test_labels_of_many_steps_stay_apart(drawn, tmp_path):
 def test_a_run_that_sent_nothing_is_drawn(drawn, tmp_path):
     """One rank alone has nobody to send to."""
     training_report.plot(tmp_path / "train.png", [training_curve(0)], "runs")
-    assert len(drawn) == 1
+    language_report.plot(tmp_path / "lm.png", [language_curve(0)], "runs")
+    assert len(drawn) == 2
 
 
 WORDS = {0: "0 B", 999: "999 B", 1000: "1 kB", 999_600: "1 MB", 12_345 * 10**12: "12.3 PB", 10**18: "1 EB"}

@@ -12,8 +12,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
+from tests.checkpoint_files import assert_same, checkpoint_files
 from tests.launching import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -66,30 +66,6 @@ def train(*options, ranks=2):
     # fmt: on
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-
-
-def checkpoint_files(folder):
-    """What the last checkpoint holds, by file name."""
-    last = folder / (folder / "latest").read_text().strip()
-    return {path.name: torch.load(path, weights_only=True) for path in sorted(last.glob("*.pt"))}
-
-
-def assert_same(one, other, where="checkpoint"):
-    """Equal to the last bit, in whatever nesting of dicts and lists."""
-    if torch.is_tensor(one):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            # Times differ from run to run.
-            if key != "seconds":
-                assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    else:
-        assert one == other, where
 
 
 @pytest.fixture(scope="module")
