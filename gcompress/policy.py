@@ -72,6 +72,8 @@ class Policy:
             what is remembered is an estimate of the gradient (see feedback.EstimateFeedback).
         feedback_decay: what is left of a residual when the next gradient comes, 0 < feedback_decay <= 1; None: all,
             and between outer steps 0.95 (see gcompress/outer/).
+        mean: what sums over ranks are divided by: "ranks", or, entry by entry, the "senders" that sent it, as
+            SparseLoCo's published code does. That is for sparse compressors, in an all-gather.
         exchange: how ranks come to the mean (see gcompress/exchange/ways.py): "allgather", "twophase",
             "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks. "turns" is for
             outer steps: each piece of a tensor comes from one rank, in every round from another.
@@ -102,12 +104,14 @@ class Policy:
     clip: float | None = None
     warmup_steps: int = 0
     feedback_decay: float | None = None
+    mean: str = "ranks"
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False, "ef21"))
         check_choice("exchange", self.exchange, EXCHANGES)
+        check_choice("mean", self.mean, ("ranks", "senders"))
         check_integer("bucket_bytes", self.bucket_bytes, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
             raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
@@ -125,6 +129,12 @@ class Policy:
         for compressor in self._compressors() if self.exchange == "summed" else ():
             if not compressor.summable:
                 raise ConfigError(f"exchange: got 'summed', expected another one: payloads of {compressor} do not add")
+        for compressor in self._compressors() if self.mean == "senders" else ():
+            if not compressor.sparse or self.exchange not in ("auto", "allgather") or self.error_feedback == "ef21":
+                raise ConfigError(
+                    f"mean: got 'senders' with {compressor}, exchange={self.exchange}, error_feedback="
+                    f"{self.error_feedback}, expected sparse compressors, an all-gather and residuals"
+                )
         if self.exchange == "turns" and (self.error_feedback == "ef21" or self.momentum or self.clip is not None):
             raise ConfigError("exchange: got 'turns', which remembers a residual alone: no ef21, momentum or clip")
         if self.error_feedback in (False, "ef21"):

@@ -22,6 +22,7 @@ COMPRESSIONS = (
     "lowrank:rank=2",
     "threshold:threshold=0.001",
     "polar:rate=1,floor=0; exchange=turns",
+    "topk:sparsity=0.9; mean=senders",
 )
 
 
@@ -159,6 +160,20 @@ def test_a_round_is_that_of_sparse_loco(decay):
             memory.sub_(sent[-1])
         anchor = anchor - sum(sent) / 2
     torch.testing.assert_close(ranks(train, size=2)[0], anchor)
+
+
+def test_the_mean_of_senders_is_over_those_that_sent_an_entry():
+    def train(rank, engine):
+        weight = torch.nn.Parameter(torch.zeros(1024))
+        inner = torch.optim.SGD([weight], lr=1.0)
+        outer = OuterOptimizer(inner, [("w", weight)], engine, "topk:sparsity=0.998; mean=senders", every=1)
+        weight.grad = torch.zeros(1024)
+        weight.grad[[5, 6 + rank]] = torch.tensor([-1.0 - rank, -7.0])
+        outer.step()
+        return weight.detach()
+
+    weight = ranks(train, size=3)[0]
+    assert weight[5:9].tolist() == [2.0, 7.0, 7.0, 7.0] and int((weight != 0).sum()) == 4
 
 
 @pytest.mark.parametrize("fragments", [1, 2])

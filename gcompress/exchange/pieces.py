@@ -117,6 +117,21 @@ def decode_sum(item, rows, out, factor):
     return rest
 
 
+def decode_mean_of_senders(item, rows, out):
+    """Decode to `out` each entry's mean over the ranks whose payload has it; returns what follows in each row."""
+    rest, count, one = [], torch.zeros_like(out), torch.empty_like(out)
+    out.zero_()
+    for rank, row in enumerate(rows):
+        with _from_rank(rank, item.name):
+            size = item.compressor.payload_nbytes(row, item.numel)
+            item.compressor.decode_into(row[:size], one)
+        out.add_(one)
+        count.add_(one != 0)
+        rest.append(row[size:])
+    out.div_(count.clamp_(min=1))
+    return rest
+
+
 @contextlib.contextmanager
 def _from_rank(rank, name):
     """Say whose payload it was that does not fit."""

@@ -186,8 +186,8 @@ def _counted(number, noun):
 
 def choose(policy, compressor, numels, world_size):
     """The exchange for all tensors of one compressor: by its traits, their size, and the number of ranks."""
-    if not compressor.fixed_size:
-        return "allgather"  # the others need to know the sizes of all ranks' payloads
+    if not compressor.fixed_size or policy.mean == "senders":
+        return "allgather"  # the others need to know the sizes of all ranks' payloads, or sum them before they decode
     if policy.exchange != "auto" and (policy.exchange != "summed" or compressor.summable):
         return policy.exchange
     if compressor.summable:

@@ -31,7 +31,7 @@ from ..feedback import NoFeedback, Slice
 from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
-from .pieces import Item, OneByOne
+from .pieces import Item, OneByOne, decode_mean_of_senders
 from .plan import Piece, Plan
 from .summed import sum_over_ranks
 
@@ -82,7 +82,12 @@ class Ways:
             self._exchange.report.add_all_gather(0, 4, world_size)
         gathered = yield "allgather", payload, sizes
         what, places = f"gradients {', '.join(gradients)}", _places(gradients)
-        rows = coder.decode_sum(_rows(gathered, sizes, what), self._factor(), places)
+        rows = _rows(gathered, sizes, what)
+        if self._exchange.policy.mean == "senders":
+            for item in items:
+                rows = decode_mean_of_senders(item, rows, places[item.name])
+        else:
+            rows = coder.decode_sum(rows, self._factor(), places)
         _check_used(rows, what)
         return places
 

@@ -143,6 +143,8 @@ class PushPullExchange(Results):
             raise ConfigError("momentum, clip, warmup_steps: BytePS's C++ compressors have none of them, expected 0")
         if self.policy.exchange == "turns":
             raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
+        if self.policy.mean != "ranks":
+            raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
         if self.policy.error_feedback == "ef21":
             raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
         for name, p in named.items():

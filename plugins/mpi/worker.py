@@ -61,6 +61,8 @@ class Worker(Results):
             )
         if self.policy and self.policy.exchange == "turns":
             raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
+        if self.policy and self.policy.mean != "ranks":
+            raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
         self.job = job
         configuration = {
             **job.settings,
