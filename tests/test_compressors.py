@@ -12,6 +12,7 @@ from gcompress import (
     Entropy,
     Hybrid,
     MaskSparse,
+    PayloadError,
     Quantize,
     RandomK,
     Threshold,
@@ -76,6 +77,57 @@ def test_topk_keeps_exactly_the_largest_and_ties_go_to_the_lowest_index(backend,
         expected = torch.zeros_like(tensor)
         expected[kept] = (tensor + 10)[kept]
         assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
+@pytest.mark.parametrize("sparsity", [0.999, 0.98, 0.9, 0.5, 0.0])
+def test_topk_keeps_the_largest_of_each_chunk(backend, sparsity):
+    ties = torch.randint(-5, 6, (20_003,), generator=torch.Generator().manual_seed(1)).float()
+    for tensor in (gauss(20_003), ties, gauss(20_003).abs().sort().values, torch.zeros(9000), gauss(100), gauss(8192)):
+        for chunk in (64, 1024, 8192):
+            topk = TopK(sparsity=sparsity, chunk=chunk)
+            with backends.use_backend(backend):
+                payload, ctx = topk.compress(tensor)
+                decoded = topk.decompress(payload, ctx)
+            alone = [TopK(sparsity=sparsity).compress(part) for part in tensor.split(chunk)]
+            expected = torch.cat([TopK(sparsity=sparsity).decompress(*each) for each in alone])
+            assert torch.equal(decoded, expected), (tensor.numel(), chunk)
+
+
+def test_places_are_those_of_the_chunks():
+    """The bytes of SparseLoCo: 12 bits of index for each of 64 of 4096."""
+    compressor, tensor = TopK(sparsity=0.984375, chunk=4096, index="places"), gauss(10_000)
+    payload, _ = compressor.compress(tensor)
+    k = 64 + 64 + 28  # of 4096, 4096 and 1808
+    assert payload.numel() == compressor.nbytes(10_000) == 4 * k + 12 * k // 8
+    places = packing.unpack_bits(payload[4 * k :], k, 12)
+    for number, part in enumerate(tensor.split(4096)):
+        of_chunk = places[64 * number :][:64]
+        expected = part.abs().topk(of_chunk.numel()).indices.sort().values
+        assert torch.equal(of_chunk, expected)
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
+def test_places_that_do_not_increase_or_lie_beyond_the_last_chunk_are_refused(backend):
+    compressor, numel = TopK(sparsity=0.96875, chunk=64, index="places"), 64 + 64 + 40  # 2, 2 and 1 are kept
+    values = packing.float_to_bytes(torch.ones(5))
+    for places, fits in (
+        ([3, 7, 0, 63, 39], True),
+        ([7, 3, 0, 63, 39], False),
+        ([3, 7, 5, 5, 39], False),
+        ([3, 7, 0, 63, 40], False),
+        ([62, 63, 0, 1, 0], True),
+    ):
+        payload, out = torch.cat([values, packing.pack_bits(torch.tensor(places), 6)]), torch.zeros(numel)
+        with backends.use_backend(backend):
+            if fits:
+                compressor.decode_into(payload, out)
+                chunks = (0, 0, 64, 64, 128)
+                expected = [chunk + place for chunk, place in zip(chunks, places, strict=True)]
+                assert out.nonzero().view(-1).tolist() == expected
+            else:
+                with pytest.raises(PayloadError):
+                    compressor.decode_into(payload, out)
 
 
 def test_the_smallest_index_coding_is_chosen():
