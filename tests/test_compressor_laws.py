@@ -210,6 +210,8 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("topk:sparsity", "argument=value"),
         ("topk:sparsity=0.9,sparsity=0.8", "once"),
         ("topk:density=0.1", "'density'"),
+        ("binmean:bits=1", "bits: got 1"),
+        ("binmean:range=0", "range: got 0, expected a number from 0.1 to 100"),
         ("topk:index=hash", "index: got 'hash'"),
         ("topk:index=places", "index: got 'places' with chunk=0, expected a chunk with it"),
         ("topk:chunk=100", "chunk: got 100, expected a power of two from 64 to 65536, or 0 for the whole tensor"),

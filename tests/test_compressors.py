@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gcompress import (
+    BinMeans,
     Chain,
     ConfigError,
     Entropy,
@@ -128,6 +129,39 @@ def test_places_that_do_not_increase_or_lie_beyond_the_last_chunk_are_refused(ba
             else:
                 with pytest.raises(PayloadError):
                     compressor.decode_into(payload, out)
+
+
+def published_bins(values, bits=2, deviations=6.0):
+    """Codes and table as the code that goes with SparseLoCo's paper makes them."""
+    bins, shift = 2**bits, values.mean()
+    centred = values - shift
+    codes = (centred / (deviations * centred.norm() / (values.numel() - 1) ** 0.5 / bins) + bins // 2).round()
+    codes = codes.clamp(0, bins - 1).to(torch.int64)
+    sums = torch.zeros(bins).scatter_add(0, codes, centred)
+    return codes, sums / torch.bincount(codes, minlength=bins).clamp(min=1) + shift
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bins_and_their_means_are_those_of_sparseloco(bits):
+    for seed in range(5):
+        values = gauss(16384, seed).pow(3) + 0.1 * seed
+        codes, table = published_bins(values, bits)
+        payload, _ = BinMeans(bits=bits).compress(values)
+        assert torch.equal(packing.unpack_bits(payload[4 * 2**bits :], 16384, bits).to(torch.int64), codes)
+        torch.testing.assert_close(packing.bytes_to_float(payload[: 4 * 2**bits]), table, rtol=1e-5, atol=1e-4)
+
+
+def test_the_coder_of_sparseloco_takes_the_bits_of_its_paper():
+    """12 bits of index and 2 of value for 64 of 4096 entries, and a table of 16 bytes for the tensor."""
+    coder = from_spec("chain:(topk:sparsity=0.984375,chunk=4096,index=places),(binmean:bits=2)")
+    assert coder.nbytes(2**20) == 0.21875 * 2**20 / 8 + 16
+    tensor = gauss()
+    decoded = coder.decompress(*coder.compress(tensor))
+    kept = tensor.view(-1, 4096).abs().topk(64).indices
+    values, found = tensor.view(-1, 4096).gather(1, kept).view(-1), decoded.view(-1, 4096).gather(1, kept).view(-1)
+    codes, table = published_bins(values)
+    torch.testing.assert_close(found, table[codes])
+    assert int((decoded != 0).sum()) == values.numel()
 
 
 def test_the_smallest_index_coding_is_chosen():
