@@ -8,6 +8,7 @@ from .compressors import Compressor, Context, from_dict, from_spec, methods
 from .compressors.binmean import BinMeans
 from .compressors.casts import BF16, FP8, FP16, MXFP4
 from .compressors.combine import Chain, Hybrid
+from .compressors.dct import Dct
 from .compressors.eden import Eden
 from .compressors.entropy import Entropy
 from .compressors.lowrank import LowRank
@@ -50,6 +51,7 @@ __all__ = [
     "ConfigError",
     "ConfigMismatchError",
     "Context",
+    "Dct",
     "Entropy",
     "Eden",
     "ExchangeError",

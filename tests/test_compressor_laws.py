@@ -211,6 +211,7 @@ def test_what_is_not_a_dense_floating_point_tensor_is_refused():
         ("topk:sparsity=0.9,sparsity=0.8", "once"),
         ("topk:density=0.1", "'density'"),
         ("binmean:bits=1", "bits: got 1"),
+        ("dct:size=129", "size: got 129, expected an integer from 2 to 128"),
         ("binmean:range=0", "range: got 0, expected a number from 0.1 to 100"),
         ("topk:index=hash", "index: got 'hash'"),
         ("topk:index=places", "index: got 'places' with chunk=0, expected a chunk with it"),
