@@ -86,11 +86,12 @@ class Run:
     """One method's training on one rank."""
 
     def __init__(self, arguments, text, method, every, seed):
-        import gcompress
         import gcompress.plugins.ddp as plugin
-        import language_model
         import torch
         import torch.distributed as dist
+
+        import gcompress
+        import language_model
 
         self.arguments, self.text, self.method, self.every, self.seed = arguments, text, method, every, seed
         self.rank, self.size, self.losses = dist.get_rank(), dist.get_world_size(), []
@@ -106,20 +107,18 @@ class Run:
             options = {"lr": 0.7, "momentum": 0.9} if method == "diloco-nesterov" else {}
             policy = None if method.startswith("diloco") else method
             engine = plugin.engine()
-            self.optimizer = gcompress.OuterOptimizer(
-                self.inner, self.model, engine, policy, every=every, **options
-            )
+            self.optimizer = gcompress.OuterOptimizer(self.inner, self.model, engine, policy, every=every, **options)
             self.exchange = self.optimizer.exchange
 
     def step(self, number, steps):
         """One step, with a warm-up of the learning rate and a cosine after it."""
         import language_data
         import language_model
-        from language_training import learning_rate
+        from image_training import learning_rate
 
         arguments = self.arguments
         for group in self.inner.param_groups:
-            group["lr"] = learning_rate(2e-3, number, steps)
+            group["lr"] = learning_rate(number, steps, 2e-3)
         context = self.model.shape.context
         batch = language_data.training_batch(self.text, context, arguments.batch, self.seed, self.rank, number)
         self.inner.zero_grad()
@@ -127,10 +126,11 @@ class Run:
         self.optimizer.step()
 
     def validate(self):
-        import language_data
-        import language_model
         import torch
         import torch.distributed as dist
+
+        import language_data
+        import language_model
 
         share = language_data.validation_share(self.text, self.model.shape.context, 512, self.rank, self.size)
         with torch.no_grad():
@@ -144,11 +144,10 @@ class Run:
         from language_model import numel
 
         steps = max(self.arguments.steps, 8 * self.every)
+        seldom = self.every * max(1, steps // self.every // 20)  # about 20 times, each right after an exchange
         for number in range(steps):
             self.step(number, steps)
-            if (number + 1) % max(self.every, steps // 20) < (1 if self.every > steps // 20 else self.every) and (
-                number + 1
-            ) % self.every == 0:
+            if (number + 1) % seldom == 0:
                 self.validate()
         if self.method not in PLAIN:
             self.optimizer.finish()
@@ -192,10 +191,11 @@ class Run:
 def rank(arguments):
     import datetime
 
-    import language_data
-    import language_model
     import torch
     import torch.distributed as dist
+
+    import language_data
+    import language_model
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))

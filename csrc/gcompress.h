@@ -21,7 +21,7 @@ enum {
 };
 
 enum { GC_FP16 = 0, GC_FP8 = 1, GC_MXFP4 = 2 };
-enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2 };
+enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2, GC_INDEX_PLACES = 3 };
 
 // What an encoder remembers (error feedback): it encodes x + residual and writes to `fresh` what the payload loses of it.
 typedef struct {

@@ -5,8 +5,10 @@ Compressors are frozen values, `MaskSparse(sparsity=0.99, bits=2)`, with `compre
 """
 
 from .compressors import Compressor, Context, from_dict, from_spec, methods
+from .compressors.binmean import BinMeans
 from .compressors.casts import BF16, FP8, FP16, MXFP4
 from .compressors.combine import Chain, Hybrid
+from .compressors.dct import Dct
 from .compressors.eden import Eden
 from .compressors.entropy import Entropy
 from .compressors.lowrank import LowRank
@@ -44,11 +46,13 @@ __all__ = [
     "FP8",
     "MXFP4",
     "QSGD",
+    "BinMeans",
     "Chain",
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
     "Context",
+    "Dct",
     "DeMo",
     "Entropy",
     "Eden",

@@ -49,10 +49,11 @@ def check_bucket(value, multiple):
         raise ConfigError(f"bucket: got {value!r}, expected a multiple of {multiple}, or 0 for the whole tensor")
 
 
-def check_power_of_two(argument, value, low, high):
-    """ConfigError unless value is a power of two from `low` to `high`, which are such."""
-    if type(value) is not int or not low <= value <= high or value & (value - 1):
-        raise ConfigError(f"{argument}: got {shown(value)}, expected a power of two from {low} to {high}")
+def check_power_of_two(argument, value, low, high, zero=None):
+    """ConfigError unless value is a power of two in [low, high], which are such; zero: what 0 is for, if allowed."""
+    if type(value) is not int or not (low <= value <= high or (zero and value == 0)) or value & (value - 1):
+        besides = f", or 0 for {zero}" if zero else ""
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a power of two from {low} to {high}{besides}")
 
 
 def check_choice(argument, value, choices):

@@ -11,6 +11,7 @@ collect_ignore = ["byteps_workers.py", "elastic_ranks.py", "mpi_ranks.py", "prom
 # What `make check` runs: seconds each, in one process, and together what most changes break.
 FAST = (
     "test_compressors",
+    "test_dct",
     "test_documents",
     "test_engine",
     "test_feedback",

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from gcompress import (
+    BinMeans,
     Chain,
     ConfigError,
     Entropy,
     Hybrid,
     MaskSparse,
+    PayloadError,
     Quantize,
     RandomK,
     Threshold,
@@ -76,6 +78,90 @@ def test_topk_keeps_exactly_the_largest_and_ties_go_to_the_lowest_index(backend,
         expected = torch.zeros_like(tensor)
         expected[kept] = (tensor + 10)[kept]
         assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
+@pytest.mark.parametrize("sparsity", [0.999, 0.98, 0.9, 0.5, 0.0])
+def test_topk_keeps_the_largest_of_each_chunk(backend, sparsity):
+    ties = torch.randint(-5, 6, (20_003,), generator=torch.Generator().manual_seed(1)).float()
+    for tensor in (gauss(20_003), ties, gauss(20_003).abs().sort().values, torch.zeros(9000), gauss(100), gauss(8192)):
+        for chunk in (64, 1024, 8192):
+            topk = TopK(sparsity=sparsity, chunk=chunk)
+            with backends.use_backend(backend):
+                payload, ctx = topk.compress(tensor)
+                decoded = topk.decompress(payload, ctx)
+            alone = [TopK(sparsity=sparsity).compress(part) for part in tensor.split(chunk)]
+            expected = torch.cat([TopK(sparsity=sparsity).decompress(*each) for each in alone])
+            assert torch.equal(decoded, expected), (tensor.numel(), chunk)
+
+
+def test_places_are_those_of_the_chunks():
+    """The bytes of SparseLoCo: 12 bits of index for each of 64 of 4096."""
+    compressor, tensor = TopK(sparsity=0.984375, chunk=4096, index="places"), gauss(10_000)
+    payload, _ = compressor.compress(tensor)
+    k = 64 + 64 + 28  # of 4096, 4096 and 1808
+    assert payload.numel() == compressor.nbytes(10_000) == 4 * k + 12 * k // 8
+    places = packing.unpack_bits(payload[4 * k :], k, 12)
+    for number, part in enumerate(tensor.split(4096)):
+        of_chunk = places[64 * number :][:64]
+        expected = part.abs().topk(of_chunk.numel()).indices.sort().values
+        assert torch.equal(of_chunk, expected)
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
+def test_places_that_do_not_increase_or_lie_beyond_the_last_chunk_are_refused(backend):
+    compressor, numel = TopK(sparsity=0.96875, chunk=64, index="places"), 64 + 64 + 40  # 2, 2 and 1 are kept
+    values = packing.float_to_bytes(torch.ones(5))
+    for places, fits in (
+        ([3, 7, 0, 63, 39], True),
+        ([7, 3, 0, 63, 39], False),
+        ([3, 7, 5, 5, 39], False),
+        ([3, 7, 0, 63, 40], False),
+        ([62, 63, 0, 1, 0], True),
+    ):
+        payload, out = torch.cat([values, packing.pack_bits(torch.tensor(places), 6)]), torch.zeros(numel)
+        with backends.use_backend(backend):
+            if fits:
+                compressor.decode_into(payload, out)
+                chunks = (0, 0, 64, 64, 128)
+                expected = [chunk + place for chunk, place in zip(chunks, places, strict=True)]
+                assert out.nonzero().view(-1).tolist() == expected
+            else:
+                with pytest.raises(PayloadError):
+                    compressor.decode_into(payload, out)
+
+
+def published_bins(values, bits=2, deviations=6.0):
+    """Codes and table as the code that goes with SparseLoCo's paper makes them."""
+    bins, shift = 2**bits, values.mean()
+    centred = values - shift
+    codes = (centred / (deviations * centred.norm() / (values.numel() - 1) ** 0.5 / bins) + bins // 2).round()
+    codes = codes.clamp(0, bins - 1).to(torch.int64)
+    sums = torch.zeros(bins).scatter_add(0, codes, centred)
+    return codes, sums / torch.bincount(codes, minlength=bins).clamp(min=1) + shift
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bins_and_their_means_are_those_of_sparseloco(bits):
+    for seed in range(5):
+        values = gauss(16384, seed).pow(3) + 0.1 * seed
+        codes, table = published_bins(values, bits)
+        payload, _ = BinMeans(bits=bits).compress(values)
+        assert torch.equal(packing.unpack_bits(payload[4 * 2**bits :], 16384, bits).to(torch.int64), codes)
+        torch.testing.assert_close(packing.bytes_to_float(payload[: 4 * 2**bits]), table, rtol=1e-5, atol=1e-4)
+
+
+def test_the_coder_of_sparseloco_takes_the_bits_of_its_paper():
+    """12 bits of index and 2 of value for 64 of 4096 entries, and a table of 16 bytes for the tensor."""
+    coder = from_spec("chain:(topk:sparsity=0.984375,chunk=4096,index=places),(binmean:bits=2)")
+    assert coder.nbytes(2**20) == 0.21875 * 2**20 / 8 + 16
+    tensor = gauss()
+    decoded = coder.decompress(*coder.compress(tensor))
+    kept = tensor.view(-1, 4096).abs().topk(64).indices
+    values, found = tensor.view(-1, 4096).gather(1, kept).view(-1), decoded.view(-1, 4096).gather(1, kept).view(-1)
+    codes, table = published_bins(values)
+    torch.testing.assert_close(found, table[codes])
+    assert int((decoded != 0).sum()) == values.numel()
 
 
 def test_the_smallest_index_coding_is_chosen():

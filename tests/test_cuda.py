@@ -233,6 +233,8 @@ QUICK_SPECS = [
     "topk:sparsity=0.9,index=fixed",
     "topk:sparsity=0.9,index=bitmap",
     "topk:sparsity=0.5,index=gaps",
+    "topk:sparsity=0.5,index=places,chunk=8192",
+    "topk:sparsity=0.5,index=bitmap,chunk=8192",
     "threshold:threshold=0.3,relative=true",
     "mask:sparsity=0.9,bits=2",
     "mask:sparsity=0.9,bits=6,levels=lloyd",

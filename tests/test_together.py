@@ -14,7 +14,7 @@ from tests.local_ranks import World, run_ranks
 
 ISAS = backends.available_backends()[1:]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
-ONE_CALL = {"quantize", "sign", "onebit", "bf16", "fp16", "fp8", "mxfp4", "qsgd", "natural", "ternary", "topk", "mask"}
+ONE_CALL = set("quantize binmean sign onebit bf16 fp16 fp8 mxfp4 qsgd natural ternary topk mask".split())
 RANKS = 3
 
 

@@ -52,6 +52,30 @@ GC_HOT void keys_64(const float* x, uint32_t* keys) {
     for (int j = 0; j < 64; ++j) keys[j] = key_of<is_signed>(x[j]);  // vectorised
 }
 
+// The keys of at least `bound`, which is at least 1, to `keys`; returns how many, or -1 where there is no room.
+template <bool is_signed>
+GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t n, uint32_t* keys, int64_t capacity) {
+    int64_t found = 0;
+    uint32_t block[64];
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t count = min64(64, n - i);
+        uint64_t mask;
+        if (count == 64) {
+            keys_64<is_signed>(x + i, block);
+            mask = at_least_64(block, bound);
+        } else {
+            mask = 0;
+            for (int64_t j = 0; j < count; ++j) {
+                block[j] = key_of<is_signed>(x[i + j]);
+                mask |= (uint64_t)(block[j] >= bound) << j;
+            }
+        }
+        if (found + 64 > capacity) return -1;
+        for (; mask; mask &= mask - 1) keys[found++] = block[__builtin_ctzll(mask)];
+    }
+    return found;
+}
+
 // A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the
 // exact selection looks at them alone. When the sample misled (too few or too many reach
 // the bound), or n is small, the selection looks at everything: same result, slower.
@@ -72,26 +96,45 @@ Selection select_largest(const float* x, int64_t n, int64_t k, uint32_t* workspa
     const uint32_t bound = radix_select(StoredKeys{workspace}, sample, sample_rank).threshold;
     if (bound == 0) return radix_select(all, n, k);
 
-    int64_t found = 0;
-    uint32_t keys[64];
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t count = min64(64, n - i);
-        uint64_t mask;
-        if (count == 64) {
-            keys_64<is_signed>(x + i, keys);
-            mask = at_least_64(keys, bound);
-        } else {
-            mask = 0;
-            for (int64_t j = 0; j < count; ++j) {
-                keys[j] = all(i + j);
-                mask |= (uint64_t)(keys[j] >= bound) << j;
-            }
-        }
-        if (found + 64 > capacity) return radix_select(all, n, k);
-        for (; mask; mask &= mask - 1) workspace[found++] = keys[__builtin_ctzll(mask)];
-    }
+    const int64_t found = keys_from<is_signed>(bound, x, n, workspace, capacity);
     if (found < k) return radix_select(all, n, k);
     return radix_select(StoredKeys{workspace}, found, k);
+}
+
+// The selection of k of n stored keys, bit by bit: for so few that a histogram would take longer.
+inline Selection bit_select(const uint32_t* keys, int64_t n, int64_t k) {
+    uint32_t threshold = 0;
+    int32_t above = 0;
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
+        const int32_t bound = (int32_t)(threshold | bit);
+        int32_t reached = 0;
+        for (int64_t i = 0; i < n; ++i) reached += (int32_t)keys[i] >= bound;  // vectorised
+        if (reached >= k)
+            threshold = (uint32_t)bound;
+        else
+            above = reached;  // of the least bound that fewer than k reach, in the end the one above the threshold
+    }
+    return Selection{threshold, k - above};
+}
+
+// The k largest of a chunk. Where many are dropped: of as many maxima as are at least 2 k, each of entries of its own, k
+// reach the k-th largest, so that no other entry is among the k largest than those that reach it. `workspace` holds
+// 2 n + 64 words.
+inline Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t* workspace) {
+    int64_t width = n;
+    while (width / 2 >= 2 * k && width >= 128) width /= 2;
+    for (int64_t i = 0; i < width; ++i) workspace[i] = key_of<true>(x[i]);  // vectorised
+    for (int64_t first = width; first + width <= n; first += width)
+        for (int64_t i = 0; i < width; ++i) {  // vectorised
+            const int32_t key = (int32_t)key_of<true>(x[first + i]), largest = (int32_t)workspace[i];
+            workspace[i] = (uint32_t)(key > largest ? key : largest);
+        }
+    const Selection selection = bit_select(workspace, width, k);
+    if (width == n) return selection;
+    uint32_t* keys = workspace + width;
+    const uint32_t bound = selection.threshold > 0 ? selection.threshold : 1;
+    const int64_t found = keys_from<true>(bound, x, n, keys, n + 64);
+    return found < k ? Selection{0, k - found} : bit_select(keys, found, k);
 }
 
 // The kept entries of one block of up to 64 keys, as a bit mask; counts the ties down.

@@ -46,6 +46,18 @@ struct LaneSum {
         add_four_products(left + 8, right + 8, &c);
         add_four_products(left + 12, right + 12, &d);
     }
+    // Add 16 terms that are doubles.
+    void add_doubles(const double* terms) {
+        FourDoubles four;
+        memcpy(&four, terms, sizeof four);
+        a += four;
+        memcpy(&four, terms + 4, sizeof four);
+        b += four;
+        memcpy(&four, terms + 8, sizeof four);
+        c += four;
+        memcpy(&four, terms + 12, sizeof four);
+        d += four;
+    }
     double folded() const {
         const FourDoubles four = (a + c) + (b + d);
         double lane[4];

@@ -1,4 +1,4 @@
-// TopK: the largest entries and three codings of their indices (gcompress/compressors/topk.py).
+// TopK: the largest entries, of all or of each chunk, and four codings of their indices (gcompress/compressors/topk.py).
 #ifndef GCOMPRESS_CPU_TOPK_H
 #define GCOMPRESS_CPU_TOPK_H
 
@@ -38,43 +38,66 @@ struct BitReader {
 
 inline int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
-void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width, uint8_t* payload) {
-    uint8_t* values = payload;
-    uint8_t* index = payload + 4 * k;
-    BitWriter low = {index, 0, 0};
-    uint8_t* high = index + bytes_of_bits(k * width);
-    if (form == GC_INDEX_GAPS) memset(high, 0, (size_t)bytes_of_bits(k + ((n - 1) >> width)));
-    const uint64_t low_mask = (1ull << width) - 1;
-    uint32_t keys[64] = {0};
-    int64_t written = 0;
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t block = min64(64, n - i);
-        if (block == 64)
-            keys_64<true>(x + i, keys);
-        else
-            for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x[i + j]);
-        uint64_t kept = kept_of_block(keys, block, &selection);
-        if (form == GC_INDEX_BITMAP) memcpy(index + i / 8, &kept, (size_t)bytes_of_bits(block));
-        for (; kept; kept &= kept - 1, ++written) {
-            const int64_t entry = i + __builtin_ctzll(kept);
-            store<float>(values + 4 * written, x[entry]);
-            if (form == GC_INDEX_FIXED) {
-                low.put((uint64_t)entry, width);
-            } else if (form == GC_INDEX_GAPS) {
-                low.put((uint64_t)entry & low_mask, width);
-                const int64_t position = (entry >> width) + written;
-                high[position >> 3] |= (uint8_t)(1u << (position & 7));
+// Writes a payload: the kept entries of one stretch after the other.
+class KeptWriter {
+public:
+    KeptWriter(const float* x, int64_t n, int64_t k, int form, int width, uint8_t* payload)
+        : x_(x),
+          form_(form),
+          width_(width),
+          values_(payload),
+          index_(payload + 4 * k),
+          high_(index_ + bytes_of_bits(k * width)),
+          low_({index_, 0, 0}),
+          written_(0) {
+        if (form == GC_INDEX_GAPS) memset(high_, 0, (size_t)bytes_of_bits(k + ((n - 1) >> width)));
+    }
+    // Those of the entries from `first`, a multiple of 64, to `end`.
+    void put(int64_t first, int64_t end, Selection selection) {
+        const uint64_t low_mask = (1ull << width_) - 1;
+        uint32_t keys[64] = {0};
+        for (int64_t i = first; i < end; i += 64) {
+            const int64_t block = min64(64, end - i);
+            if (block == 64)
+                keys_64<true>(x_ + i, keys);
+            else
+                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x_[i + j]);
+            uint64_t kept = kept_of_block(keys, block, &selection);
+            if (form_ == GC_INDEX_BITMAP) memcpy(index_ + i / 8, &kept, (size_t)bytes_of_bits(block));
+            for (; kept; kept &= kept - 1, ++written_) {
+                const int64_t entry = i + __builtin_ctzll(kept);
+                store<float>(values_ + 4 * written_, x_[entry]);
+                if (form_ != GC_INDEX_BITMAP) low_.put((uint64_t)entry & low_mask, width_);
+                if (form_ == GC_INDEX_GAPS) {
+                    const int64_t position = (entry >> width_) + written_;
+                    high_[position >> 3] |= (uint8_t)(1u << (position & 7));
+                }
             }
         }
     }
-    if (form != GC_INDEX_BITMAP) low.finish();
+    void finish() {
+        if (form_ != GC_INDEX_BITMAP) low_.finish();
+    }
+
+private:
+    const float* x_;
+    int form_, width_;
+    uint8_t *values_, *index_, *high_;
+    BitWriter low_;
+    int64_t written_;
+};
+
+void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width, uint8_t* payload) {
+    KeptWriter writer(x, n, k, form, width, payload);
+    writer.put(0, n, selection);
+    writer.finish();
 }
 
 // The entries that a payload keeps, in order.
 class KeptEntries {
 public:
     KeptEntries() {}
-    KeptEntries(const uint8_t* payload, int64_t n, int64_t k, int form, int width)
+    KeptEntries(const uint8_t* payload, int64_t n, int64_t k, int form, int width, int64_t kept)
         : entry(0),
           error_(GC_OK),
           values_(payload),
@@ -83,6 +106,9 @@ public:
           taken_(0),
           form_(form),
           width_(width),
+          kept_(kept),
+          left_(kept),
+          chunk_(0),
           low_({payload + 4 * k, payload + 4 * k + bytes_of_bits(k * width), 0, 0}),
           bitmap_(form == GC_INDEX_GAPS ? low_.end : payload + 4 * k),
           bytes_(bytes_of_bits(form == GC_INDEX_GAPS ? k + ((n - 1) >> width) : n)),
@@ -101,6 +127,7 @@ private:
     const uint8_t* values_;
     int64_t end_, k_, taken_;
     int form_, width_;
+    int64_t kept_, left_, chunk_;  // of places: entries kept of a chunk, those to come of this one, where it begins
     BitReader low_;
     const uint8_t* bitmap_;
     int64_t bytes_, read_;
@@ -115,6 +142,13 @@ private:
         if (form_ == GC_INDEX_FIXED) {
             if (taken_ == k_) return stop(GC_OK);
             entry = (int64_t)low_.get(width_);
+        } else if (form_ == GC_INDEX_PLACES) {
+            if (taken_ == k_) return stop(GC_OK);
+            entry = chunk_ + (int64_t)low_.get(width_);
+            if (--left_ == 0) {
+                left_ = kept_;
+                chunk_ += (int64_t)1 << width_;
+            }
         } else {  // a bitmap of the kept entries is the gap form with no low bits and no shift by the rank
             while (!word_) {
                 if (read_ >= bytes_) return stop(GC_OK);
@@ -132,6 +166,11 @@ private:
     }
 };
 
+// Clear in `fresh` what a payload keeps, which is exact.
+inline void clear_kept(gc_memory* memory, KeptEntries kept, int64_t n) {
+    for (; kept.entry < n; kept.next()) memory->fresh[kept.entry] = 0.0f;
+}
+
 void topk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
                  int64_t capacity, uint8_t* payload) {
     const float* source = x;
@@ -140,9 +179,23 @@ void topk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int fo
         correct_all(memory, x, n);
     }
     encode_selected(source, n, k, select_largest<true>(source, n, k, workspace, capacity), form, width, payload);
-    if (memory)  // what is sent is exact
-        for (KeptEntries kept(payload, n, k, form, width); kept.entry < n; kept.next())
-            memory->fresh[kept.entry] = 0.0f;
+    if (memory) clear_kept(memory, KeptEntries(payload, n, k, form, width, 0), n);
+}
+
+void chunk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int64_t chunk, int64_t kept, int form,
+                  int width, uint32_t* workspace, int64_t, uint8_t* payload) {
+    const float* source = x;
+    if (memory) {
+        source = memory->fresh;
+        correct_all(memory, x, n);
+    }
+    KeptWriter writer(source, n, k, form, width, payload);
+    for (int64_t first = 0, left = k; first < n; first += chunk, left -= kept) {
+        const int64_t end = min64(n, first + chunk);
+        writer.put(first, end, select_of_chunk(source + first, end - first, end < n ? kept : left, workspace));
+    }
+    writer.finish();
+    if (memory) clear_kept(memory, KeptEntries(payload, n, k, form, width, kept), n);
 }
 
 // Threshold (gcompress/compressors/threshold.py): the largest key, how many reach `key`, and those k.
@@ -179,19 +232,20 @@ void hybrid_merge(const float* outliers, int64_t n, float* rest) {
     for (int64_t i = 0; i < n; ++i) rest[i] = outliers[i] == 0.0f ? rest[i] : outliers[i];  // vectorised
 }
 
-int topk_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int form, int width, int add,
-                float* out) {
-    KeptEntries kept[1 + GC_MOST_MORE];
-    kept[0] = KeptEntries(payload, n, k, form, width);
-    for (int64_t r = 0; more && r < more->count; ++r) kept[r + 1] = KeptEntries(more->payloads[r], n, k, form, width);
+int topk_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int form, int width, int64_t kept,
+                int add, float* out) {
+    KeptEntries entries[1 + GC_MOST_MORE];
+    entries[0] = KeptEntries(payload, n, k, form, width, kept);
+    for (int64_t r = 0; more && r < more->count; ++r)
+        entries[r + 1] = KeptEntries(more->payloads[r], n, k, form, width, kept);
     const auto decode = [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
         if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
-        KeptEntries one = kept[r];  // in registers
+        KeptEntries one = entries[r];  // in registers
         for (; one.entry < end; one.next()) {
             float* place = target + (one.entry - first);
             *place = adds ? *place + one.value() : one.value();
         }
-        kept[r] = one;
+        entries[r] = one;
         return end < n ? (int)GC_OK : one.error();
     };
     // A stretch is still in the cache when its entries come. Where there are hardly any, clearing all at once is faster.

@@ -4,8 +4,6 @@
 
 namespace {
 
-enum { FIRST_BITS = 11, NEXT_BITS = 10, MOST_DIGITS = 1 << FIRST_BITS };
-
 // A count of digits; equal neighbours of one thread are added at once, since zeros come in masses.
 struct Digits {
     uint32_t* histogram;
@@ -25,14 +23,6 @@ struct Digits {
     }
 };
 
-struct HistogramShared {
-    uint32_t counts[MOST_DIGITS];
-};
-
-GC_INLINE void clear(HistogramShared* shared) {
-    for (int digit = (int)threadIdx.x; digit < MOST_DIGITS; digit += THREADS) shared->counts[digit] = 0;
-    __syncthreads();
-}
 GC_INLINE void publish(HistogramShared* shared, uint32_t* histogram) {
     __syncthreads();
     for (int digit = (int)threadIdx.x; digit < MOST_DIGITS; digit += THREADS)
@@ -64,25 +54,10 @@ GC_KERNEL(select_histogram)(const float* x, const float* residual, int64_t n, in
 }
 GC_REGISTER(select_histogram)
 
-// The digit of the k-th largest key: from the top, the first with which k entries are reached. One block; leaves a
-// clear histogram. `k`: 0 for all digits but the first.
+// The next digit of the k-th largest key, by one block.
 GC_KERNEL(select_digit)(uint32_t* histogram, int64_t bits, int64_t k, Selection* selection) {
     GC_SHARED(ScanShared, scan);
-    const int digits = 1 << bits, each = digits / THREADS, top = digits - 1 - each * (int)threadIdx.x;
-    const int64_t wanted = k ? k : selection->ties;
-    const uint32_t prefix = k ? 0 : selection->key;
-    uint32_t own = 0, total;
-    for (int i = 0; i < each; ++i) own += histogram[top - i];
-    int64_t above = scanned(own, &scan, &total);  // behind its barriers all have read the selection
-    for (int i = 0; i < each; ++i) {
-        const uint32_t here = histogram[top - i];
-        if (above < wanted && wanted <= above + here) {
-            selection->key = prefix << bits | (uint32_t)(top - i);
-            selection->ties = wanted - above;
-        }
-        above += here;
-        histogram[top - i] = 0;
-    }
+    take_digit(histogram, (int)bits, k, &scan, selection);
 }
 GC_REGISTER(select_digit)
 

@@ -13,6 +13,7 @@
 namespace {
 
 enum { TILE_WORDS = TILE / 32, ROUNDS = TILE / THREADS };
+enum { FIRST_BITS = 11, NEXT_BITS = 10, MOST_DIGITS = 1 << FIRST_BITS };  // of a key's digits
 
 // Which entries are kept: all with a key above `key`, and the first `ties` equal to it. While digits are being found
 // `key` is those found so far.
@@ -21,6 +22,59 @@ struct Selection {
     int64_t ties;   // of all tiles
     int64_t total;  // entries kept, once tiles are counted
 };
+
+struct HistogramShared {
+    uint32_t counts[MOST_DIGITS];
+};
+
+GC_INLINE void clear(HistogramShared* shared) {
+    for (int digit = (int)threadIdx.x; digit < MOST_DIGITS; digit += THREADS) shared->counts[digit] = 0;
+    __syncthreads();
+}
+
+// The next digit of the k-th largest key: from the top, the first with which k entries are reached. A block calls it; it
+// leaves a clear histogram. `k`: 0 for all digits but the first.
+GC_INLINE void take_digit(uint32_t* histogram, int bits, int64_t k, ScanShared* scan, Selection* selection) {
+    const int digits = 1 << bits, each = digits / THREADS, top = digits - 1 - each * (int)threadIdx.x;
+    const int64_t wanted = k ? k : selection->ties;
+    const uint32_t prefix = k ? 0 : selection->key;
+    uint32_t own = 0, total;
+    for (int i = 0; i < each; ++i) own += histogram[top - i];
+    int64_t above = scanned(own, scan, &total);  // behind its barriers all have read the selection
+    for (int i = 0; i < each; ++i) {
+        const uint32_t here = histogram[top - i];
+        if (above < wanted && wanted <= above + here) {
+            selection->key = prefix << bits | (uint32_t)(top - i);
+            selection->ties = wanted - above;
+        }
+        above += here;
+        histogram[top - i] = 0;
+    }
+}
+
+struct SelectShared {
+    HistogramShared histogram;
+    ScanShared scan;
+    Selection selection;
+};
+
+// The selection of the k largest of `count` keys, by one block.
+template <class KeyAt>
+GC_INLINE void select_in_block(const KeyAt& key_at, int count, int64_t k, SelectShared* shared) {
+    clear(&shared->histogram);
+    for (int digit = 0, shift = 31 - FIRST_BITS; digit < 3; ++digit, shift -= NEXT_BITS) {
+        const int bits = digit == 0 ? FIRST_BITS : NEXT_BITS;
+        const uint32_t prefix = digit == 0 ? 0 : shared->selection.key;
+        for (int place = (int)threadIdx.x; place < count; place += THREADS) {
+            const uint32_t key = key_at(place);
+            if (key >> (shift + bits) == prefix)
+                atomicAdd(shared->histogram.counts + (key >> shift & ((1u << bits) - 1)), 1u);
+        }
+        __syncthreads();
+        take_digit(shared->histogram.counts, bits, digit == 0 ? k : 0, &shared->scan, &shared->selection);
+        __syncthreads();
+    }
+}
 
 // Survivors of a tile, or all of its entries where `list` is null, in the order of their indices.
 struct Candidates {

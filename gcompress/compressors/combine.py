@@ -69,6 +69,7 @@ class Chain(_Combination):
         "chain:(mask:sparsity=0.9,bits=2),(quantize:bits=8,bucket=0)",
         "chain:(quantize:bits=4,bucket=64),(quantize:bits=8)",
         "chain:(randomk:sparsity=0.9,unbiased=true),(quantize:bits=2,rounding=stochastic)",
+        "chain:(topk:sparsity=0.984375,index=places,chunk=4096),(binmean:bits=2)",
     )
     kernels: ClassVar[tuple] = ()
     parts: ClassVar[tuple] = ("first", "then")

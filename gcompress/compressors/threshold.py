@@ -116,7 +116,7 @@ class Threshold(Compressor):
             return 0
         form, width, _ = index_layout(out.numel(), k)
         return kernels.topk_decode(
-            payload.data_ptr() + 4, out.numel(), k, FORMS.index(form), width, add, out.data_ptr()
+            payload.data_ptr() + 4, out.numel(), k, FORMS.index(form), width, 0, add, out.data_ptr()
         )
 
     def _encode_reference(self, values, seed):

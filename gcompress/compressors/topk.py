@@ -1,11 +1,13 @@
 """The largest entries by magnitude, with whichever index coding is smallest.
 
-Sparsified SGD with memory (Stich et al., arXiv 1809.07599). For n entries, k kept and w
-low bits, the sizes n and k decide among three codings of the index, all of fixed size:
+Sparsified SGD with memory (Stich et al., arXiv 1809.07599). Chosen in every chunk for itself
+where there are chunks, as SparseLoCo does (Sarfi et al., arXiv 2508.15706). For n entries, k
+kept and w low bits, the sizes n and k decide among these codings of the index, all of fixed size:
     bitmap   ceil(n / 8)
     fixed    ceil(k ceil(log2 n) / 8)
     gaps     ceil(k w / 8) + ceil((k + (n - 1 >> w)) / 8), Elias-Fano (Elias 1974): within
              half a bit an index of the entropy of a random choice
+    places   ceil(k log2(chunk) / 8), where in its chunk each entry is; with chunks only
 
 Bytes: 4 k (values, float32, in index order) + the index.
 """
@@ -18,30 +20,34 @@ import torch
 
 from .. import packing
 from ..backends.gpu.plans import THREADS, TILE, ceil_div, device_kernel
-from ..checks import check_choice, check_sparsity
+from ..checks import check_choice, check_power_of_two, check_sparsity
 from ..errors import ConfigError, PayloadError
-from .base import Compressor, Section, kept_count, selection_workspace
+from .base import Compressor, Section, kept_count, selection_words
 
-FORMS = ("bitmap", "fixed", "gaps")
-BITMAP, FIXED, GAPS = range(3)
+FORMS = ("bitmap", "fixed", "gaps", "places")
+BITMAP, FIXED, GAPS, PLACES = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Compressor):
-    """The largest entries by magnitude, exactly, and the smallest of three codings of their index; the rest is zero.
+    """The largest entries by magnitude, exactly, and the smallest of some codings of their index; the rest is zero.
 
-    It keeps k = max(1, round(n (1 - sparsity))) of n.
+    It keeps k = max(1, round(n (1 - sparsity))) of n, or so many of the n entries of each chunk.
 
     Args:
         sparsity: fraction set to zero, 0 <= sparsity < 1.
-        index: "auto" (the smallest), "bitmap", "fixed" or "gaps".
+        index: "auto" (the smallest), "bitmap", "fixed", "gaps", or with chunks "places".
+        chunk: entries, one after the other, of which the largest are kept whatever others are: a power of two from 64
+            to 65536, of which the last chunk may have fewer; 0: the whole tensor.
 
-    Ties go to the lowest index. Biased; a contraction with delta >= k / n, so it converges
-    with error feedback. Values are float32: a float64 entry is rounded to it.
+    Ties go to the lowest index. Biased; a contraction with delta >= k / n, in chunks with the least k / n of them, so
+    it converges with error feedback. Values are float32: a float64 entry is rounded to it.
 
     >>> payload, ctx = TopK(sparsity=0.99).compress(torch.randn(1 << 20))
     >>> payload.numel(), TopK(sparsity=0.99).nbytes(1 << 20)
     (53168, 53168)
+    >>> TopK(sparsity=0.984375, chunk=4096, index="places").nbytes(1 << 20)  # 64 of each 4096, at 32 + 12 bits
+    90112
     """
 
     name: ClassVar[str] = "topk"
@@ -53,58 +59,88 @@ class TopK(Compressor):
         "topk:sparsity=0.9,index=fixed",
         "topk:sparsity=0.9,index=bitmap",
         "topk:sparsity=0.5,index=gaps",
+        "topk:sparsity=0.984375,index=places,chunk=4096",
+        "topk:sparsity=0.9,chunk=64",
+        "topk:sparsity=0.5,index=bitmap,chunk=128",
+        "topk:sparsity=0.999,index=places,chunk=8192",
+        "topk:sparsity=0.9,index=gaps,chunk=1024",
     )
-    kernels: ClassVar[tuple] = ("topk_encode", "topk_decode")
+    kernels: ClassVar[tuple] = ("topk_encode", "chunk_encode", "topk_decode")
     shown: ClassVar[tuple] = ("sparsity",)
     sparse: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     sparsity: float = 0.99
     index: str = "auto"
+    chunk: int = 0
 
     def __post_init__(self):
         check_sparsity(self.sparsity)
         check_choice("index", self.index, ("auto", *FORMS))
+        check_power_of_two("chunk", self.chunk, 64, 65536, zero="the whole tensor")
+        if self.index == "places" and self.chunk == 0:
+            raise ConfigError("index: got 'places' with chunk=0, expected a chunk with it")
 
     def nbytes(self, numel: int) -> int:
         if numel == 0:
             return 0
-        return 4 * kept_count(numel, self.sparsity) + self._layout(numel)[2]
+        return 4 * self._kept(numel)[0] + self._layout(numel)[2]
 
     def sections(self, numel: int) -> list[Section]:
-        return [Section(4 * kept_count(numel, self.sparsity), 4, floats=True), Section(self._layout(numel)[2])]
+        return [Section(4 * self._kept(numel)[0], 4, floats=True), Section(self._layout(numel)[2])]
+
+    def _kept(self, numel):
+        """Entries kept of numel, and of a whole chunk (0 without chunks)."""
+        if self.chunk == 0:
+            return kept_count(numel, self.sparsity), 0
+        chunks, rest = divmod(numel, self.chunk)
+        of_chunk = kept_count(self.chunk, self.sparsity)
+        return chunks * of_chunk + kept_count(rest, self.sparsity), of_chunk
+
+    def _words(self, numel):
+        """32-bit words of scratch memory for the C++ selection."""
+        return 2 * self.chunk + 64 if self.chunk else selection_words(numel, self._kept(numel)[0])
 
     def _layout(self, numel):
         """(form, width in bits, index bytes) for numel entries."""
-        return index_layout(numel, kept_count(numel, self.sparsity), self.index)
+        return index_layout(numel, self._kept(numel)[0], self.index, self.chunk)
 
     def _encode_native(self, kernels, values, payload, seed):
-        form, width, _ = self._layout(values.numel())
-        k = kept_count(values.numel(), self.sparsity)
-        workspace = selection_workspace(values.numel(), k, values.device)
-        kernels.topk_encode(
-            values.data_ptr(), values.numel(), k, FORMS.index(form), width,
-            workspace.data_ptr(), workspace.numel(), payload.data_ptr(),
-        )  # fmt: skip
+        numel, (form, width, _) = values.numel(), self._layout(values.numel())
+        k, of_chunk = self._kept(numel)
+        workspace = torch.empty(self._words(numel), dtype=torch.int32, device=values.device)
+        places = workspace.data_ptr(), workspace.numel(), payload.data_ptr()
+        encode = kernels.chunk_encode if self.chunk else kernels.topk_encode
+        chunks = (self.chunk, of_chunk) if self.chunk else ()
+        encode(values.data_ptr(), numel, k, *chunks, FORMS.index(form), width, *places)
 
     def _decode_native(self, kernels, payload, out, add):
-        form, width, _ = self._layout(out.numel())
-        k = kept_count(out.numel(), self.sparsity)
-        return kernels.topk_decode(payload.data_ptr(), out.numel(), k, FORMS.index(form), width, add, out.data_ptr())
+        numel, (form, width, _) = out.numel(), self._layout(out.numel())
+        shape = numel, self._kept(numel)[0], FORMS.index(form), width, self._kept(numel)[1]
+        return kernels.topk_decode(payload.data_ptr(), *shape, add, out.data_ptr())
 
     def _encode_reference(self, values, seed):
         form, width, _ = self._layout(values.numel())
-        k = kept_count(values.numel(), self.sparsity)
-        _, kept = packing.select_largest(packing.magnitude_keys(values), k)
+        (k, of_chunk), keys = self._kept(values.numel()), packing.magnitude_keys(values)
+        kept = _largest_of_chunks(keys, k, self.chunk, of_chunk) if self.chunk else packing.select_largest(keys, k)[1]
         return encode_kept(values, kept, form, width)
 
     def _decode_reference(self, payload, numel):
         form, width, _ = self._layout(numel)
-        return decode_kept(payload, numel, kept_count(numel, self.sparsity), form, width)
+        return decode_kept(payload, numel, self._kept(numel)[0], form, width, self._kept(numel)[1])
+
+
+def _largest_of_chunks(keys, k, chunk, of_chunk):
+    """The bool tensor of the `of_chunk` largest int32 keys of each chunk; k of all, the others in the last chunk."""
+    rows = torch.nn.functional.pad(keys, (0, -keys.numel() % chunk), value=-1).view(-1, chunk)
+    order = torch.sort(rows, dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order[:, :of_chunk], True)
+    kept[-1, order[-1, k - (len(rows) - 1) * of_chunk :]] = False
+    return kept.view(-1)[: keys.numel()]
 
 
 @functools.lru_cache(maxsize=4096)  # asked for several times for every gradient
-def index_layout(numel, k, index="auto"):
+def index_layout(numel, k, index="auto", chunk=0):
     """(form, width in bits, bytes) of the smallest index of k among numel entries that `index` allows."""
     if numel >= 2**32:
         raise ConfigError(f"tensor: got {numel} entries, expected fewer than 2^32")
@@ -114,6 +150,9 @@ def index_layout(numel, k, index="auto"):
         ("fixed", fixed, packing.packed_bytes(k, fixed)),
         ("gaps", gaps, packing.gap_bytes(numel, k, gaps)),
     ]
+    if chunk:
+        place = chunk.bit_length() - 1
+        candidates.append(("places", place, packing.packed_bytes(k, place)))
     allowed = [c for c in candidates if index in ("auto", c[0])]
     return min(allowed, key=lambda candidate: candidate[2])
 
@@ -123,22 +162,27 @@ def encode_kept(values, kept, form, width):
     indices = torch.nonzero(kept).view(-1)
     if form == "bitmap":
         index = packing.pack_bits(kept, 1)
-    elif form == "fixed":
-        index = packing.pack_bits(indices, width)
-    else:
+    elif form == "gaps":
         index = packing.pack_gaps(indices, values.numel(), width)
+    else:
+        index = packing.pack_bits(indices & ((1 << width) - 1), width)
     return torch.cat([packing.float_to_bytes(values[indices]), index])
 
 
-def decode_kept(payload, numel, k, form, width):
-    """The float32 tensor of numel entries behind `encode_kept`; PayloadError unless k indices increase."""
+def decode_kept(payload, numel, k, form, width, of_chunk=0):
+    """The float32 tensor of numel entries behind `encode_kept`; PayloadError unless k indices increase.
+
+    of_chunk: entries kept of each chunk of 2^width, for places in them.
+    """
     packed = payload[4 * k :]
     if form == "bitmap":
         indices = torch.nonzero(packing.unpack_bits(packed, 8 * packed.numel(), 1)).view(-1)
-    elif form == "fixed":
-        indices = packing.unpack_bits(packed, k, width).to(torch.int64)
-    else:
+    elif form == "gaps":
         indices = packing.unpack_gaps(packed, numel, k, width)
+    else:
+        indices = packing.unpack_bits(packed, k, width).to(torch.int64)
+        if form == "places":
+            indices += torch.arange(k, device=payload.device) // of_chunk << width
     if indices.numel() != k or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any()):
         raise PayloadError(f"payload: expected {k} strictly increasing indices below {numel}")
     out = torch.zeros(numel, dtype=torch.float32, device=payload.device)
@@ -154,30 +198,41 @@ def topk_encode(gpu, x, n, k, form, width, workspace, capacity, payload):
     send_kept(gpu, x, n, k, form, width, gpu.select(x, n, k, True, gpu.feedback), payload)
 
 
+@device_kernel(keeps_residual=True)
+def chunk_encode(gpu, x, n, k, chunk, kept, form, width, workspace, capacity, payload):
+    what = x, *gpu.feedback, n, k, chunk, kept, form, width
+    _send(gpu, "chunk_output", ceil_div(n, chunk), what, n, k, form, width, payload)
+
+
 def send_kept(gpu, x, n, k, form, width, selected, payload):
-    """Values and index of what is selected. The bits of an index are put together in words, then copied."""
+    """Values and index of what is selected."""
     residual, fresh, _ = gpu.feedback
+    what = x, residual, fresh, n, form, width, *selected.places()
+    _send(gpu, "topk_output", selected.tiles, what, n, k, form, width, payload)
+
+
+def _send(gpu, kernel, blocks, what, n, k, form, width, payload):
+    """Run what writes values and index. The bits of an index are put together in words, then copied."""
     index, low_bytes = payload + 4 * k, ceil_div(k * width, 8)
     high_bytes = ceil_div(k + (n - 1 >> width), 8) if form == GAPS else 0
     low_words = ceil_div(low_bytes, 4) * 4 + 4
     words = gpu.launcher.zeros(0 if form == BITMAP else low_words + high_bytes + 4)
     low, high = words.data_ptr(), words.data_ptr() + low_words
-    places = *selected.places(), payload, index, low, high
-    gpu.launch("topk", "topk_output", selected.tiles, x, residual, fresh, n, form, width, *places)
+    gpu.launch("topk", kernel, blocks, *what, payload, index, low, high)
     if form != BITMAP:
         gpu.copy(low, low_bytes, index)
         gpu.copy(high, high_bytes, index + low_bytes)
 
 
 @device_kernel
-def topk_decode(gpu, payload, n, k, form, width, add, out):
+def topk_decode(gpu, payload, n, k, form, width, kept, add, out):
     """An index that is not k increasing places below n makes all of `out` NaN."""
     wrong, places = gpu.launcher.zeros(4), gpu.launcher.empty(4 * k)
     index, low_bytes, selection = payload + 4 * k, ceil_div(k * width, 8), None
     if not add:
         gpu.zeros_into(out, 4 * n)
-    if form == FIXED:
-        gpu.launch("topk", "fixed_places", ceil_div(k, THREADS), index, k, width, places.data_ptr())
+    if form in (FIXED, PLACES):
+        gpu.launch("topk", "fixed_places", ceil_div(k, THREADS), index, k, width, kept, places.data_ptr())
     else:
         bitmap = index + (low_bytes if form == GAPS else 0)
         nbytes = ceil_div(k + (n - 1 >> width) if form == GAPS else n, 8)

@@ -53,10 +53,13 @@ const Method METHODS[] = {
      }},
     {"topk",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t* work, int64_t capacity, uint8_t* payload) {
-         kernels->topk_encode(nullptr, x, n, a[0], a[1], a[2], work, capacity, payload);
+         if (a[3])
+             kernels->chunk_encode(nullptr, x, n, a[0], a[3], a[4], a[1], a[2], work, capacity, payload);
+         else
+             kernels->topk_encode(nullptr, x, n, a[0], a[1], a[2], work, capacity, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         return kernels->topk_decode(nullptr, payload, n, a[0], a[1], a[2], 0, out);
+         return kernels->topk_decode(nullptr, payload, n, a[0], a[1], a[2], a[4], 0, out);
      }},
     {"sign",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {

@@ -25,7 +25,8 @@ def _mask(compressor, numel):
 
 def _topk(compressor, numel):
     form, width, _ = compressor._layout(numel)
-    return kept_count(numel, compressor.sparsity), FORMS.index(form), width
+    k, of_chunk = compressor._kept(numel)
+    return k, FORMS.index(form), width, compressor.chunk, of_chunk
 
 
 def _randomk(compressor, numel):
@@ -94,6 +95,8 @@ def parameters(number: int, compressor: Compressor, lengths: list[int], decay: f
 
 def workspace(compressor: Compressor, numel: int) -> int:
     """Words of scratch memory that a selection of the largest takes."""
+    if isinstance(compressor, TopK):
+        return compressor._words(numel)
     if type(compressor) not in METHODS or not hasattr(compressor, "sparsity"):
         return 0
     return selection_words(numel, kept_count(numel, compressor.sparsity))
