@@ -115,25 +115,6 @@ class ErrorFeedback:
         self._keep(name, lost, lambda: _decoded(compressor, payloads, parts, self._scratch), compressor.sparse)
         return payloads
 
-    def compress_some(
-        self, name: str, gradient: torch.Tensor, compressor: Compressor, parts: list[Slice]
-    ) -> tuple[list[torch.Tensor], bool]:
-        """Encode some parts of a gradient plus the residual of `name`; what no part has waits in the residual.
-
-        Returns the parts' payloads, and whether an entry of the whole is not finite: then the residual stays.
-        """
-        values = self._input(name, flat_values(gradient))
-        residual, fresh = self.opened(name, values)
-        fresh.copy_(values) if residual is None else torch.add(values, residual, out=fresh)
-        poisoned = bool(_not_finite(fresh))
-        payloads = [compressor.compress(part.of(fresh), seed=part.seed)[0] for part in parts]
-        for payload, part in zip(payloads, parts, strict=True):
-            sent = self._scratch.floats(part.stop - part.start, fresh.device)
-            compressor.decode_into(payload, sent)
-            fresh[part.start : part.stop].sub_(sent)
-        self.closed(name, fresh, poisoned)
-        return payloads, poisoned
-
     def opened(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(The residual to add to values, 1-D float32, or None; where the new one is to be written) until `closed`."""
         return self._residual_for(name, values), self._residuals.spare(name, values)
@@ -265,13 +246,6 @@ class NoFeedback:
         """The payloads of the gradient's parts alone."""
         values = flat_values(gradient)
         return [compressor.compress(part.of(values), seed=part.seed)[0] for part in parts]
-
-    @staticmethod
-    def compress_some(
-        name: str, gradient: torch.Tensor, compressor: Compressor, parts: list[Slice]
-    ) -> tuple[list[torch.Tensor], bool]:
-        """The payloads of some parts, and whether an entry of the whole is not finite."""
-        return NoFeedback.compress_parts(name, gradient, compressor, parts), bool(_not_finite(flat_values(gradient)))
 
     @staticmethod
     def corrected(name: str, gradient: torch.Tensor) -> torch.Tensor:

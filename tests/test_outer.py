@@ -177,7 +177,7 @@ def test_the_mean_of_senders_is_over_those_that_sent_an_entry():
 
 
 @pytest.mark.parametrize("fragments", [1, 2])
-def test_in_turns_each_piece_comes_from_one_rank_and_the_rest_waits_in_its_residual(fragments):
+def test_in_turns_each_piece_comes_from_one_rank_and_all_take_off_what_came(fragments):
     """Of 2 ranks and 2 pieces of a matrix of 128 rows: rank r sends piece r, then the other one, and so on."""
 
     def train(rank, engine):
@@ -209,10 +209,10 @@ def test_in_turns_each_piece_comes_from_one_rank_and_the_rest_waits_in_its_resid
             for piece in range(2):
                 sender = (senders[piece] + turn) % 2
                 total[piece] += memory[sender, piece]
-                memory[sender, piece] = 0
+                memory[:, piece] -= memory[sender, piece].clone()
             assert found[0][0][turn][[0, 127], 5].tolist() == total.tolist()
     pieces = [anchors[-1][[0, 127], 0] for anchors, _ in found]
-    assert (pieces[0] > 4).all()  # both ranks' changes have come to both pieces
+    assert len({*pieces[0].tolist(), 4.0, 8.0}) > 2  # the pieces have not come from one rank in all rounds
 
 
 def test_in_turns_what_is_not_finite_is_seen_by_all_whoever_sends_it():

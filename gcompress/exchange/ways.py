@@ -10,9 +10,9 @@ twophase: every parameter is cut into pieces, each owned by a rank, as if the ra
     their own. All-gather: the owners send that to all. A rank sends 2 (N - 1) / N payloads.
 turns: every parameter is cut into pieces as for two-phase, and each piece comes from one rank alone, in
     the next round from the next rank. What stands for the mean is thus a sample of it, at N times the bits that
-    as many bytes give an entry when all ranks send all. That is for outer steps, in which ranks move far and much
-    alike, so that the coder's error is larger than the ranks' differences. A rank sends 1 / N payload, and
-    a byte that says whether all its values are finite.
+    as many bytes give an entry when all ranks send all. What arrives is taken off every rank's memory, whoever
+    sent it. That is for outer steps, in which ranks move far and much alike, so that the coder's error is larger than
+    the ranks' differences. A rank sends 1 / N payload, and a byte that says whether all its values are finite.
 summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
 
 In all but the last, parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
@@ -27,7 +27,7 @@ import torch
 from .. import backends, packing
 from ..compressors import Compressor
 from ..errors import PayloadError
-from ..feedback import NoFeedback, Slice
+from ..feedback import NoFeedback
 from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
@@ -160,7 +160,12 @@ class Ways:
         turn = self._exchange.steps if self._exchange.turn is None else self._exchange.turn
         senders = [(number - turn) % world_size for number in range(world_size)]  # whose pieces each rank has now
         sizes = [1 + route.sizes[owner] for owner in senders]
-        payload = self._encoded_turn(gradients, route.owned[senders[rank]])
+        memories = {item.name: self._memory_of(item) for item in route.items}
+        corrected = {
+            name: (memories[name] or NoFeedback).corrected(name, gradient.values)
+            for name, gradient in gradients.items()
+        }
+        payload = self._encoded_turn(corrected, route.owned[senders[rank]])
         numel = sum(self._exchange.plan.entries[name].numel for name in gradients)
         self._exchange.report.add_all_gather(numel, payload.numel(), world_size)
         gathered = yield "allgather", payload, sizes
@@ -169,23 +174,24 @@ class Ways:
         for owner, row in zip(senders, rows, strict=True):
             OneByOne(route.owned[owner]).decode(row[1:], places)
         poisoned, factor = any(int(row[0]) for row in rows), world_size * self._factor()
-        for place in places.values() if poisoned or factor != 1 else ():
-            place.mul_(math.nan if poisoned else factor)
+        for name, place in places.items():
+            if poisoned:
+                place.fill_(math.nan)
+            if memories[name]:
+                memories[name].keep(name, corrected[name], place)
+            if factor != 1:
+                place.mul_(factor)
         return places
 
-    def _encoded_turn(self, gradients, items):
-        """A byte that is 0 if all that this rank has is finite, and the payload of the items."""
-        rank, payloads, poisoned = self._exchange.engine.rank(), {}, False
-        for name, gradient in gradients.items():
-            mine = [item for item in items if item.name == name]
-            slices = [Slice(each.start, each.stop, each.shape, self._seed(name, rank, each.start)) for each in mine]
-            compressor = self._exchange.compressor_for(name, gradient.values.numel())
-            memory = self._memory_for(compressor, name) or NoFeedback
-            found, wrong = memory.compress_some(name, gradient.values, compressor, slices)
-            payloads.update(zip(mine, found, strict=True))
-            poisoned |= wrong
-        flag = torch.full((1,), poisoned, dtype=torch.uint8, device=gradient.values.device)
-        return torch.cat([flag, *(payloads[item] for item in items)])
+    def _encoded_turn(self, corrected, items):
+        """A byte that is 0 if all that this rank has is finite, and the payload of the items of {name: 1-D float32}."""
+        rank, payloads = self._exchange.engine.rank(), []
+        for item in items:
+            values = corrected[item.name][item.start : item.stop].view(item.shape)
+            payloads.append(item.compressor.compress(values, seed=self._seed(item.name, rank, item.start))[0])
+        poisoned = not all(bool(torch.isfinite(values).all()) for values in corrected.values())
+        device = next(iter(corrected.values())).device
+        return torch.cat([torch.full((1,), poisoned, dtype=torch.uint8, device=device), *payloads])
 
     def _encoded_means(self, route, gradients, rows):
         """The payload of the means (or sums) of the items that this rank owns."""
