@@ -2,16 +2,16 @@
 """Outer steps at equal bytes: validation loss of a language model, method against method in one run.
 
     python benchmarks/outer.py                                            # the table of docs/OUTER.md, half an hour
-    python benchmarks/outer.py --every 15 --seeds 1 --methods diloco "polar:rate=1,floor=0; exchange=turns"
-    python benchmarks/outer.py --rate 100mbit 20mbit --methods ddp-fp16 "polar:rate=1,floor=0; exchange=turns"
+    python benchmarks/outer.py --every 15 --seeds 1 --methods none "topk:sparsity=0.99"
+    python benchmarks/outer.py --rate 100mbit 20mbit --methods ddp-fp16 "polar:rate=0.25"
 
 Ranks on this machine (torchrun, Gloo) train the byte-level transformer of examples/train_lm.py on the sources of
-Python's standard library. A method is a policy between outer steps, averaged outside; or `diloco` (nothing is
-compressed, averaged), `diloco-nesterov` (the same with lr 0.7 and momentum 0.9), `ddp` and `ddp-fp16` (no outer
-steps: DistributedDataParallel's gradients at each step). Runs of one seed begin with the same weights and see the
+Python's standard library. A method is what travels between outer steps: a policy, or `none`, and behind an
+@ the outer optimizer's options if it does not average: `none @ lr=0.7,momentum=0.9`. `ddp` and `ddp-fp16` have no
+outer steps: DistributedDataParallel's gradients at each step. Runs of one seed begin with the same weights and see the
 same text. Printed are the validation loss at the end in nats a byte, the highest that it rose in the later half of
-the rounds above a round before, and the bits that a rank handed over for each entry of the model and exchange,
-tensors that are not compressed included.
+the rounds above a round before, and the bits that a rank handed over for each entry and exchange: of the matrices
+that are compressed, and of the whole model.
 
 With --rate all ranks share a link of that rate in a network namespace (Linux, root; tools/slow_link.py), and each
 method's tokens per second over all ranks are printed, and how many times those of `ddp-fp16` that is.
@@ -28,13 +28,14 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-SPARSELOCO = "chain:(topk:sparsity={},chunk=4096,index=places),(binmean:bits=2); mean=senders"
-POLAR = "polar:rate={},floor=0; exchange=turns"
+SPARSELOCO = "chain:(topk:sparsity={},chunk=4096,index=places),(binmean:bits=2)"
+POLAR = "polar:rate={},rank=0,floor=0; exchange=turns @ lr=0.7,momentum=0.5"
 METHODS = [
-    "diloco",
-    "diloco-nesterov",
-    *(SPARSELOCO.format(1 - kept / 4096) for kept in (64, 32, 16)),
-    *(POLAR.format(4 * bits) for bits in (0.25, 0.21, 0.1, 0.05)),
+    "none",
+    SPARSELOCO.format(1 - 64 / 4096),
+    *(SPARSELOCO.format(1 - kept / 4096) + "; mean=senders" for kept in (64, 16)),
+    "polar:rate=0.219,floor=0; feedback_decay=0.8",
+    *(POLAR.format(rate) for rate in (0.875, 0.219)),  # a rank sends a fourth of the entries
 ]
 PLAIN = ("ddp", "ddp-fp16")  # without outer steps
 
@@ -45,7 +46,7 @@ def parse():
     parser.add_argument("--every", type=int, nargs="+", default=[5, 15, 50], help="inner steps of a round")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each method and round length (default 2)")
     parser.add_argument("--steps", type=int, default=300, help="inner steps, at least 8 rounds (default 300)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a rank and step (default 16)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a rank and step (default 8)")
     parser.add_argument("--size", default="tiny", help="of the model, as of train_lm.py (default tiny)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--rate", nargs="+", help="of the link that all ranks share, such as 20mbit: print speed")
@@ -104,8 +105,11 @@ class Run:
             self.exchange = plugin.register(self.network, gcompress.Policy(rule, min_numel=1)).exchange
             self.optimizer = self.inner
         else:
-            options = {"lr": 0.7, "momentum": 0.9} if method == "diloco-nesterov" else {}
-            policy = None if method.startswith("diloco") else method
+            policy, _, options = (part.strip() for part in method.partition("@"))
+            options = {
+                key: float(value) for key, _, value in (each.partition("=") for each in options.split(",") if each)
+            }
+            policy = None if policy == "none" else policy
             engine = plugin.engine()
             self.optimizer = gcompress.OuterOptimizer(self.inner, self.model, engine, policy, every=every, **options)
             self.exchange = self.optimizer.exchange
@@ -160,10 +164,22 @@ class Run:
             "seed": self.seed,
             "loss": self.losses[-1],
             "rise": max(0.0, *rises),
-            "bits": 8 * report.sent_bytes / report.steps / numel(self.model),
+            "bits": self.bits_of_matrices(),
+            "bits_of_all": 8 * report.sent_bytes / report.steps / numel(self.model),
             "sent": report.sent_bytes,
             "losses": self.losses,
         }
+
+    def bits_of_matrices(self):
+        """Bits handed over for an entry of what is compressed, the mean over ranks."""
+        entries = [entry for entry in self.exchange.plan.entries.values() if entry.compressor]
+        sizes = [
+            sum(entry.compressor.nbytes(piece.numel) for piece in entry.pieces) / self.size
+            if entry.exchange == "turns"
+            else entry.compressor.nbytes(entry.numel)
+            for entry in entries
+        ]
+        return 8 * sum(sizes) / sum(entry.numel for entry in entries) if entries else 32.0
 
     def tokens_per_second(self, rounds=3):
         """Over all ranks, in some rounds after a first one."""
@@ -203,7 +219,7 @@ def rank(arguments):
     text = language_data.load(None, language_model.SIZES[arguments.size].context)
     first, fp16 = dist.get_rank() == 0, None
     if first and rate == "none":
-        print(f"{'H':>3} {'seed':>4} {'loss':>7} {'rise':>6} {'bits':>7}  method", flush=True)
+        print(f"{'H':>3} {'seed':>4} {'loss':>7} {'rise':>6} {'bits':>7} {'of all':>7}  method", flush=True)
     elif first:
         print(f"{rate}\n{'H':>3} {'tokens/s':>9} {'s a step':>9} {'bytes':>9} {'x fp16':>7}  method", flush=True)
     for every in arguments.every:
@@ -217,6 +233,7 @@ def rank(arguments):
                     continue
                 if rate == "none":
                     line = f"{every:3} {seed:4} {row['loss']:7.4f} {row['rise']:6.3f} {row['bits']:7.3f}"
+                    line += f" {row['bits_of_all']:7.3f}"
                 else:
                     fp16 = row["tokens"] if method == "ddp-fp16" else fp16
                     times = f"{row['tokens'] / fp16:7.1f}" if fp16 else f"{'':7}"
@@ -230,9 +247,10 @@ def rank(arguments):
 
 def label(method):
     """What a figure calls it."""
-    if method.startswith("chain:"):
-        return "SparseLoCo's coder"
-    return "polar in turns" if method.startswith("polar") and "turns" in method else method
+    name = method.partition(" @")[0]
+    if name.startswith("chain:"):
+        return f"SparseLoCo's coder, mean of {'senders' if 'senders' in name else 'ranks'}"
+    return "polar in turns" if name.startswith("polar") and "turns" in name else name.partition(":")[0]
 
 
 def plot(arguments, rows):
@@ -246,10 +264,9 @@ def plot(arguments, rows):
         of_round = [row for row in rows if row["every"] == every and row["method"] not in PLAIN]
         for name in dict.fromkeys(label(row["method"]) for row in of_round):
             points = sorted((row["bits"], row["loss"]) for row in of_round if label(row["method"]) == name)
-            if name.startswith("diloco"):
+            if name == "none":
                 loss = sum(loss for _, loss in points) / len(points)
-                style = "--" if name == "diloco" else ":"
-                axis.axhline(loss, linestyle=style, color="gray", label=f"{name}, not compressed")
+                axis.axhline(loss, linestyle="--", color="gray", label="not compressed")
             else:
                 axis.plot(*zip(*points, strict=True), "o", label=name)
         axis.set(title=f"{every} steps a round", xlabel="bits an entry and exchange", ylabel="validation loss, nats")
