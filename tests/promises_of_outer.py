@@ -110,3 +110,26 @@ def a_rank_that_diverges_ends_the_round_on_all(new):
             trained.steps(3, 4)
         assert equal(trained.outer.anchors, anchors)
         assert torch.equal(trained.model[1].weight, anchors["1.weight"])
+
+
+@promise("horovod", "ddp", "mpi")
+def demo_keeps_the_ranks_weights_the_same(new):
+    """And learns, with an overflow of one rank's loss on the way."""
+    with new.trainer.outer_engine() as (engine, rank, size):
+        model = make_model()
+        demo = gcompress.DeMo(model, engine, lr=0.002)
+        scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+        for step in range(12):
+            demo.zero_grad()
+            loss = model(batch(step, rank)).square().mean()
+            scaler.scale(loss).backward()
+            if step == 5 and rank == size - 1:
+                model[0].weight.grad[0, 0] = float("inf")
+            before = [p.detach().clone() for p in model.parameters()]
+            scaler.step(demo)
+            scaler.update()
+            unchanged = all(map(torch.equal, before, model.parameters()))
+            assert unchanged == (step == 5), step
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
+        assert same_on_all(engine, {name: p.detach() for name, p in model.named_parameters()})
