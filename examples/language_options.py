@@ -20,7 +20,10 @@ from command_line import (
     refuse_what_is_lacking,
 )
 
-DEFAULT_COMPRESSORS = {"outer": "polar:rate=0.25,floor=0", "gradients": "mask:sparsity=0.99,bits=2"}
+DEFAULT_COMPRESSORS = {
+    "outer": "chain:(topk:sparsity=0.984375,chunk=4096),(sign); mean=senders",
+    "gradients": "mask:sparsity=0.99,bits=2",
+}
 # A resumed run continues the interrupted one only if these are the same; any other difference is refused.
 RESUME_MUST_MATCH = (
     "sync",
@@ -105,7 +108,11 @@ def parse_arguments(engine, description):
     take_outer(arguments, engine)
     take_shape(arguments)
     arguments.compared = check_results(arguments, language_report.read_log)
-    arguments.compressor = arguments.compressor or DEFAULT_COMPRESSORS[arguments.sync]
+    default = DEFAULT_COMPRESSORS[arguments.sync]
+    # Servers have no `mean=senders`.
+    arguments.compressor = arguments.compressor or (
+        default.partition(";")[0] if "exchange" in engine.lacks else default
+    )
     build_compression(arguments, engine)
     if arguments.sync == "gradients":
         arguments.compressor = canonical(arguments.compressor, engine)

@@ -2,7 +2,8 @@
 r"""Train a language model of bytes on ranks that seldom speak: outer steps, or gradients in each step.
 
 Four ranks on this machine, the sources of Python's standard library, a transformer of 0.7 million entries. Each
-rank takes 15 steps of AdamW by itself; then what its weights changed by travels, in a quarter of a bit an entry:
+rank takes 15 steps of AdamW by itself; then of what its weights changed by the signs of the largest entries travel,
+a seventh of a bit an entry:
 
     horovodrun -np 4 python examples/train_lm.py
     torchrun --nproc-per-node 4 examples/train_lm.py

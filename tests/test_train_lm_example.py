@@ -159,7 +159,7 @@ def test_validations_come_right_after_exchanges(monkeypatch):
 
 def test_each_way_has_its_compressor_in_its_one_form(monkeypatch):
     for options, compressor in (
-        ((), "polar:rate=0.25,floor=0"),
+        ((), "chain:(topk:sparsity=0.984375,chunk=4096),(sign); mean=senders"),
         (("--compressor", "none"), "none"),
         (("--compressor", "fp16"), "fp16:bucket=1024"),  # outer steps know nothing of an engine's own
         (("--sync", "gradients"), "mask:sparsity=0.99,bits=2"),
