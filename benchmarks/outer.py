@@ -29,11 +29,13 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 SPARSELOCO = "chain:(topk:sparsity={},chunk=4096,index=places),(binmean:bits=2)"
+SIGNS = "chain:(topk:sparsity={},chunk=4096),(sign:bucket=0); mean=senders"
 POLAR = "polar:rate={},rank=0,floor=0; exchange=turns @ lr=0.7,momentum=0.5"
 METHODS = [
     "none",
     SPARSELOCO.format(1 - 64 / 4096),
     *(SPARSELOCO.format(1 - kept / 4096) + "; mean=senders" for kept in (64, 16)),
+    *(SIGNS.format(1 - kept / 4096) for kept in (64, 16)),
     "polar:rate=0.219,floor=0; feedback_decay=0.8",
     *(POLAR.format(rate) for rate in (0.875, 0.219)),  # a rank sends a fourth of the entries
 ]
@@ -248,6 +250,8 @@ def rank(arguments):
 def label(method):
     """What a figure calls it."""
     name = method.partition(" @")[0]
+    if name.startswith("chain:") and "sign" in name:
+        return "signs of the largest, mean of senders"
     if name.startswith("chain:"):
         return f"SparseLoCo's coder, mean of {'senders' if 'senders' in name else 'ranks'}"
     return "polar in turns" if name.startswith("polar") and "turns" in name else name.partition(":")[0]
@@ -271,9 +275,12 @@ def plot(arguments, rows):
                 axis.plot(*zip(*points, strict=True), "o", label=name)
         axis.set(title=f"{every} steps a round", xlabel="bits an entry and exchange", ylabel="validation loss, nats")
         axis.set_xscale("log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend()
-    figure.tight_layout()
+        axis.set_xticks([0.05, 0.1, 0.2], ["0.05", "0.1", "0.2"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.legend(handles, names, loc="lower center", ncols=3)
     figure.savefig(arguments.plot, dpi=120)
     print(f"plot: {arguments.plot}")
 
