@@ -5,7 +5,15 @@ import torch
 torch.set_num_threads(1)
 
 # Not modules of tests: the ranks that tests start, and a method that would be one of all from then on.
-collect_ignore = ["byteps_workers.py", "elastic_ranks.py", "mpi_ranks.py", "promise_ranks.py", "toy"]
+collect_ignore = [
+    "byteps_workers.py",
+    "elastic_outer_ranks.py",
+    "elastic_ranks.py",
+    "mpi_ranks.py",
+    "outer_restart_ranks.py",
+    "promise_ranks.py",
+    "toy",
+]
 
 
 # What `make check` runs: seconds each, in one process, and together what most changes break.
