@@ -349,6 +349,33 @@ def test_what_is_no_state_of_this_run_is_refused_before_anything_changes():
     ranks(train, size=1)
 
 
+def test_what_ranks_agree_on_follows_the_plan_of_as_many_as_there_are_now():
+    """An elastic job's new rank has a plan for the new number; those that were there must come to the same."""
+
+    class Elastic:
+        in_order, elastic, size = False, True, 3
+        allgather = alltoall = allreduce = gather_texts = None
+
+        def world_size(self):
+            return self.size
+
+        def rank(self):
+            return 0
+
+    def made(engine):
+        model = torch.nn.Linear(2000, 2000)
+        outer = OuterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, engine, "quantize:bits=4")
+        return outer.exchange, outer._exchange
+
+    engine, new = Elastic(), Elastic()
+    new.size = 8
+    exchange, means = made(engine)
+    before = means.terms
+    engine.size = 8
+    exchange.prepare({name: entry.shape for name, entry in exchange.plan.entries.items()})
+    assert means.terms == made(new)[1].terms != before
+
+
 def test_configurations_that_differ_are_refused_on_every_rank():
     def train(rank, engine):
         with pytest.raises(ConfigMismatchError, match="every.*ranks .0.: .*4.*ranks .1.: .*5"):

@@ -33,12 +33,14 @@ class MeanExchange(Protocol):
     Attributes:
         results: has the report and the memory.
         ranks: who must agree.
-        terms: on what, besides what outer steps or DeMo add: {argument: JSON-able value}.
     """
 
     results: Any
     ranks: Ranks
-    terms: dict
+
+    @property
+    def terms(self) -> dict:
+        """On what they must agree, besides what outer steps or DeMo add: {argument: JSON-able value}."""
 
     def broadcast(self, tensors: dict[str, torch.Tensor]) -> None:
         """Give all ranks rank 0's values, in place."""
@@ -92,7 +94,11 @@ class EngineExchange:
         self.engine = self.ranks = engine
         self.results = GradientExchange(policy, engine, scaler=1.0)  # a loss scale is the inner steps' own
         self.results.prepare({name: tensor.shape for name, tensor in tensors.items()})
-        self.terms = {"compression": policy.to_dict(), "plan": self.results.plan.digest()}
+
+    @property
+    def terms(self):
+        # The plan of now: elastic ranks change it.
+        return {"compression": self.results.policy.to_dict(), "plan": self.results.plan.digest()}
 
     def broadcast(self, tensors):
         rank, world_size = self.engine.rank(), self.engine.world_size()
