@@ -55,7 +55,7 @@ train: data ## train on NP ranks with COMPRESSOR and draw runs/train.png (ARGS= 
 		--plot runs/train.png --log-file runs/train.jsonl \
 		--progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
 
-outer: $(READY) ## train a language model by outer steps and by fp16 gradients, and compare: runs/outer.png (4 minutes on 2 cores)
+outer: $(READY) ## train a language model by outer steps and by fp16 gradients, and compare: runs/outer.png (3 minutes on 2 cores)
 	@mkdir -p runs
 	$(BIN)/horovodrun -np $(NP) $(BIN)/python examples/train_lm.py --sync gradients --compressor fp16 \
 		--log-file runs/outer-fp16.jsonl --progress $$([ -t 2 ] && echo bar || echo auto) $(ARGS)
