@@ -1,5 +1,7 @@
 """Checks of arguments that a user gives: a ConfigError names the argument, what came and what was expected."""
 
+import math
+
 from .errors import ConfigError
 
 LARGEST_INTEGER = 2**63 - 1  # what a kernel takes
@@ -34,6 +36,12 @@ def check_number(argument, value, low, high):
     """ConfigError unless value is a number in [low, high]."""
     if not is_number(value) or not low <= value <= high:
         raise ConfigError(f"{argument}: got {shown(value)}, expected a number from {low} to {high}")
+
+
+def check_positive(argument, value):
+    """ConfigError unless value is a positive number, not infinite."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{argument}: got {shown(value)}, expected a positive number")
 
 
 def check_sparsity(value):

@@ -39,3 +39,7 @@ class RolledBack(GcompressError, RuntimeError):
     def __init__(self, step):
         super().__init__(f"both halves stand at step {step} again: go on from there")
         self.step = step
+
+
+class NotFiniteError(ExchangeError):
+    """What was exchanged is not finite on some rank; every rank is told."""

@@ -318,7 +318,8 @@ class EstimateFeedback(ErrorFeedback):
     With the estimate h of a rank's gradient g, send C(g - h) and add what that decodes to, to h. All ranks
     add the mean over ranks of it to what was delivered before; so what is delivered is the mean of the estimates.
     Nothing waits to be sent: a gradient that shrinks is followed at once, where a residual would bring the old one
-    late. The compressor must be a contraction.
+    late. The compressor must be a contraction. A rank without a gradient sends nothing new, so that its estimate counts
+    on; where no rank has one, the last mean is delivered again.
 
     The residual is -h here, so that a gradient plus the residual is what a payload is made of.
     """

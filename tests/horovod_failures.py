@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 
-import gcompress.plugins.horovod  # noqa: F401
+import gcompress.plugins.horovod
 import horovod.torch as hvd
+import torch
 
+import gcompress
 from gcompress import Policy, TopK
 from tests.horovod_ranks import backward, make_model, make_optimizer
 
@@ -41,6 +43,18 @@ def join_while_others_train_in_two_phases():
     optimizer.zero_grad()
     backward(model, 9)
     optimizer.step()
+
+
+def join_while_others_take_outer_steps():
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = gcompress.plugins.horovod.engine()
+    outer = gcompress.OuterOptimizer(inner, model, engine, "topk:sparsity=0.9", every=2)
+    for step in range(4 if hvd.rank() == 0 else 6):
+        outer.zero_grad()
+        backward(model, step)
+        outer.step()
+    hvd.join()
 
 
 def join_while_others_train_something_uncompressed():

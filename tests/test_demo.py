@@ -6,8 +6,7 @@ import io
 import pytest
 import torch
 
-from gcompress import ConfigError, DeMo, from_spec
-from gcompress.outer.means import NotFiniteError
+from gcompress import ConfigError, DeMo, NotFiniteError, from_spec
 from tests.local_ranks import World, run_ranks
 
 TRANSFORM = "dct:(topk:sparsity=0.99,chunk=4096)"

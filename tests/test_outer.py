@@ -8,6 +8,7 @@ import torch
 
 import gcompress
 from gcompress import ConfigError, ConfigMismatchError, ExchangeError, OuterOptimizer
+from gcompress.exchange.exchange import GradientExchange
 from gcompress.outer.fragments import fragments_of
 from tests.local_ranks import World, run_ranks
 
@@ -171,6 +172,14 @@ def test_the_mean_of_senders_is_over_those_that_sent_an_entry():
         outer.step()
         return weight.detach()
 
+    def added(rank, engine):
+        exchange = GradientExchange("topk:sparsity=0.998; mean=senders", engine, average=False)
+        gradient = torch.zeros(1024)
+        gradient[[5, 6 + rank]] = torch.tensor([1.0 + rank, 7.0])
+        (total,) = exchange.start_bucket({"w": gradient})().values()
+        return total
+
+    assert ranks(added, size=3)[0][5:9].tolist() == [6.0, 21.0, 21.0, 21.0]  # sums are means times the ranks
     weight = ranks(train, size=3)[0]
     assert weight[5:9].tolist() == [2.0, 7.0, 7.0, 7.0] and int((weight != 0).sum()) == 4
 

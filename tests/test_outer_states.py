@@ -78,7 +78,7 @@ def test_ranks_that_loaded_other_anchors_or_moments_are_refused():
 
 def test_what_is_no_state_of_this_run_is_refused_before_anything_changes():
     def train(rank, engine):
-        trained = Trained(rank, engine, "topk", every=2).steps(0, 3)
+        trained = Trained(rank, engine, "topk", every=2, delay=1).steps(0, 2)
         state, before = trained.outer.state_dict(), trained.tensors()
         wrong = [7, {}, {**state, "settings": {**state["settings"], "every": 3}}]
         wrong.append({**state, "anchors": {**state["anchors"], "0.weight": torch.zeros(3)}})
@@ -86,6 +86,10 @@ def test_what_is_no_state_of_this_run_is_refused_before_anything_changes():
         wrong.append({**state, "anchors": {**state["anchors"], "0.bias": torch.full((80,), float("nan"))}})
         wrong.append({**state, "exchange": {**state["exchange"], "rank": 5}})
         wrong.append({**state, "counts": [-1, 2, 3]})
+        current = state["under_way"]
+        wrong += [{**state, "under_way": {**current, **change}} for change in ({"fragment": 1}, {"due": None})]
+        wrong += [{**state, "under_way": each} for each in ({"fragment": 0}, {**current, "change": None}, [7])]
+        wrong.append({**state, "under_way": {**current, "sent": {}}})
         for each in wrong:
             with pytest.raises(ConfigError):
                 trained.outer.load_state_dict(each)

@@ -117,8 +117,8 @@ def decode_sum(item, rows, out, factor):
     return rest
 
 
-def decode_mean_of_senders(item, rows, out):
-    """Decode to `out` each entry's mean over the ranks whose payload has it; returns what follows in each row."""
+def decode_mean_of_senders(item, rows, out, factor):
+    """Decode to `out` an entry's mean over the ranks that sent it, times a factor; returns what follows in the rows."""
     rest, count, one = [], torch.zeros_like(out), torch.empty_like(out)
     out.zero_()
     for rank, row in enumerate(rows):
@@ -128,7 +128,7 @@ def decode_mean_of_senders(item, rows, out):
         out.add_(one)
         count.add_(one != 0)
         rest.append(row[size:])
-    out.div_(count.clamp_(min=1))
+    out.div_(count.clamp_(min=1)).mul_(factor)
     return rest
 
 

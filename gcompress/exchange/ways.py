@@ -85,7 +85,7 @@ class Ways:
         rows = _rows(gathered, sizes, what)
         if self._exchange.policy.mean == "senders":
             for item in items:
-                rows = decode_mean_of_senders(item, rows, places[item.name])
+                rows = decode_mean_of_senders(item, rows, places[item.name], world_size * self._factor())
         else:
             rows = coder.decode_sum(rows, self._factor(), places)
         _check_used(rows, what)

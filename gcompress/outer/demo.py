@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from ..checks import check_number, is_number, shown
-from ..errors import ConfigError
+from ..checks import check_number, check_positive, is_number, shown
+from ..errors import ConfigError, NotFiniteError
 from ..exchange.engine import agree
 from ..policy import Policy, as_policy
-from .means import NotFiniteError, mean_exchange
+from .means import mean_exchange
 from .tensors import named_parameters_of
 
 COMPRESSION = "dct:(topk:sparsity=0.9921875,chunk=4096)"  # 32 of a block of 64 x 64
@@ -36,7 +36,7 @@ class DeMo(torch.optim.Optimizer):
     `step` as often as the others, also where a loss scaler finds that a gradient has overflown.
 
     Args:
-        model: a module, or `named_parameters()`. Its parameters must be contiguous or dense.
+        model: a module, or `named_parameters()`; those that are frozen are left alone.
         engine: as for `gcompress.OuterOptimizer`.
         lr: by how much an entry moves at each step.
         compression: what `gcompress.as_policy` takes; a compressor alone is used for every tensor.
@@ -58,8 +58,7 @@ class DeMo(torch.optim.Optimizer):
         decay: float = 0.999,
         weight_decay: float = 0.0,
     ):
-        if not is_number(lr) or not lr > 0:
-            raise ConfigError(f"lr: got {shown(lr)}, expected a positive number")
+        check_positive("lr", lr)
         check_number("weight_decay", weight_decay, 0, 1 / lr)
         self._named = named_parameters_of(model)
         super().__init__(list(self._named.values()), {"lr": lr, "weight_decay": weight_decay})
@@ -117,7 +116,8 @@ def _gradient(parameter, scale):
 
 
 def _policy(compression, decay):
-    check_number("decay", decay, 0, 1)
+    if not is_number(decay) or not 0 < decay <= 1:
+        raise ConfigError(f"decay: got {shown(decay)}, expected 0 < decay <= 1")
     policy = as_policy(compression)
     if policy is not compression and policy == Policy(policy.compressor):
         policy = Policy(policy.compressor, min_numel=1)

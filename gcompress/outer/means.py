@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError, ExchangeError
+from ..errors import ConfigError, NotFiniteError
 from ..exchange.engine import Ranks, result
 from ..exchange.exchange import GradientExchange
 from ..exchange.results import Results
@@ -60,10 +60,6 @@ def mean_exchange(engine: Any, policy: Policy, tensors: dict[str, torch.Tensor])
             "gcompress.plugins.ddp.engine() or a worker's gcompress.plugins.mpi.Job"
         )
     return EngineExchange(engine, policy, tensors)
-
-
-class NotFiniteError(ExchangeError):
-    """What was exchanged is not finite on some rank; all ranks have it."""
 
 
 def finished(results: Results, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

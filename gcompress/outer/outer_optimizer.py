@@ -20,14 +20,13 @@ did during the exchange: its weights move by as much as the anchor's side of the
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from ..checks import check_integer, is_number, shown
+from ..checks import check_integer, check_positive, is_number, shown
 from ..errors import ConfigError, ExchangeError
 from ..exchange.engine import agree
 from ..policy import Policy, Rule, as_policy
@@ -109,8 +108,7 @@ class OuterOptimizer:
         check_integer("every", every, 1)
         check_integer("fragments", fragments, 1, every)
         check_integer("delay", delay, 0, every // fragments)
-        if not is_number(lr) or not 0 < lr < math.inf:
-            raise ConfigError(f"lr: got {shown(lr)}, expected a positive number")
+        check_positive("lr", lr)
         if not is_number(momentum) or not 0 <= momentum < 1:
             raise ConfigError(f"momentum: got {shown(momentum)}, expected 0 <= momentum < 1")
         self.optimizer, self.every, self.lr, self.momentum, self.delay = optimizer, every, lr, momentum, delay

@@ -105,9 +105,21 @@ def _check(outer, state):
         _check_inner(outer, state["optimizer"])
     current = state.get("under_way")
     if current:
-        if not isinstance(current, dict) or current.get("fragment") not in range(len(outer.fragments)):
-            raise ConfigError(f"state: got under_way={shown(current)}, expected an exchange of one of its fragments")
-        _check_tensors(outer, "changes", current["change"])
+        _check_round(outer, current)
+
+
+def _check_round(outer, current):
+    """Of a Round as a dict, whose mean change is there; one is under way only where there is a delay."""
+    fields = {"fragment", "due", "sent", "means", "change"}
+    if not isinstance(current, dict) or set(current) != fields or not _is_count(current["due"]):
+        raise ConfigError(f"state: got under_way={shown(current)}, expected an exchange or None")
+    number = current["fragment"]
+    if not _is_count(number) or number >= len(outer.fragments):
+        raise ConfigError(f"state: got the fragment {shown(number)}, expected 0 to {len(outer.fragments) - 1}")
+    for kind in ("change", "sent"):
+        _check_tensors(outer, kind, current[kind])
+        if set(current[kind]) != set(outer.fragments[number]):
+            raise ConfigError(f"state: its {kind} is not of the tensors of fragment {number}")
 
 
 def _check_tensors(outer, kind, tensors):
