@@ -53,27 +53,35 @@ public:
         if (form == GC_INDEX_GAPS) memset(high_, 0, (size_t)bytes_of_bits(k + ((n - 1) >> width)));
     }
     // Those of the entries from `first`, a multiple of 64, to `end`.
-    void put(int64_t first, int64_t end, Selection selection) {
-        const uint64_t low_mask = (1ull << width_) - 1;
+    GC_HOT void put(int64_t first, int64_t end, Selection selection) {
+        // In registers: what is written might be any of the members, as far as the compiler knows.
+        const float* x = x_;
+        const int form = form_, width = width_;
+        uint8_t *values = values_, *index = index_, *high = high_;
+        BitWriter low = low_;
+        int64_t written = written_;
+        const uint64_t low_mask = (1ull << width) - 1;
         uint32_t keys[64] = {0};
         for (int64_t i = first; i < end; i += 64) {
             const int64_t block = min64(64, end - i);
             if (block == 64)
-                keys_64<true>(x_ + i, keys);
+                keys_64<true>(x + i, keys);
             else
-                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x_[i + j]);
+                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x[i + j]);
             uint64_t kept = kept_of_block(keys, block, &selection);
-            if (form_ == GC_INDEX_BITMAP) memcpy(index_ + i / 8, &kept, (size_t)bytes_of_bits(block));
-            for (; kept; kept &= kept - 1, ++written_) {
+            if (form == GC_INDEX_BITMAP) memcpy(index + i / 8, &kept, (size_t)bytes_of_bits(block));
+            for (; kept; kept &= kept - 1, ++written) {
                 const int64_t entry = i + __builtin_ctzll(kept);
-                store<float>(values_ + 4 * written_, x_[entry]);
-                if (form_ != GC_INDEX_BITMAP) low_.put((uint64_t)entry & low_mask, width_);
-                if (form_ == GC_INDEX_GAPS) {
-                    const int64_t position = (entry >> width_) + written_;
-                    high_[position >> 3] |= (uint8_t)(1u << (position & 7));
+                store<float>(values + 4 * written, x[entry]);
+                if (form != GC_INDEX_BITMAP) low.put((uint64_t)entry & low_mask, width);
+                if (form == GC_INDEX_GAPS) {
+                    const int64_t position = (entry >> width) + written;
+                    high[position >> 3] |= (uint8_t)(1u << (position & 7));
                 }
             }
         }
+        low_ = low;
+        written_ = written;
     }
     void finish() {
         if (form_ != GC_INDEX_BITMAP) low_.finish();
@@ -139,13 +147,10 @@ private:
     }
     __attribute__((always_inline)) void find(int64_t previous) {
         if (error_) return;
-        if (form_ == GC_INDEX_FIXED) {
-            if (taken_ == k_) return stop(GC_OK);
-            entry = (int64_t)low_.get(width_);
-        } else if (form_ == GC_INDEX_PLACES) {
+        if (form_ == GC_INDEX_FIXED || form_ == GC_INDEX_PLACES) {
             if (taken_ == k_) return stop(GC_OK);
             entry = chunk_ + (int64_t)low_.get(width_);
-            if (--left_ == 0) {
+            if (--left_ == 0) {  // never of GC_INDEX_FIXED, where it begins at 0
                 left_ = kept_;
                 chunk_ += (int64_t)1 << width_;
             }
