@@ -117,6 +117,20 @@ def partitions_smaller_than_tensors(job):
 
 
 @scenario
+def a_worker_that_leaves_amid_an_exchange_waits_for_its_answers(job):
+    """MPI would write them into memory that is given back."""
+    worker = servers.Worker(job, {"w": 3000}, "topk:sparsity=0.9")
+    if job.rank > 0:  # the answers cannot come before worker 0 is about to leave
+        job.workers.recv(source=0)
+    worker.push_pull("w", torch.randn(3000))
+    for rank in range(1, job.size) if job.rank == 0 else ():
+        job.workers.send(None, dest=rank)
+    requests = [request for request, _ in worker._asked.values()]
+    job.close()
+    assert requests and all(request == servers.job.MPI.REQUEST_NULL for request in requests)
+
+
+@scenario
 def quantize_without_feedback(job):
     check_steps(job, Policy(Quantize(bits=4), min_numel=0, error_feedback=False))
 
