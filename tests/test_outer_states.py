@@ -59,6 +59,18 @@ def test_other_numbers_of_ranks_go_on_from_the_anchors(compression, after):
     assert same([start for start, _ in found]) and same([end for _, end in found])
 
 
+def test_a_full_state_has_what_is_under_way_as_if_it_had_come():
+    def train(rank, engine):
+        trained = Trained(rank, engine, "topk:sparsity=0.9", every=4, delay=2, momentum=0.5).steps(0, 9)
+        state = trained.outer.full_state_dict()
+        assert trained.outer.rounds == 1
+        trained.steps(9, 10)
+        assert same([state["anchors"], trained.outer.anchors]) and same([state["velocities"], trained.outer.velocities])
+        return state["counts"][1], trained.outer.rounds
+
+    assert ranks(train, size=2) == [(2, 2)] * 2
+
+
 def test_ranks_that_loaded_other_anchors_or_moments_are_refused():
     def begun(rank, engine):
         trained = Trained(rank, engine, every=2)
