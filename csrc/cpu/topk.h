@@ -115,7 +115,7 @@ public:
           form_(form),
           width_(width),
           kept_(kept),
-          left_(kept),
+          left_(form == GC_INDEX_PLACES ? kept : 0),
           chunk_(0),
           low_({payload + 4 * k, payload + 4 * k + bytes_of_bits(k * width), 0, 0}),
           bitmap_(form == GC_INDEX_GAPS ? low_.end : payload + 4 * k),
@@ -150,7 +150,7 @@ private:
         if (form_ == GC_INDEX_FIXED || form_ == GC_INDEX_PLACES) {
             if (taken_ == k_) return stop(GC_OK);
             entry = chunk_ + (int64_t)low_.get(width_);
-            if (--left_ == 0) {  // never of GC_INDEX_FIXED, where it begins at 0
+            if (--left_ == 0) {  // of places only: otherwise it begins at 0
                 left_ = kept_;
                 chunk_ += (int64_t)1 << width_;
             }
