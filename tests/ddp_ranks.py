@@ -25,33 +25,9 @@ from gcompress.plugins import ddp
 import gcompress
 from gcompress import Policy
 from gcompress.exchange.plan import Plan
+from tests.ddp_tools import SCENARIOS, backward, make_model, same_on_all_ranks, scenario, wrapped
 from tests.processes import expect_error
 from tests.simulation import Simulation
-
-SCENARIOS = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def make_model():
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(40, 300), torch.nn.ReLU(), torch.nn.Linear(300, 50), torch.nn.Linear(50, 30, bias=False)]
-    return torch.nn.Sequential(*layers)
-
-
-def wrapped(model, compression, **options):
-    """A DistributedDataParallel of buckets of at most 40 kB, and its state."""
-    model = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.04, **options)
-    return model, ddp.register(model, compression)
-
-
-def backward(model, step, rank):
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    model.zero_grad()
-    model(torch.randn(8, 40, generator=generator)).square().mean().backward()
 
 
 def check_steps(policy, steps=4, ranks=None, process_group=None):
@@ -132,12 +108,6 @@ def stalls_and_unused_parameters():
             model(torch.randn(4, 40), skipped).square().mean().backward()
             for p in model.parameters():
                 assert same_on_all_ranks(p.grad)
-
-
-def same_on_all_ranks(tensor):
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return all(torch.equal(part, parts[0]) for part in parts)
 
 
 @scenario
@@ -233,7 +203,7 @@ def every_form_of_ddp_gives_the_same_weights():
 @scenario
 def parameters_of_another_model_are_refused():
     model = torch.nn.parallel.DistributedDataParallel(make_model())
-    state = ddp.GradientState(make_model(), "topk")
+    state = ddp.register(torch.nn.parallel.DistributedDataParallel(make_model()), "topk")
     model.register_comm_hook(state, ddp.compress)
     try:
         backward(model, 0, dist.get_rank())

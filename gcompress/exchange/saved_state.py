@@ -179,6 +179,8 @@ def _check_shapes(exchange, shapes):
     ):
         raise ConfigError("state: its shapes are no lists of sizes by parameter")
     if exchange.plan is None and exchange.policy and shapes:
+        if exchange.engine is None:
+            raise ConfigError("state: got it before the exchange has a model, expected a call after it is bound to one")
         exchange.prepare({name: torch.Size(shape) for name, shape in shapes.items()})
     own = {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {}
     for name in [*own, *shapes]:

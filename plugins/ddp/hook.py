@@ -13,62 +13,90 @@ from gcompress.exchange.exchange import GradientExchange
 from gcompress.policy import check_types
 
 from .process_group import ProcessGroupEngine
-from .unwrap import parallel_of, plain_names
-
-DDP = torch.nn.parallel.DistributedDataParallel
+from .unwrap import parallel_of, parallel_with, plain_names
 
 
 class GradientState:
     """One rank's side of the hook `compress`: exchange, memory, report.
 
-    A copy (`copy.deepcopy`, pickle, as of a model that is averaged or saved whole) has the memory,
-    but exchanges nothing: register its model and load the copy's `state_dict()`.
+    It may be made before there is a model or a process group. Unless `bind` is called, the first
+    backward pass finds the DistributedDataParallel whose gradients come. Give each one a state of its own.
+
+    A copy (`copy.deepcopy`, pickle, as of a model that is averaged or saved whole) of a state that has a model
+    has the memory, but exchanges nothing: register its model and load the copy's `state_dict()`.
 
     Args:
-        model: the DistributedDataParallel, or the module in it.
         compression: what `gcompress.as_policy` takes.
-        process_group: that of the DistributedDataParallel; None: all ranks.
         scaler: see `register`.
     """
 
-    def __init__(self, model, compression, process_group=None, scaler=None):
-        # Only then is a gradient that is zero everywhere likely to be none at all.
-        self._maybe_unused = True
-        if isinstance(model, DDP):
-            process_group = process_group or model.process_group
-            self._maybe_unused = model.find_unused_parameters or model.static_graph
-            model = model.module
-        trained = {name: p for name, p in plain_names(model) if p.requires_grad}
-        self._names = {p: name for name, p in trained.items()}
-        self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}
+    def __init__(self, compression, *, scaler=None):
         self.exchange = GradientExchange(compression, scaler=scaler)
-        check_types(self.exchange.policy, trained)
-        self.exchange.engine = ProcessGroupEngine(process_group)
-        self.exchange.prepare({name: p.shape for name, p in trained.items()})
-        self.exchange.watch(trained)
         self._gcompress = self.exchange  # where `exchange(state)` looks, as in an optimizer
+        self._names = None  # by parameter, once bound
+        self._saved = None  # a state that waits for that
         self._agreed = False
         self._pending = []  # (future, the bucket's buffer, its gradients by name, function that waits)
         self._stream = None
 
+    def bind(self, model: torch.nn.Module) -> None:
+        """Exchange the gradients of a DistributedDataParallel, or of what wraps one; all ranks must call it.
+
+        Raises:
+            ConfigError: it is of another model already, or a saved state that waited does not fit.
+            ExchangeError: a rank did not call it within the process group's time-out.
+        """
+        if self._names is not None:
+            raise ConfigError("model: this state is of another model, expected a state of its own for each")
+        parallel = parallel_of(model)
+        # Only then is a gradient that is zero everywhere likely to be none at all.
+        self._maybe_unused = parallel.find_unused_parameters or parallel.static_graph
+        trained = {name: p for name, p in plain_names(parallel.module) if p.requires_grad}
+        check_types(self.exchange.policy, trained)
+        self.exchange.engine = ProcessGroupEngine(parallel.process_group)
+        self.exchange.prepare({name: p.shape for name, p in trained.items()})
+        self.exchange.watch(trained)
+        self._names = {p: name for name, p in trained.items()}
+        self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            self.load_state_dict(saved)
+
     def state_dict(self) -> dict:
         """This rank's memory and counts: save one per rank and load each on its own rank."""
-        return self._copied if self.exchange is None else self.exchange.state_dict()
+        if self._saved is not None:
+            return self._saved
+        if self._names is None:
+            raise ConfigError("state: got one without a model, expected a call after bind(model) or the first step")
+        return self.exchange.state_dict()
 
     def full_state_dict(self) -> dict:
         """What all ranks remember together; see `GradientExchange.full_state_dict`."""
         return self.exchange.full_state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict()` or `full_state_dict()`, on all ranks before the same step."""
+        """Go on from `state_dict()` or `full_state_dict()`, on all ranks before the same step.
+
+        Before there is a model, the state waits: what does not fit is refused when there is one.
+        """
+        if self._names is None:
+            self._saved = state
+            return
         self.exchange.load_state_dict(state)
         self._agreed = False
 
     def __getstate__(self):
-        return self.state_dict()
+        if self.exchange is not None and self._names is None:
+            return {"made_of": (self.exchange.policy, self.exchange.scaler), "saved": self._saved}
+        return {"made_of": None, "saved": self.state_dict()}
 
     def __setstate__(self, state):
-        self.exchange, self._copied = None, state
+        if state["made_of"]:
+            compression, scaler = state["made_of"]
+            self.__init__(compression, scaler=scaler)
+        else:
+            self.exchange = None
+        self._saved = state["saved"]
 
     def start(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start the exchange of a GradBucket; returns the future of its buffer, filled with the means."""
@@ -77,6 +105,8 @@ class GradientState:
                 "state: got a copy, which exchanges nothing, expected a new one: register the model and load the "
                 "copy's state_dict()"
             )
+        if self._names is None:
+            self.bind(parallel_with(bucket.parameters()[0], self))
         if bucket.index() == 0 and self._pending:  # the last step ended with an error
             self._pending.clear()
             self.exchange.abandon_step()
@@ -175,7 +205,7 @@ def _is_dense(parameter):
 
 
 def compress(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The hook itself: `model.register_comm_hook(GradientState(model, "topk"), compress)`."""
+    """The hook itself: `model.register_comm_hook(GradientState("topk"), compress)`."""
     return state.start(bucket)
 
 
@@ -192,6 +222,7 @@ def register(model: torch.nn.Module, compression, *, scaler=None) -> GradientSta
     Every rank must call it; ExchangeError within the process group's time-out if one does not.
     """
     model = parallel_of(model)
-    state = GradientState(model, compression, scaler=scaler)
+    state = GradientState(compression, scaler=scaler)
+    state.bind(model)
     model.register_comm_hook(state, compress)
     return state

@@ -1,0 +1,36 @@
+"""What the scenarios of DistributedDataParallel share."""
+
+import torch
+import torch.distributed as dist
+from gcompress.plugins import ddp
+
+SCENARIOS = {}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def make_model():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(40, 300), torch.nn.ReLU(), torch.nn.Linear(300, 50), torch.nn.Linear(50, 30, bias=False)]
+    return torch.nn.Sequential(*layers)
+
+
+def wrapped(model, compression, **options):
+    """A DistributedDataParallel of buckets of at most 40 kB, and its state."""
+    model = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.04, **options)
+    return model, ddp.register(model, compression)
+
+
+def backward(model, step, rank):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    model.zero_grad()
+    model(torch.randn(8, 40, generator=generator)).square().mean().backward()
+
+
+def same_on_all_ranks(tensor):
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return all(torch.equal(part, parts[0]) for part in parts)
