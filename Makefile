@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt setup.py tools/build_horovod.py tools/w
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo 'make: no C++ compiler found (Debian, Ubuntu: apt-get install g++)' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo '+ $(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	$(PIP) install -q -c constraints.txt 'setuptools<81' wheel numpy torch torchvision
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[examples,split,test,frameworks]'
 	$(BIN)/python tools/build_horovod.py
 	@$(PIP) install -q nvidia-cuda-nvrtc-cu12 || echo 'make: no NVRTC for this machine: the GPU kernels are not compiled in tests'
 	@$(PIP) install -q $(CUPY) || echo 'make: no CuPy for this machine: its side of the GPU is not tested'

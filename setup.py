@@ -63,16 +63,16 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
-# In a checkout, plugins, examples and the sources that the GPU's kernels are compiled from lie beside the package.
-folders = {"gcompress": "gcompress", "gcompress.plugins": "plugins", "gcompress.examples": "examples"}
+# In a checkout, plugins, examples, tools and the sources that the GPU's kernels are compiled from lie beside the package.
+folders = {f"gcompress.{name}": name for name in ("plugins", "examples", "tools")}
 folders |= {f"gcompress.csrc.{part}": f"csrc/{part}" for part in ("arith", "cuda")}
-packages = [*find_packages(include=["gcompress", "gcompress.*"]), *list(folders)[1:]]
-packages += [f"gcompress.plugins.{name}" for name in find_packages("plugins")]
+packages = [*find_packages(include=["gcompress", "gcompress.*"]), *folders]
+packages += [f"gcompress.{folder}.{name}" for folder in ("plugins", "examples") for name in find_packages(folder)]
 
 headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + ["csrc/kernels.def"])
 setup(
     packages=packages,
-    package_dir=folders,
+    package_dir={"gcompress": "gcompress", **folders},
     ext_modules=[
         Extension("gcompress._native", ["csrc/dispatch.cc", "csrc/kernels.cc"], depends=headers, optional=True)
     ],

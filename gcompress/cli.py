@@ -13,7 +13,7 @@ def split(arguments):
     """split learning: --demo, --role client, --role server, or `certificates` (try: gcompress split --help)"""
     if arguments[:1] == ["certificates"]:
         return certificates(arguments[1:])
-    run_example("split_learning.py", arguments)
+    run_program("examples", "split_learning.py", arguments)
 
 
 def certificates(arguments):
@@ -33,6 +33,19 @@ def certificates(arguments):
 
     folder = make_certificates(options.out, options.hosts, options.clients, options.days)
     print(f"{folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+
+
+def install(arguments):
+    """an engine beside torch's own: gcompress install horovod, gcompress install mpi"""
+    programs = {"horovod": "build_horovod.py", "mpi": "install_mpi.py"}
+    parser = argparse.ArgumentParser(
+        prog="gcompress install",
+        description="horovod: builds Horovod 0.28.1 as released for the torch of this Python (4 to 8 minutes on two "
+        "cores, once: the wheel is cached), since what pip builds does not compile for torch 2.1 and later. "
+        "mpi: installs mpi4py, and Open MPI where there is no mpirun.",
+    )
+    parser.add_argument("engine", choices=programs)
+    run_program("tools", programs[parser.parse_args(arguments).engine], [])
 
 
 def doctor(arguments):
@@ -65,16 +78,16 @@ def print_methods(kernels, methods):
             print(f"       {what}: {', '.join(sorted(names))}")
 
 
-def run_example(name, arguments):
-    """Run a program of examples/ as if it had been started by its file name."""
-    spec = importlib.util.find_spec("gcompress.examples")
+def run_program(folder, name, arguments):
+    """Run a program of examples/ or tools/ as if it had been started by its file name."""
+    spec = importlib.util.find_spec(f"gcompress.{folder}")
     path = pathlib.Path(next(iter(spec.submodule_search_locations))) / name
     sys.path.insert(0, str(path.parent))  # its neighbours are imported by name
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"doctor": doctor, "split": split}
+COMMANDS = {"doctor": doctor, "install": install, "split": split}
 
 
 def main(argv=None):

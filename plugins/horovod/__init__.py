@@ -23,6 +23,14 @@ ranks come or go (see elastic.py).
 `engine()` is Horovod for `gcompress.OuterOptimizer`, which takes a plain optimizer.
 """
 
+try:
+    import horovod.torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"{error}; gcompress.plugins.horovod needs Horovod 0.28.1: pip install 'gcompress[horovod]', then gcompress "
+        "install horovod"
+    ) from None
+
 from gcompress.exchange.results import exchange
 
 from .patch import activate, engine

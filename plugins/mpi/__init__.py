@@ -26,6 +26,14 @@ go on with the rest: a mean is over the workers that are left. If one of them on
 launcher's exit code is 1 in the end. A server cannot be replaced: when one dies, all end.
 """
 
+try:
+    import mpi4py  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"{error}; gcompress.plugins.mpi needs mpi4py: pip install 'gcompress[mpi]', and gcompress install mpi where "
+        "there is no mpirun"
+    ) from None
+
 from gcompress.exchange.results import exchange
 
 from .job import Job
