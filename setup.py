@@ -63,8 +63,8 @@ class OptionalBuild(BuildNative):
             print(f"gcompress: built without C++ kernels, the torch reference is used: {error}", file=sys.stderr)
 
 
-# In a checkout, plugins, examples, tools and the sources that the GPU's kernels are compiled from lie beside the package.
-folders = {f"gcompress.{name}": name for name in ("plugins", "examples", "tools")}
+# In a checkout, these and the sources that the GPU's kernels are compiled from lie beside the package.
+folders = {f"gcompress.{name}": name for name in ("plugins", "examples", "tools", "benchmarks")}
 folders |= {f"gcompress.csrc.{part}": f"csrc/{part}" for part in ("arith", "cuda")}
 packages = [*find_packages(include=["gcompress", "gcompress.*"]), *folders]
 packages += [f"gcompress.{folder}.{name}" for folder in ("plugins", "examples") for name in find_packages(folder)]

@@ -49,37 +49,25 @@ def install(arguments):
 
 
 def doctor(arguments):
-    """what runs the compressors here, on the CPU and on each GPU, and why"""
+    """what is installed here, what runs the compressors, which engines work; an exchange between two processes"""
     argparse.ArgumentParser(prog="gcompress doctor", description=doctor.__doc__).parse_args(arguments)
-    import torch
+    from .doctor import report
 
-    from . import backends, methods
-    from .backends import gpu
-    from .backends.gpu.plans import DeviceKernels
-
-    built = ", ".join(backends.available_backends())
-    print(f"CPU    {backends.backend()} (there are: {built}; GCOMPRESS_BACKEND chooses)")
-    print_methods(backends.cpu_kernels(), methods())
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(max(1, count)):
-        active, reason = gpu.status(index)
-        name = f"GPU {index}" if count else "GPU"
-        print(f"{name:6} {'kernels' if active else 'torch reference' if count else 'none'}: {reason}")
-    print_methods(DeviceKernels, methods())
+    return 0 if report() else 1
 
 
-def print_methods(kernels, methods):
-    """Print which methods a table of kernels serves, and which run on the torch reference."""
-    from .backends import provides
+def demo(arguments):
+    """two ranks train on this machine with and without compression: half a minute, no data, no Horovod"""
+    run_program("examples", "demo.py", arguments)
 
-    served = {name for name, method in methods.items() if kernels is not None and provides(kernels, method)}
-    for what, names in (("with kernels", served), ("by the torch reference", set(methods) - served)):
-        if names:
-            print(f"       {what}: {', '.join(sorted(names))}")
+
+def bench(arguments):
+    """the compressors' speed on this machine, against a plain copy"""
+    run_program("benchmarks", "compressors.py", arguments)
 
 
 def run_program(folder, name, arguments):
-    """Run a program of examples/ or tools/ as if it had been started by its file name."""
+    """Run a program of examples/, tools/ or benchmarks/ as if it had been started by its file name."""
     spec = importlib.util.find_spec(f"gcompress.{folder}")
     path = pathlib.Path(next(iter(spec.submodule_search_locations))) / name
     sys.path.insert(0, str(path.parent))  # its neighbours are imported by name
@@ -87,7 +75,7 @@ def run_program(folder, name, arguments):
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"doctor": doctor, "install": install, "split": split}
+COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "install": install, "split": split}
 
 
 def main(argv=None):

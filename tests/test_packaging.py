@@ -77,7 +77,17 @@ def test_a_wheel_holds_what_users_run(wheel, tmp_path):
 
     place = start("-c", "import gcompress; print(gcompress.__file__)")
     assert place.startswith(str(wheel[1]))
-    assert "torch reference" in start("-m", "gcompress.cli", "doctor")
+    told = start("-m", "gcompress.cli", "doctor")
+    assert "by the torch reference: bf16" in told and "the same bits on all" in told and "gloo" in told
+    demo = start("-m", "gcompress.cli", "demo", "--steps", 3, "--compressors", "none", "topk:sparsity=0.99")
+    assert [line.split()[0] for line in demo.splitlines()[1:]] == ["method", "none", "topk:sparsity=0.99"]
     assert "horovod" in start("-m", "gcompress.cli", "install", "--help")
     example = wheel[1] / "gcompress" / "examples" / "frameworks" / "ddp.py"
     assert start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", example)
+
+
+def test_the_demo_refuses_what_it_cannot_run():
+    for arguments, told in ((["--compressors", "sgn"], "got 'sgn'"), (["--ranks", "0"], "expected at least 1")):
+        command = [sys.executable, "-m", "gcompress.cli", "demo", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
