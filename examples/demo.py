@@ -113,14 +113,12 @@ def rank_main(options):
 def print_row(results):
     """The last method's row, with the table's head before the first."""
     first, last = results[0], results[-1]
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
     if len(results) == 1:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
         print(f"{clear}{'method':<28} {'bytes a step':>12} {'fewer':>8} {'accuracy':>9} {'seconds':>8}")
-    fewer = f"{first['bytes'] / last['bytes']:.1f}x"
-    print(
-        f"\r{last['method']:<28} {last['bytes']:>12,.0f} {fewer:>8} {last['accuracy']:>8.1%} {last['seconds']:>8.1f}",
-        flush=True,
-    )
+    fewer, clear = f"{first['bytes'] / last['bytes']:.1f}x", "" if len(results) == 1 else clear
+    row = f"{last['method']:<28} {last['bytes']:>12,.0f} {fewer:>8} {last['accuracy']:>9.1%} {last['seconds']:>8.1f}"
+    print(clear + row, flush=True)
 
 
 def draw(results, path):

@@ -15,7 +15,7 @@ from tests.launching import REPOSITORY
 
 TOY = REPOSITORY / "tests" / "toy"
 MODULE, KERNELS = pathlib.Path("gcompress", "compressors", "toy.py"), pathlib.Path("csrc", "kernels.def")
-COPIED = ("gcompress", "csrc", "tests", "benchmarks", "tools", "pyproject.toml", "README.md")
+COPIED = ("gcompress", "csrc", "tests", "benchmarks", "tools", "docs", "pyproject.toml")
 
 
 def python(folder, *arguments, **environment):
@@ -68,7 +68,7 @@ def test_it_is_in_the_benchmark_the_doctor_and_the_readme(checkout):
     said = python(checkout, "-m", "gcompress.cli", "doctor")
     assert "by the torch reference: toy" in said
     python(checkout, "tools/method_table.py")
-    assert "| `toy` | `Toy` | A signed byte for every entry" in (checkout / "README.md").read_text()
+    assert "| `toy` | `Toy` | A signed byte for every entry" in (checkout / "docs" / "METHODS.md").read_text()
 
 
 @pytest.mark.skipif(not emulation.COMPILER, reason="building kernels needs a C++ compiler")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write the README's table of all methods, from the methods themselves: `python tools/method_table.py`.
+"""Write the table of all methods in docs/METHODS.md, from the methods themselves: `python tools/method_table.py`.
 
 A row has a method's first example, its class, the first sentence of its docstring, and the bits that the example's
-payload takes for each of 2^20 normal entries. A test compares the README with this table.
+payload takes for each of 2^20 normal entries. A test compares the page with this table.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ import torch
 
 from gcompress import from_spec, methods
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "METHODS.md"
 BEGIN, END = "<!-- methods: written by tools/method_table.py -->", "<!-- end of methods -->"
 NUMEL = 1 << 20
 
@@ -32,11 +32,11 @@ def table():
 
 
 def written(text):
-    """A README's text with the table between its marks."""
+    """The page's text with the table between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    PAGE.write_text(written(PAGE.read_text()))
