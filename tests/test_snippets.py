@@ -1,0 +1,131 @@
+"""The code of README and docs/ runs as it is printed: each block after the lines that its page takes for granted."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.launching import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+# What a reader of the block has: a model, its optimizer, a batch and one rank of an engine.
+MODEL = """
+import sys, torch, gcompress
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+images, labels = torch.randn(8, 64), torch.arange(8)
+compute = lambda: torch.nn.functional.cross_entropy(model(images), labels)
+"""
+DDP = f"""{MODEL}
+import torch.distributed as dist, gcompress.plugins.ddp
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+"""
+REGISTERED = f"""{DDP}
+model = torch.nn.parallel.DistributedDataParallel(model)
+state = gcompress.plugins.ddp.register(model, "topk:sparsity=0.9")
+exchange = state.exchange
+compute().backward()
+optimizer.step()
+"""
+HOROVOD = f"""{MODEL}
+import horovod.torch as hvd
+hvd.init()
+"""
+WRAPPED = f"""{HOROVOD}
+import gcompress.plugins.horovod
+optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression="topk:sparsity=0.9")
+compute().backward()
+optimizer.step()
+"""
+SCALED = """
+scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+optimizer.zero_grad()
+loss = compute()
+"""
+OUTER = f"""{DDP}
+gcompress.plugins.horovod = gcompress.plugins.ddp
+sys.modules["gcompress.plugins.horovod"] = gcompress.plugins.ddp
+batches, loss = range(20), lambda model, batch: compute()
+"""
+SPLIT = """
+import torch, torchvision
+from gcompress import split
+model = torchvision.models.resnet18(num_classes=10)
+images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
+_, served = split.cut(torchvision.models.resnet18(num_classes=10), "layer2")
+server = split.SplitServer(
+    served, shape=(128, 4, 4), up="mask:sparsity=0.99,bits=2", down="quantize:bits=4",
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+)
+link = split.Link(f"127.0.0.1:{server.listen()}")
+"""
+STEP = "optimizer.zero_grad()\ncompute().backward()\noptimizer.step()\n"
+COUNTED = f"{STEP}assert 0 < state.exchange.report.sent_bytes < 4 * 64 * 74 / 4\n"
+TAKEN = f"{STEP}assert gcompress.plugins.horovod.exchange(optimizer).policy\n"  # one rank of Horovod exchanges nothing
+ENDED = "client.finish()\nserver.stop()\n"
+
+# By page, for each of its blocks in order: (what comes before, what after), or why it does not run here.
+BLOCKS = {
+    "README.md": [
+        ("", "assert payload.numel() < 4 * gradient.numel() / 10"),
+        (DDP, COUNTED),
+        (HOROVOD, TAKEN),
+        (SPLIT, ENDED),
+        (DDP, "outer.finish()"),
+    ],
+    "HOROVOD.md": [(HOROVOD, TAKEN), (WRAPPED, STEP)],
+    "MEMORY.md": [
+        "a line for each of four engines",
+        (REGISTERED + SCALED, "assert state.exchange.steps == 2"),
+        (WRAPPED + SCALED, "assert scaler.get_scale() == 1024"),
+        (
+            REGISTERED
+            + "saved = [dict(state.state_dict(), rank=rank, world_size=4) for rank in range(4)]\n"
+            + "for rank in range(4): torch.save(saved[rank], f'exchange-{rank}.pt')\n",
+            "assert exchange.steps == 1",
+        ),
+        "accelerate stands beside torch.distributed.checkpoint: tests/test_frameworks.py, tests/promises_of_memory.py",
+    ],
+    "OUTER.md": [(OUTER, "assert outer.steps == 20"), "elastic Horovod: tests/elastic_outer_ranks.py"],
+    "POLICIES.md": [(HOROVOD + "import gcompress.plugins.horovod\n", TAKEN)],
+    "SERVERS.md": ["mpirun starts it: tests/mpi_ranks.py", "servers have to be started: tests/byteps_workers.py"],
+    "SPLIT.md": [
+        "two machines, with certificates: tests/test_split_threats.py",
+        "a loop with a hole: tests/test_split_checkpoints.py",
+        "the parts of two machines: tests/test_split_example.py",
+    ],
+}
+
+
+def blocks_of(path):
+    """The blocks of Python and of diffs in a page; of a diff, what the file has after it."""
+    for kind, code in re.findall(r"^```(python|diff)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+        kept = [line[1:] for line in code.splitlines() if not line.startswith("-")]
+        yield "\n".join(kept) + "\n" if kind == "diff" else code
+
+
+FOUND = [(path.name, number, code) for path in PAGES for number, code in enumerate(blocks_of(path))]
+
+
+def test_every_block_is_known():
+    counts = {name: sum(found == name for found, _, _ in FOUND) for name, _, _ in FOUND}
+    assert counts == {name: len(blocks) for name, blocks in BLOCKS.items()}
+
+
+@pytest.mark.parametrize("name, number, code", FOUND, ids=[f"{name}-{number}" for name, number, _ in FOUND])
+def test_the_block_runs(name, number, code, tmp_path):
+    block = BLOCKS[name][number]
+    if isinstance(block, str):
+        pytest.skip(block)
+    before, after = block
+    for package in ("horovod", "torchvision", "grpc"):
+        if re.search(rf"import .*\b{package}\b", before + code) and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    (tmp_path / "block.py").write_text(f"{before}\n{code}\n{after}\n")
+    command = [sys.executable, "-W", "ignore", "block.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
