@@ -137,6 +137,7 @@ class Byteps(Trainer):
         named = [(f"{number}.{name}", p) for name, p in model.named_parameters()]
         optimizer = make_optimizer(list(model.parameters()))
         self.optimizer = byteps_plugin.DistributedOptimizer(optimizer, named, compression, scaler=scaler)
+        self.exchange = byteps_plugin.exchange(self.optimizer)
 
     def synchronize(self):
         self.optimizer.synchronize()
