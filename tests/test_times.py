@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gcompress import ConfigError, Policy, TopK
+from gcompress import ConfigError, ExchangeError, Policy, TopK
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.report import Report
 from gcompress.exchange.schedule import Schedule
@@ -150,19 +150,19 @@ def test_an_engine_that_fails_leaves_no_time_behind(schedule):
 
 def test_waiting_that_ends_with_an_error_is_over(schedule):
     schedule, times, clock = schedule
-    engine, task = LateEngine(clock), None
+    engine = LateEngine(clock)
+    task = schedule.start(engine, "a", steps(clock, 1, 500, 0))
 
-    def failing():
-        yield "allgather", torch.empty(5, dtype=torch.uint8)
-        raise ValueError("not to be decoded")
+    def lost():
+        clock.now += 7
+        raise ExchangeError("the other rank is lost")
 
-    task = schedule.start(engine, "a", failing())
-    with pytest.raises(ValueError, match="not to be decoded"):
+    task._operation.ready = lost
+    with pytest.raises(ExchangeError, match="is lost"):
         schedule.wait(engine, task)
-    waited = times.groups["a"].seconds.wait
     clock.now += DAY
     times.wait_ends()
-    assert 0 < times.groups["a"].seconds.wait == waited < 20
+    assert times.groups["a"].seconds.wait == 7
 
 
 class SlowTopK(TopK):
