@@ -20,9 +20,12 @@ def spans_of(path, kind="X"):
 
 @promise()
 def a_step_shows_where_its_time_goes(new):
-    """All that is compressed is seen; work and waiting fit into the time that passed; the trace has the report's bytes."""
+    """All that is compressed is seen; work and waiting fit into the time; the trace has the report's bytes."""
     for exchange in ("allgather", "twophase"):
-        with tempfile.TemporaryDirectory() as folder, new(make_model(), Policy(COUNTED, 1, exchange=exchange)) as trainer:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            new(make_model(), Policy(COUNTED, 1, exchange=exchange)) as trainer,
+        ):
             begun = time.perf_counter()
             with trainer.exchange.trace(f"{folder}/t.json") as trace:
                 train(trainer, steps=STEPS)

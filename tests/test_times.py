@@ -27,7 +27,9 @@ EVERY_WAY = [
     Policy("topk:sparsity=0.99", momentum=0.9, clip=10.0, exchange="twophase"),
     Policy("quantize:bits=3", error_feedback="ef21", exchange="twophase"),
 ]
-ONE_BY_ONE = pytest.mark.parametrize("policy", EVERY_WAY, ids=lambda policy: f"{policy.compressor.name}-{policy.exchange}")
+ONE_BY_ONE = pytest.mark.parametrize(
+    "policy", EVERY_WAY, ids=lambda policy: f"{policy.compressor.name}-{policy.exchange}"
+)
 
 
 class Clock:
@@ -262,7 +264,9 @@ def test_a_trace_is_what_the_report_says(policy, tmp_path):
         own = {name for event in wire for name in event["args"]["parameters"]}
         assert own == {name for group in report.times.groups.values() for name in group.parameters}
         total = report.times.total
-        assert total.encode > 0 and total.decode > 0 and 0 < total.wire <= sum(total[:2]) + total.wait + total.decode + 9
+        assert (
+            total.encode > 0 and total.decode > 0 and 0 < total.wire <= sum(total[:2]) + total.wait + total.decode + 9
+        )
 
 
 def test_a_trace_ends_by_itself_and_can_be_begun_anew(tmp_path):
@@ -320,7 +324,7 @@ def test_scalars_are_those_of_the_last_step():
     def run(rank, exchange):
         exchange.prepare({"w": (5000,)})
         exchange.measure_errors(2)
-        for step in range(2):
+        for _ in range(2):
             exchange.report.times.clear()
             exchange.start("w", torch.randn(5000))()
             exchange.end_step()

@@ -1,9 +1,9 @@
 """How much an encoding loses, measured in some steps.
 
 The relative squared error of one rank's encoding of a parameter is |corrected - decoded|^2 / |corrected|^2, where
-`corrected` is what was encoded: the gradient plus the residual (with momentum correction the velocity plus the residual,
-with EF21 the gradient minus its estimate). It is 0 of nothing but zeros and NaN of what is not finite. A contraction
-such as top-k stays below 1; where it is near 1, a step sends almost nothing of that parameter.
+`corrected` is what was encoded: the gradient plus the residual (with momentum correction the velocity plus the
+residual, with EF21 the gradient minus its estimate). It is 0 of nothing but zeros and NaN of what is not finite. A
+contraction such as top-k stays below 1; where it is near 1, a step sends almost nothing of that parameter.
 
 All of it is done by a further encoding with the same seed beside the one that is sent, which changes no bit of that.
 """

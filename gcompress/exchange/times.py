@@ -9,6 +9,7 @@ kernels, and torch.profiler shows the kernels themselves.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ ENCODE, RECODE, WIRE, WAIT, DECODE = range(len(PHASES))
 class Seconds(NamedTuple):
     """Seconds by phase.
 
-    encode: until a gradient's bytes are there. recode: between two operations: a piece's owner decodes, adds and encodes
-    again; a summed method goes on to its next sum. decode: after the last operation.
+    encode: until a gradient's bytes are there. recode: between two operations: a piece's owner decodes, adds and
+    encodes again; a summed method goes on to its next sum. decode: after the last operation.
     wire: from handing bytes to the engine until this rank sees that the operation has ended: it looks whenever it is
     given a gradient, and all the time while it waits.
     wait: this rank had nothing to do but to wait for others. What of `wire` is not in it ran beside other work.
@@ -66,12 +67,11 @@ class Times:
     """
 
     def __init__(self):
-        self.clock, self.trace = time.perf_counter, None  # type: ignore[assignment]
+        self.clock: Callable[[], float] = time.perf_counter
+        self.trace: Trace | None = None
         self._travelling, self._since = 0, 0.0  # operations on the wire; since when there is one
         self._waiting: tuple[GroupTimes, float] | None = None  # for whom, since when
         self.clear()
-
-    trace: Trace | None
 
     def clear(self) -> None:
         """Forget all that was measured, to leave out first steps."""

@@ -45,9 +45,7 @@ class Trace:
         ConfigError: `path` is no file that can be written, or the report has a trace that is still open.
     """
 
-    def __init__(
-        self, path: str | os.PathLike, report: Report, rank: int = 0, world_size: int = 1, *, steps: int = 20
-    ):
+    def __init__(self, path: str | os.PathLike, report: Report, rank: int = 0, world_size: int = 1, *, steps: int = 20):
         check_integer("steps", steps, 1)
         if report.times.trace is not None:
             raise ConfigError(f"trace: got a second one, expected {report.times.trace.path} to be closed before")
