@@ -76,7 +76,7 @@ def check_results(arguments, read_log):
 def make_folders(arguments, engine):
     """For the files of `add_results`."""
     if engine.rank == 0:
-        for path in filter(None, (arguments.log_file, arguments.plot)):
+        for path in filter(None, (arguments.log_file, arguments.plot, getattr(arguments, "trace", None))):
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

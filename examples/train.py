@@ -167,7 +167,7 @@ class Training:
     def measured(self, trained):
         """Sum the counts of all ranks and return the epoch's record."""
         loss, correct, seen, test_correct, test_seen = self.engine.sum([*trained, *self.test()])
-        report = self.engine.exchange.report.as_dict()
+        report = self.engine.exchange.report.counts()
         return {
             "engine": self.engine.name,
             "compressor": self.arguments.compressor,
@@ -243,6 +243,8 @@ def main():
         plan = getattr(engine.exchange, "plan", None)
         if plan and engine.size > 1:
             print(plan, flush=True)
+    if arguments.trace:
+        engine.exchange.trace(arguments.trace)
     while training.step < training.last_step:
         record = training.measured(training.train_epoch())
         training.curve.append(record)
@@ -255,6 +257,8 @@ def main():
         final = {"final": True, **training.curve[-1], **settings(arguments, engine)}
         log.write(final)
         print(f"\n{training_report.table(final, engine.size)}", flush=True)
+        if arguments.trace:
+            print(f"\n{engine.exchange.report.times}", flush=True)
         if arguments.plot:
             training_report.plot(arguments.plot, [training.curve, *arguments.compared], title)
             print(f"plot: {arguments.plot}", flush=True)

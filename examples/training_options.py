@@ -82,6 +82,7 @@ def build_parser(description):
 
     add = parser.add_argument_group("results").add_argument
     add_results(add, "epoch", "accuracy against steps and against bytes")
+    add("--trace", metavar="FILE", help="write when the first steps encode, send, wait and decode, and show a table")
     return parser
 
 

@@ -132,6 +132,16 @@ class ErrorFeedback:
         residual, fresh = self.opened(name, values)
         return fresh.copy_(values) if residual is None else torch.add(values, residual, out=fresh)
 
+    def preview(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """What `corrected` would return now, in a new tensor; nothing changes."""
+        values = self._preview_input(name, flat_values(gradient))
+        residual = self._residual_for(name, values)
+        return values.clone() if residual is None else values + residual
+
+    def _preview_input(self, name, values):
+        """What `_input` would return now; nothing changes."""
+        return values
+
     def _input(self, name, values):
         """What is added to the residual for a gradient of these 1-D float32 values."""
         return values
@@ -252,6 +262,8 @@ class NoFeedback:
         """The gradient, 1-D float32, contiguous; not a copy where it is that already."""
         return flat_values(gradient)
 
+    preview = corrected
+
 
 class MomentumCorrection(ErrorFeedback):
     """Error feedback of a velocity instead of the gradient: the momentum of SGD, taken before compression.
@@ -280,14 +292,19 @@ class MomentumCorrection(ErrorFeedback):
     def _input(self, name, values):
         """The velocity."""
         before, velocity = self._velocity_before(name, values), self._velocities.spare(name, values)
+        self._moving[name] = self._moved(values, before, velocity)
+        return velocity
+
+    def _preview_input(self, name, values):
+        return self._moved(values, self._velocity_before(name, values), torch.empty_like(values))
+
+    def _moved(self, values, before, velocity):
+        """Write the velocity after `before` (or None) for a gradient of these values, and return it."""
         velocity.copy_(values)
         if self.clip is not None:
             norm = torch.linalg.vector_norm(values).double()
             velocity.mul_(torch.where((self.clip < norm) & norm.isfinite(), self.clip / norm, 1.0).float())
-        if before is not None:
-            velocity.add_(before, alpha=self.momentum)
-        self._moving[name] = velocity
-        return velocity
+        return velocity if before is None else velocity.add_(before, alpha=self.momentum)
 
     def _velocity_before(self, name, values):
         before = self._velocities.get(name)

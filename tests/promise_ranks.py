@@ -16,6 +16,7 @@ import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
 import tests.promises_of_memory  # noqa: F401
 import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
+import tests.promises_of_times  # noqa: F401
 from tests.promises import PROMISES, Trainer, sgd
 
 
@@ -136,6 +137,7 @@ class Byteps(Trainer):
         named = [(f"{number}.{name}", p) for name, p in model.named_parameters()]
         optimizer = make_optimizer(list(model.parameters()))
         self.optimizer = byteps_plugin.DistributedOptimizer(optimizer, named, compression, scaler=scaler)
+        self.exchange = byteps_plugin.exchange(self.optimizer)
 
     def synchronize(self):
         self.optimizer.synchronize()

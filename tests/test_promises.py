@@ -9,6 +9,7 @@ import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
 import tests.promises_of_memory  # noqa: F401
 import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
+import tests.promises_of_times  # noqa: F401
 from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
 from tests.promises import PROMISES
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -77,6 +78,7 @@ def whole_run(tmp_path_factory):
         *("--checkpoint", folder / "checkpoint"),
         *("--log-file", folder / "log.jsonl"),
         *("--plot", folder / "plot.png"),
+        *("--trace", folder / "traces" / "trace.json"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
@@ -98,6 +100,14 @@ class TestRanks:
         assert final["fp16_bytes"] * 2 == final["fp32_bytes"]
         assert final["test_accuracy"] > 0.3, "ten classes: it has learnt something"
         assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_trace_of_each_rank_and_a_table_show_where_time_goes(self, whole_run):
+        folder, result = whole_run
+        for rank in range(2):
+            events = json.loads((folder / "traces" / f"trace.rank{rank}.json").read_text())
+            steps = {event["args"]["step"] for event in events if event["ph"] == "X"}
+            assert steps == set(range(20)), "as many as a trace has if nobody says another number"
+        assert re.search(r"ms per step +encode +recode +wire +wait +decode +bytes", result.stdout)
 
     def test_resumed_training_is_the_uninterrupted_one_to_the_bit(self, whole_run, tmp_path):
         folder, _ = whole_run

@@ -4,7 +4,7 @@
                                               |  plan: how each parameter travels, in which pieces and buckets
                                               |  ways: all-gather, two-phase, summed; schedule: several at once
                                               |  pieces: one payload's parts, coded one by one; together: by one call
-                                              |  report: bytes
+                                              |  report: bytes; times: seconds; trace: a file of what happened when
     .grad <- results: each open until applied.py sees whether an optimizer used it; then memory follows
 
 With dedicated servers (MPI, BytePS) the exchange is theirs: partition (what goes to whom), parameter_server,

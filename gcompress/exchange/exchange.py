@@ -20,6 +20,7 @@ from ..feedback import EstimateFeedback, new_memory, second_memory
 from ..memory import Memory
 from ..policy import as_policy
 from . import saved_state
+from .encoding_errors import add_errors
 from .plan import Plan
 from .results import Results
 from .scaling import unscaled
@@ -50,7 +51,7 @@ class GradientExchange(Results):
         # False: results are not looked at before they are waited for, since the ranks have yet to compare
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
-        self._schedule, self._ways = Schedule(), Ways(self)
+        self._schedule, self._ways = Schedule(self.report.times), Ways(self)
         self._waiting: dict[int, dict[str, Gradient]] = {}  # by bucket number, until all of a bucket is there
         self._tasks: dict[int, Task] = {}  # of this step, by bucket number
         self._alone: list[str] = []  # names that the plan did not have at first
@@ -174,12 +175,12 @@ class GradientExchange(Results):
         tasks, first = [], next(iter(gradients))
         for way, members in ways.items():
             if way == "summed":
-                steps = {name: self._ways.summed(name, gradient) for name, gradient in members.items()}
+                steps = {name: (self._ways.summed(name, each), [name]) for name, each in members.items()}
             elif way in self._ways.in_buckets:
-                steps = {f"{way}.{first}": self._ways.in_buckets[way](members)}
+                steps = {f"{way}.{first}": (self._in_bucket(way, members), members)}
             else:
-                steps = {f"allreduce.{first}": self._ways.all_reduce(members)}
-            tasks += [self._schedule.start(self.engine, name, each) for name, each in steps.items()]
+                steps = {f"allreduce.{first}": (self._ways.all_reduce(members), members)}
+            tasks += [self._schedule.start(self.engine, name, *each) for name, each in steps.items()]
         self._schedule.advance(self.engine)
         return _Bucket(self._schedule, self.engine, tasks, results)
 
@@ -210,8 +211,22 @@ class GradientExchange(Results):
         waiting[name] = gradient
         if len(waiting) == len(members):
             del self._waiting[entry.bucket]
-            steps = self._ways.in_buckets[entry.exchange]({member: waiting[member] for member in members})
-            self._tasks[entry.bucket] = self._schedule.start(self.engine, self.first_name(name), steps)
+            steps = self._in_bucket(entry.exchange, {member: waiting[member] for member in members})
+            self._tasks[entry.bucket] = self._schedule.start(self.engine, self.first_name(name), steps, members)
+
+    def _in_bucket(self, way, members):
+        """The steps of {name: Gradient} by a way of buckets."""
+        if self.report.encoding_errors.due(self.report.steps):
+            add_errors(self, self._ways, way, members)
+        return self._ways.in_buckets[way](members)
+
+    def error_taker(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        """What is to be given what was encoded of a parameter and what of that was sent; None: nobody measures it."""
+        found = self.report.encoding_errors
+        return functools.partial(found.add, name) if found.due(self.report.steps) and name not in self.absent else None
+
+    def _whose(self):
+        return (self.engine.rank(), self.engine.world_size()) if self.engine else (0, 1)
 
     def _task_of(self, name, number):
         if number not in self._tasks:
@@ -235,6 +250,7 @@ class GradientExchange(Results):
     def abandon_step(self) -> None:
         """Forget what is under way, after the engine has failed or was reset."""
         self._schedule.clear()
+        self.report.encoding_errors.forget()
         self._waiting.clear()
         self._tasks.clear()
         self._loss_scale.step_over()

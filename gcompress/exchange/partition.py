@@ -10,9 +10,10 @@ import torch
 from ..checks import check_integer
 from ..compressors import Compressor
 from ..errors import ConfigError, PayloadError
-from ..feedback import EstimateFeedback, new_memory, second_memory
+from ..feedback import EstimateFeedback, NoFeedback, new_memory, second_memory, whole
 from ..packing import bytes_to_float, float_to_bytes, to_type
 from ..policy import Policy
+from .encoding_errors import coded
 
 
 class Partition(NamedTuple):
@@ -88,10 +89,20 @@ class PartitionCodec:
             raise ConfigError(f"gradient {part.name!r}: got {values.numel()} entries, expected {part.numel}")
         if part.compressor is None:
             return float_to_bytes(to_type(values, torch.float32)).clone()
-        seed = zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
+        seed = self._seed(part, step, peer)
         if self._policy.feedback_for(part.compressor):
             return self._feedback.compress(memory_name(part) + peer, values, part.compressor, seed=seed)[0]
         return part.compressor.compress(values, seed=seed)[0]
+
+    def coded(self, key: int, values: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(What `encode` would encode now, what that decodes to), 1-D float32 tensors; nothing changes."""
+        part = self.partitions[key]
+        feedback = self._feedback if self._policy.feedback_for(part.compressor) else NoFeedback
+        corrected = feedback.preview(memory_name(part), values)
+        return coded(part.compressor, corrected, whole(corrected, self._seed(part, step)))
+
+    def _seed(self, part, step, peer=""):
+        return zlib.crc32(f"{part.name}/{part.start}/{step}/{self._side}/{peer}".encode())
 
     def encode_nothing(self, key: int) -> torch.Tensor:
         """The payload of zeros, without memory: no one had anything to send."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,7 @@ from ..errors import ConfigError
 from .applied import Watch
 from .report import Report
 from .scaling import LossScale
+from .trace import Trace
 
 
 class Results:
@@ -23,7 +25,7 @@ class Results:
         scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
 
     Attributes:
-        report: bytes.
+        report: bytes, times and errors, see `gcompress.exchange.report.Report`.
         steps: optimizer steps that were applied; seeds and a warm-up follow it.
         open_names: parameters that were exchanged and whose result is not known to be applied.
         empty_results: names whose last result was zero everywhere, of compressors that may send nothing.
@@ -50,6 +52,33 @@ class Results:
     def loss_scale(self) -> float:
         """The loss scale of this step's gradients."""
         return self._loss_scale.now()
+
+    def trace(self, path: str | os.PathLike, *, steps: int = 20) -> Trace:
+        """Record what this rank does when, in Chrome's trace format, from now on and for so many steps.
+
+        Args:
+            path: the file. With more than one rank its name gets the rank: `trace.json` is `trace.rank0.json` of
+                rank 0. Each rank writes its own; not all need to.
+
+        Returns the Trace, which can also be closed before, or be a `with` block's.
+
+        Raises:
+            ConfigError: the path cannot be written, or another trace is open.
+        """
+        return Trace(path, self.report, *self._whose(), steps=steps)
+
+    def _whose(self):
+        """(This rank's number, how many there are)."""
+        return 0, 1
+
+    def measure_errors(self, every: int = 100) -> None:
+        """Measure in the next step, and every so many steps after it, what this rank's encodings lose; 0: no more.
+
+        `report.errors` is then {parameter: relative squared error} of the last step in which that was done, of all
+        parameters that were compressed and had a gradient on this rank. Such a step takes one more encoding and
+        decoding; results and memory are the same to the bit. See encoding_errors.py for what is measured.
+        """
+        self.report.encoding_errors.measure(every, self.report.steps)
 
     def watch(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Find out from {name: parameter} which results are applied; otherwise all are taken to be."""

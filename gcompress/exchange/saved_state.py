@@ -49,7 +49,7 @@ def _of_any_rank(exchange):
     return {
         "policy": exchange.policy.to_dict() if exchange.policy else None,
         "shapes": {name: list(entry.shape) for name, entry in exchange.plan.entries.items()} if exchange.plan else {},
-        "report": exchange.report.as_dict(),
+        "report": exchange.report.counts(),
         "steps": exchange.steps,
         "memories": {name: dict(memory) for name, memory in exchange.memories.values().items()},
     }

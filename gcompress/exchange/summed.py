@@ -1,6 +1,6 @@
 """A gradient whose payloads the engine itself adds up (a `summable` compressor): one rank's side of it."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -18,6 +18,7 @@ def sum_over_ranks(
     *,
     seed: int,
     world_size: int,
+    compared: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Generator[tuple, torch.Tensor, torch.Tensor]:
     """Yield each sum that is to be formed as ("allreduce", tensor, op), and be sent its result.
 
@@ -27,6 +28,7 @@ def sum_over_ranks(
         feedback: keeps what the payloads lose of it; None: nothing does.
         memories: what the compressor learns from step to step, a dict by parameter.
         seed: the same on all ranks.
+        compared: is given what was encoded and what this rank contributed, 1-D float32, to look at.
 
     Returns:
         The ranks' sum of what each encoded, 1-D float32.
@@ -40,6 +42,8 @@ def sum_over_ranks(
             tensor, op = rounds.send((yield "allreduce", tensor, op))
     except StopIteration as stop:
         total, own = stop.value
+    if compared:
+        compared(corrected, own)
     if feedback:
         feedback.keep(name, corrected, own, sparse=compressor.sparse)
     # What is learned from gradients waits where no rank had one.

@@ -135,6 +135,7 @@ class Ways:
             self._exchange.memories,
             seed=self._seed(name),
             world_size=world_size,
+            compared=self._exchange.error_taker(name),
         )
         return {name: total.mul_(self._factor())}
 

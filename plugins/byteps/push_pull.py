@@ -86,7 +86,7 @@ def synchronize_gradients(self):
         self._handles[p] = self._push_pull_grad_async(p)
         exchange.absent = False
     for p, (handle, ctx) in self._handles.items():
-        output = bps.synchronize(handle)
+        output = exchange.waited_for(p, handle)
         self._push_pull_delay[p] = self.backward_passes_per_step
         p.grad.set_(self._compression.decompress(output, ctx))
     self._handles.clear()
@@ -124,6 +124,7 @@ class PushPullExchange(Results):
         self._inner = compression if compression is not None else bps.Compression.none
         self.declared, self._numbers = {}, {}
         self.absent = False  # whether the next tensor is one of zeros because nobody computed it here
+        self._on_the_wire = {}  # name: what `Times.arrived` is to be told
         self._name = None  # of the gradient that BytePS hands over next
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
@@ -169,8 +170,26 @@ class PushPullExchange(Results):
         """Say whose gradient `compress` is given next."""
         self._name = self._names[parameter]
 
+    def _whose(self):
+        return bps.rank(), bps.size()
+
+    def measure_errors(self, every: int = 100) -> None:
+        """Refused: what is encoded is known to BytePS's C++ threads alone."""
+        raise ConfigError("measure_errors: got BytePS, whose encodings are out of sight, expected another engine")
+
+    def waited_for(self, parameter, handle):
+        """What BytePS made of a gradient, once it is there."""
+        times, name = self.report.times, self._names[parameter]
+        begun = times.clock()
+        output = bps.synchronize(handle)
+        now, sent = times.clock(), self._on_the_wire.pop(name, None)
+        times.waited(times.group(name, (name,)), begun, now)
+        if sent:
+            times.arrived(*sent, now)
+        return output
+
     def compress(self, tensor):
-        name = self._name
+        name, times = self._name, self.report.times
         scale = self.loss_scale() if self.policy else 1.0
         applied = self._open(name)
         if name in self.declared:
@@ -180,6 +199,9 @@ class PushPullExchange(Results):
         payload, ctx = self._inner.compress(unscaled(tensor, scale))
         size = self._sizes.get(name) or payload.numel() * payload.element_size()
         self.report.add_push_pull(tensor.numel(), size, size, bps.size())
+        group, now = times.group(name, (name,)), times.clock()
+        times.departed(group, size, now)
+        self._on_the_wire[name] = group, "push_pull", size, now  # encoded by BytePS's threads meanwhile
         return payload, (ctx, scale)
 
     def decompress(self, tensor, ctx):

@@ -14,6 +14,7 @@ from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
+from gcompress.exchange.times import DECODE, ENCODE
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
@@ -84,8 +85,12 @@ class Worker(Results):
             self._keys[part.name].append(key)
         self._pushed = {}  # name: (shape, type) of what was pushed and not pulled
         self._asked = {}  # {id of a buffer: (request, buffer)} of answers that have not come
+        self._on_the_wire = {}  # name: what `Times.arrived` is to be told
         self._waiting = set()  # names pulled whose mean has not been taken
         self._partition_numel, self._staleness = partition_bytes // 4, staleness
+
+    def _whose(self):
+        return self.job.rank, self.job.size
 
     def _settle(self, names, applied):
         self._codec.settle([key for name in names for key in self._keys[name]], applied)
@@ -112,6 +117,8 @@ class Worker(Results):
         self._pushed[name] = (tensor.shape, tensor.dtype, tensor.device, scale)
         if not absent:
             values = to_type(unscaled(tensor.detach().reshape(-1), scale), torch.float32).cpu()
+            self._measure(name, values)
+        begun, sent = self.report.times.clock(), 0
         for key in self._keys[name]:
             part = self.partitions[key]
             payload = torch.empty(0, dtype=torch.uint8)
@@ -119,8 +126,27 @@ class Worker(Results):
                 payload = self._codec.encode(key, values[part.start : part.start + part.numel], self.steps)
             self.job.send(payload.numpy(), self.job.server_rank(part.server), push_tag(key, applied))
             self.report.add_push_pull(part.numel, payload.numel(), 0, self.job.size)
+            sent += payload.numel()
+        self._departed(name, begun, sent)
         if self._staleness:  # what is pushed is delivered, whatever becomes of this worker's step
             self._codec.settle(self._keys[name], True)
+
+    def _measure(self, name, values):
+        """Take up the error of what is about to be encoded, in a step in which that is asked for."""
+        found = self.report.encoding_errors
+        for key in self._keys[name] if found.due(self.report.steps) else ():
+            part = self.partitions[key]
+            if part.compressor:
+                mine = values[part.start : part.start + part.numel]
+                found.add(name, *self._codec.coded(key, mine, self.steps))
+
+    def _departed(self, name, begun, nbytes):
+        """A gradient, encoded since `begun`, is on its way: until all of its mean is seen to be here."""
+        times, now = self.report.times, self.report.times.clock()
+        group = times.group(name, (name,))
+        times.worked(ENCODE, group, begun, now)
+        times.departed(group, nbytes, now)
+        self._on_the_wire[name] = group, "push_pull", nbytes, now
 
     def pull(self, name: str) -> Callable[[], torch.Tensor]:
         """Ask for the workers' mean of what was pushed; returns a function that waits for it and returns it."""
@@ -132,7 +158,12 @@ class Worker(Results):
         self._waiting.add(name)
 
         def finish():
-            self.job.wait(lambda: self._take(pending, total), f"gradient {name!r}")
+            times, sent = self.report.times, self._on_the_wire.pop(name)
+            try:
+                self.job.wait(lambda: self._take(pending, total, sent[0]), f"gradient {name!r}")
+            finally:
+                times.wait_ends()
+            times.arrived(*sent, times.clock())
             self._waiting.discard(name)
             for key in self._keys[name]:
                 part = self.partitions[key]
@@ -175,16 +206,19 @@ class Worker(Results):
             raise ExchangeError(f"gradient {part.name!r}: the servers have given this worker up for its silence")
         return buffer[:size]
 
-    def _take(self, pending, total):
-        """Decode what has come; returns whether that was all."""
+    def _take(self, pending, total, group):
+        """Decode what has come; returns whether that was all. group: whose times they are."""
+        times = self.report.times
         for key, asked in list(pending.items()):
             payload = self._answer(key, *asked)
             if payload is None:
+                times.wait_begins(group)
                 continue
             del pending[key]
-            part = self.partitions[key]
+            part, begun = self.partitions[key], times.clock()
             self.report.pulled_bytes += payload.numel()
             self._codec.decode(key, payload, total[part.start : part.start + part.numel])
+            times.worked(DECODE, group, begun, times.clock())
         return not pending
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -230,7 +264,7 @@ class Worker(Results):
             "policy": self.policy.to_dict() if self.policy else None,
             "partition_numel": self._partition_numel,
             "sizes": self._sizes,
-            "report": self.report.as_dict(),
+            "report": self.report.counts(),
             "steps": self.steps,
             "feedback": self._codec.state_dict(),
             "servers": self._memory_of_servers() if self.job.rank == 0 and not self._staleness else {},
