@@ -68,8 +68,8 @@ class ProcessGroupEngine(ProcessGroupRanks):
         self._lanes = [dist.new_subgroups_by_enumeration(groups, timeout, "gloo")[0] for _ in range(LANES)]
 
     def _wait_for(self, everyone):
-        """Wait until every rank of the job makes its engine; returns the group's time-out."""
-        timeout = self.group._get_backend(torch.device("cpu")).options._timeout
+        """Wait until every rank of the job makes its engine; returns their time-out."""
+        timeout = everyone._get_backend(torch.device("cpu")).options._timeout
         if dist.get_backend(everyone) != "gloo":  # which alone has such a barrier
             return timeout
         try:

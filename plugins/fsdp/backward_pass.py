@@ -31,8 +31,10 @@ class BackwardPass:
         """To be called by every hook before it exchanges anything."""
         if self._token is not None and self._token() is not None:
             return
-        if self._token is not None:  # the last pass ended before it was told so
-            self._pending.clear()
+        if self._token is not None:  # the last pass ended with an error
+            pending, self._pending = self._pending, []
+            for bucket, _, _ in pending:  # whose later rounds other ranks may have begun
+                bucket()
             self._exchange.abandon_step()
             self._failed()
         token = PassToken()
