@@ -73,30 +73,34 @@ class WeightDifferences:
             out: N x numel; it may be of another type.
             quiet: nothing can have changed since the last call, as within a backward pass: nothing is sent.
         """
-        sent = 0 if quiet and self._known is not None else self._update(row)
-        out.copy_(self._known)
+        known, sent = self._known, 0
+        if known is None or not quiet:
+            known, sent = self._update(row)
+        out.copy_(known)
         self._report.add_weights(self.numel, sent, self._engine.world_size())
 
     def _update(self, row):
-        """Tell all ranks how this one's row has changed; returns the bytes that were sent."""
+        """Tell all ranks how this one's row has changed; returns (the reference, the bytes that were sent)."""
         own = torch.tensor(self._news(row), dtype=torch.uint8, device=row.device)
         sizes = [own.numel()] * self._engine.world_size()
         gathered = self._gathered(own, FLAGS, sizes).view(-1, own.numel())
         if bool((gathered == AGAIN).all()):
-            return own.numel() + self._restore(row) + self._update(row)
+            restoring = self._restore(row)
+            known, sent = self._update(row)
+            return known, own.numel() + restoring + sent
         news = [DIFFERENCE if int(each) == DIFFERENCE else (int(each) and WHOLE) for each in gathered.amax(0)]
         if self._known is None:
             self._known = torch.zeros(len(sizes), self.numel, device=row.device)
         self._loaded, self._told = None, row.clone()
         changed = [(shard, each) for shard, each in zip(self._shards, news, strict=True) if each != NOTHING]
         if not changed:
-            return own.numel()
+            return self._known, own.numel()
         payload = torch.cat([self._encoded(row, *each) for each in changed])
         rows = self._gathered(payload, PAYLOADS, [payload.numel()] * len(sizes)).view(len(sizes), -1)
         for rank, received in enumerate(rows):
             self._decode(rank, received, changed, row.dtype)
         self._updates += 1
-        return own.numel() + payload.numel()
+        return self._known, own.numel() + payload.numel()
 
     def _news(self, row):
         """What this rank has to say of each shard."""
@@ -152,12 +156,10 @@ class WeightDifferences:
 
     def state_dict(self) -> dict:
         """What this rank needs to go on to the bit: tensors of its own row, and a count."""
-        if self._known is None:
-            if self._loaded is None:
-                return {}
-            known, told = self._loaded, self._told
-        else:
-            known, told = self._known[self._engine.rank()], self._told
+        known = self._loaded if self._known is None else self._known[self._engine.rank()]
+        told = self._told
+        if known is None or told is None:
+            return {}
         return {"known": known.clone(), "told": told.float(), "updates": self._updates}
 
     def check(self, saved: dict) -> None:

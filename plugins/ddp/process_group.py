@@ -51,12 +51,16 @@ class ProcessGroupEngine(ProcessGroupRanks):
             ExchangeError within the group's time-out if one does not.
         every_rank: every rank of the job makes an engine at this moment, each of its own group, as of one
             dimension of a DeviceMesh. No rank is in two of these groups.
+        device_type: of the tensors, "cpu" or "cuda", for groups that have a backend for each; None: by the backend.
     """
 
     in_order = True
 
-    def __init__(self, group: dist.ProcessGroup | None = None, every_rank: bool = False):
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, every_rank: bool = False, device_type: str | None = None
+    ):
         super().__init__(group)
+        self._on_device = self._on_device if device_type is None else device_type != "cpu"
         of_all = self.world_size() == dist.get_world_size()
         self._at_once = self._on_device or not (of_all or every_rank)
         if self._at_once:
@@ -65,12 +69,18 @@ class ProcessGroupEngine(ProcessGroupRanks):
         everyone = self.group if of_all else dist.group.WORLD
         timeout = self._wait_for(everyone)
         groups = _groups_of(everyone, self.group)
-        self._lanes = [dist.new_subgroups_by_enumeration(groups, timeout, "gloo")[0] for _ in range(LANES)]
+        self._lanes = [self._new_lane(groups, timeout) for _ in range(LANES)]
+
+    @staticmethod
+    def _new_lane(groups, timeout):
+        return dist.new_subgroups_by_enumeration(groups, timeout, "gloo")[0]
 
     def _wait_for(self, everyone):
         """Wait until every rank of the job makes its engine; returns their time-out."""
-        timeout = everyone._get_backend(torch.device("cpu")).options._timeout
-        if dist.get_backend(everyone) != "gloo":  # which alone has such a barrier
+        has_barrier = dist.get_backend(everyone) == "gloo"
+        timed = everyone if has_barrier else self.group
+        timeout = timed._get_backend(torch.device("cpu")).options._timeout
+        if not has_barrier:
             return timeout
         try:
             dist.monitored_barrier(everyone, timeout=timeout)

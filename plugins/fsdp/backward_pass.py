@@ -24,8 +24,8 @@ class BackwardPass:
 
     def __init__(self, exchange: GradientExchange, first: Callable[[], None], failed: Callable[[], None]):
         self._exchange, self._first, self._failed = exchange, first, failed
-        self._token = None  # a weak reference to the pass that is under way
-        self._pending = []  # (Bucket, {name: where its result goes}, factor of that)
+        self._token: weakref.ref[PassToken] | None = None  # a weak reference to the pass that is under way
+        self._pending: list[tuple] = []  # (Bucket, {name: where its result goes}, factor of that)
 
     def begin(self) -> None:
         """To be called by every hook before it exchanges anything."""

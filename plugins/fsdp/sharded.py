@@ -40,7 +40,8 @@ class ShardedState:
                 "weights: got a policy with a mesh of replicas, expected None: HSDP compresses their mean"
             )
         self.exchange = (GradientExchange if replicated else ScatterExchange)(compression, scaler=scaler)
-        self.exchange.engine = ProcessGroupEngine(self._ranks.replicas or self._ranks.shards, every_rank=True)
+        members = self._ranks.replicas or self._ranks.shards
+        self.exchange.engine = ProcessGroupEngine(members, every_rank=True, device_type=mesh.device_type)
         weights = None if weights is None else as_policy(weights)
         self._agree_on(self.exchange.policy, weights)
         self._prepare(replicated)

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from gcompress.errors import ConfigError
 from gcompress.plugins.ddp.unwrap import plain_names
 
-OF_GROUPS = ("fsdp_params", "modules", "mesh_info", "gradient_divide_factor", "all_reduce_grads", "_is_hsdp")
-OF_GROUPS += ("_all_reduce_hook", "_reduce_scatter_comm", "_all_gather_comm")
-OF_PARAMETERS = ("sharded_param", "sharded_size", "padded_sharded_param_size", "fsdp_placement", "offload_to_cpu")
+OF_GROUPS = ["fsdp_params", "modules", "mesh_info", "gradient_divide_factor", "all_reduce_grads", "_is_hsdp"]
+OF_GROUPS += ["_all_reduce_hook", "_reduce_scatter_comm", "_all_gather_comm"]
+OF_PARAMETERS = ["sharded_param", "sharded_size", "padded_sharded_param_size", "fsdp_placement", "offload_to_cpu"]
 
 
 class ParameterPart(NamedTuple):
