@@ -27,6 +27,7 @@ from gcompress.exchange.reduce_scatter import ScatterPlan
 from gcompress.feedback import ErrorFeedback
 from tests.ddp_ranks import check_steps
 from tests.fsdp_models import (
+    SCENARIOS,
     applied,
     batch,
     equal,
@@ -233,6 +234,7 @@ def what_is_counted_is_what_is_handed_over():
             for method in ("allgather", "alltoall", "allreduce"):
                 stack.enter_context(mock.patch.object(engine, method, counting(getattr(engine, method), sent)))
             train(model, optimizer, steps=3)
+        assert fsdp.exchange(state) is state.exchange and state.report is state.exchange.report
         entries = state.exchange.plan.entries.values()
         if pair[0].ndim == 1:
             step = sum(entry.nbytes_of(piece) for entry in entries for piece in entry.pieces)
@@ -400,7 +402,7 @@ def main():
     out, names = sys.argv[1], sys.argv[2:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
-    results = run_scenarios(names)
+    results = run_scenarios(names or SCENARIOS)
     if dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(results, file)

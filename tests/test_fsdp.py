@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.launching import launch_ddp
 
-if not (dist.is_available() and dist.is_gloo_available() and hasattr(torch.distributed, "fsdp")):
-    pytest.skip("this build of torch has no Gloo or no FSDP", allow_module_level=True)
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("this build of torch has no Gloo", allow_module_level=True)
 
 pytest.importorskip("torch.distributed.fsdp._fully_shard", reason="this torch has no fully_shard")
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.ranks
 def outcomes(tmp_path_factory):
     """All scenarios in one launch of four ranks."""
     out = tmp_path_factory.mktemp("fsdp") / "outcomes.json"
-    _, output = launch_ddp(4, "-m", "tests.fsdp_ranks", out)
+    _, output = launch_ddp(4, "-m", "tests.fsdp_ranks", out, timeout=240)
     if not out.exists():
         pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
     return json.loads(out.read_text())
