@@ -125,7 +125,10 @@ def unannotated(module):
 SELF = ("self", "cls", "compression", "scaler")  # of the last two many kinds are taken: the docstring lists them
 
 
-@pytest.mark.parametrize("name", ["gcompress", "gcompress.exchange", "gcompress.split", "gcompress.plugins.ddp"])
+PUBLIC = ["gcompress", "gcompress.exchange", "gcompress.split", "gcompress.plugins.ddp", "gcompress.plugins.fsdp"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_has_type_hints(name):
     if name == "gcompress.split":
         pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")

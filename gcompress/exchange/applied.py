@@ -116,6 +116,8 @@ def holds_nothing(gradient):
     """Whether a `.grad` is None or zero everywhere."""
     if gradient is None:
         return True
+    if hasattr(gradient, "to_local"):  # a DTensor, of which each rank looks at its own part
+        gradient = gradient.to_local()
     return not bool((gradient._values() if gradient.is_sparse else gradient).any())
 
 

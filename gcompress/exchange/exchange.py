@@ -43,6 +43,8 @@ class GradientExchange(Results):
     See `Results` for what became of a result, and for `report`, `steps` and `scaler`.
     """
 
+    _plan_type = Plan
+
     def __init__(self, policy, engine=None, *, average=True, scaler=None):
         super().__init__(None if policy is None else as_policy(policy), scaler)
         self.engine = engine
@@ -92,7 +94,7 @@ class GradientExchange(Results):
         bucket with others.
         """
         self._alone = [name for name in alone if name in shapes]
-        self.plan = Plan(self.policy, shapes, self.engine.world_size(), self._alone)
+        self.plan = self._plan_type(self.policy, shapes, self.engine.world_size(), self._alone)
         owned = self.owned_pieces()
         self.owner_feedback.memories["residual"].drop(lambda key: key not in owned)
         if self.engine.rank() == 0:
@@ -140,7 +142,7 @@ class GradientExchange(Results):
         if entry.exchange == "summed":
             task = self._schedule.start(self.engine, name, self._ways.summed(name, values))
         else:
-            self._fill_bucket(name, Gradient(values, _place(gradient)), entry)
+            self._fill_bucket(name, Gradient(values, place_of(gradient)), entry)
         if self.agreed:
             self._schedule.advance(self.engine)
         ctx = Context(gradient.shape, gradient.dtype)
@@ -151,7 +153,7 @@ class GradientExchange(Results):
 
         return finish
 
-    def start_bucket(self, gradients: dict[str, torch.Tensor], *, absent: Iterable[str] = ()) -> _Bucket:
+    def start_bucket(self, gradients: dict[str, torch.Tensor], *, absent: Iterable[str] = ()) -> Bucket:
         """Encode and start all of {name: gradient}, for engines that form buckets themselves.
 
         Every parameter takes its own exchange; those of one exchange travel together, and what is
@@ -169,7 +171,7 @@ class GradientExchange(Results):
             values = unscaled(gradient, scale)
             ctx = Context(gradient.shape, gradient.dtype)
             ways.setdefault(way, {})[name] = (
-                Gradient(values, _place(gradient)) if way in self._ways.in_buckets else values
+                Gradient(values, place_of(gradient)) if way in self._ways.in_buckets else values
             )
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
@@ -182,7 +184,7 @@ class GradientExchange(Results):
                 steps = {f"allreduce.{first}": (self._ways.all_reduce(members), members)}
             tasks += [self._schedule.start(self.engine, name, *each) for name, each in steps.items()]
         self._schedule.advance(self.engine)
-        return _Bucket(self._schedule, self.engine, tasks, results)
+        return Bucket(self._schedule, self.engine, tasks, results)
 
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
@@ -282,14 +284,14 @@ class GradientExchange(Results):
         saved_state.load(self, saved)
 
 
-def _place(gradient):
+def place_of(gradient):
     """Where its mean goes, 1-D float32: the gradient itself where it is that."""
     if gradient.dtype == torch.float32 and gradient.is_contiguous():
         return gradient.detach().view(-1)
     return torch.empty(gradient.numel(), device=gradient.device)
 
 
-class _Bucket:
+class Bucket:
     """What `start_bucket` returns; results: {name: function of its mean}."""
 
     def __init__(self, schedule, engine, tasks, results):

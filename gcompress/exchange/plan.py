@@ -52,7 +52,7 @@ class Entry:
 
     shape: torch.Size
     compressor: Compressor | None  # None: uncompressed, by all-reduce
-    exchange: str  # "allgather", "twophase", "turns", "summed" or "allreduce"
+    exchange: str  # "allgather", "twophase", "turns", "summed", "allreduce", or of a ScatterPlan "scatter"
     pieces: tuple = ()
     bucket: int = -1
 
@@ -64,6 +64,10 @@ class Entry:
     def summed_pieces(self) -> tuple:
         """Those whose owner sums them and remembers what his encoding lost."""
         return self.pieces if self.exchange == "twophase" else ()
+
+    def nbytes_of(self, piece: Piece) -> int:
+        """A piece's payload."""
+        return self.compressor.nbytes(piece.numel) if self.compressor else 4 * piece.numel
 
     def shape_of(self, piece: Piece) -> torch.Size:
         """The shape in which a piece is encoded: rows of the parameter where they are whole ones."""
@@ -82,6 +86,8 @@ class Plan:
         world_size: the number of ranks.
         alone: names that came later, each in a bucket of its own, so that the others' stay what they are.
     """
+
+    reference, reference_rounds = "all-reduce", 2  # what uncompressed gradients would take
 
     def __init__(self, policy, shapes, world_size, alone=()):
         self.world_size, self.policy = world_size, policy
@@ -170,12 +176,13 @@ class Plan:
                 f"{buckets}, {round(sent):,} bytes per rank and step"
             )
         half = 2 * sum(entry.numel for entry in self.entries.values())
+        uncompressed = self.reference_rounds * (self.world_size - 1) * half // self.world_size
         total = round(sum(self.wire_bytes().values()))
         if remembered := self.memory_bytes():
             lines.append(f"memory of what is not sent: {remembered:,} bytes per rank, and as much for what is proposed")
         lines.append(
             f"{self.world_size} ranks send {total:,} bytes each per step; "
-            f"a float16 all-reduce would send {2 * (self.world_size - 1) * half // self.world_size:,}"
+            f"a float16 {self.reference} would send {uncompressed:,}"
         )
         return "\n".join(lines)
 
@@ -221,6 +228,8 @@ def borders(compressor, shape, world_size):
 def wire_bytes(entry: Entry, world_size: int) -> float:
     """The mean over ranks of what a rank sends for one tensor."""
     share = 2 * (world_size - 1) / world_size
+    if entry.exchange == "scatter":
+        return share / 2 * sum(entry.nbytes_of(piece) for piece in entry.pieces)
     if entry.compressor is None:
         return share * 4 * entry.numel
     if entry.exchange == "allgather":

@@ -62,6 +62,16 @@ class Report:
         """Count a tensor of `numel` entries that is summed on the way."""
         self.add(numel, tensor_bytes, _ring(tensor_bytes, world_size), world_size)
 
+    def add_reduce_scatter(self, numel: int, payload_bytes: int, own_bytes: int, world_size: int) -> None:
+        """Count a payload of `numel` entries of which every rank gets its part, this one `own_bytes`."""
+        self.add(numel, payload_bytes, payload_bytes - own_bytes, world_size)
+        self.fp32_wire_bytes -= _ring(4 * numel, world_size) // 2  # of a ring all-reduce that is one half
+
+    def add_weights(self, numel: int, payload_bytes: int, world_size: int) -> None:
+        """Count what goes to every other rank in place of `numel` float32 weights."""
+        self.add(numel, payload_bytes, (world_size - 1) * payload_bytes, world_size)
+        self.fp32_wire_bytes += 4 * numel * (world_size - 1) - _ring(4 * numel, world_size)
+
     def add_push_pull(self, numel: int, pushed: int, pulled: int, world_size: int) -> None:
         """Count a payload that goes to a parameter server and the one that comes back."""
         self.pulled_bytes += pulled

@@ -72,7 +72,7 @@ class Ways:
         world_size, rank = self._exchange.engine.world_size(), self._exchange.engine.rank()
         route = self._route(gradients, False)
         items, coder = route.items, self._coder(route, route.items, gradients)
-        payload = coder.encode(_values(gradients), self._memory_of, lambda item: self._seed(item.name, rank))
+        payload = coder.encode(values_of(gradients), self._memory_of, lambda item: self._seed(item.name, rank))
         numel, sizes = sum(item.numel for item in items), [payload.numel()] * world_size
         self._exchange.report.add_all_gather(numel, payload.numel(), world_size)
         if not all(item.compressor.fixed_size for item in items):
@@ -81,14 +81,14 @@ class Ways:
             self._check_sizes(sizes, route)
             self._exchange.report.add_all_gather(0, 4, world_size)
         gathered = yield "allgather", payload, sizes
-        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
-        rows = _rows(gathered, sizes, what)
+        what, places = f"gradients {', '.join(gradients)}", places_of(gradients)
+        rows = split_rows(gathered, sizes, what)
         if self._exchange.policy.mean == "senders":
             for item in items:
                 rows = decode_mean_of_senders(item, rows, places[item.name], world_size * self._factor())
         else:
             rows = coder.decode_sum(rows, self._factor(), places)
-        _check_used(rows, what)
+        check_used(rows, what)
         return places
 
     def _factor(self):
@@ -145,12 +145,13 @@ class Ways:
         route = self._route(gradients, True)
         sizes, coder = route.sizes, self._coder(route, route.items, gradients)
         self._count_two_phase(gradients, sizes)
-        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
-        packed = coder.encode(_values(gradients), self._memory_of, lambda item: self._seed(item.name, rank, item.start))
+        what, places = f"gradients {', '.join(gradients)}", places_of(gradients)
+        values = values_of(gradients)
+        packed = coder.encode(values, self._memory_of, lambda item: self._seed(item.name, rank, item.start))
         received = yield "alltoall", packed, sizes, [sizes[rank]] * world_size
-        again = self._encoded_means(route, gradients, _rows(received, [sizes[rank]] * world_size, what))
+        again = self._encoded_means(route, gradients, split_rows(received, [sizes[rank]] * world_size, what))
         gathered = yield "allgather", again, sizes
-        _rows(gathered, sizes, what)
+        split_rows(gathered, sizes, what)
         coder.decode(gathered.contiguous(), places)
         return places
 
@@ -170,8 +171,8 @@ class Ways:
         numel = sum(self._exchange.plan.entries[name].numel for name in gradients)
         self._exchange.report.add_all_gather(numel, payload.numel(), world_size)
         gathered = yield "allgather", payload, sizes
-        what, places = f"gradients {', '.join(gradients)}", _places(gradients)
-        rows = _rows(gathered, sizes, what)
+        what, places = f"gradients {', '.join(gradients)}", places_of(gradients)
+        rows = split_rows(gathered, sizes, what)
         for owner, row in zip(senders, rows, strict=True):
             OneByOne(route.owned[owner]).decode(row[1:], places)
         poisoned, factor = any(int(row[0]) for row in rows), world_size * self._factor()
@@ -271,7 +272,7 @@ def _as_real(tensor):
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _rows(tensor, sizes, what):
+def split_rows(tensor, sizes, what):
     """The ranks' parts of what lies one after the other."""
     if tensor.numel() != sum(sizes):
         raise PayloadError(
@@ -281,15 +282,18 @@ def _rows(tensor, sizes, what):
     return tensor.contiguous().split(sizes)
 
 
-def _check_used(rows, what):
+def check_used(rows, what):
+    """PayloadError if a rank's payload has bytes that nothing was decoded from."""
     for rank, row in enumerate(rows):
         if row.numel():
             raise PayloadError(f"{what} from rank {rank}: {row.numel()} bytes are left over: have all the same model?")
 
 
-def _values(gradients):
+def values_of(gradients):
+    """{name: values} of {name: Gradient}."""
     return {name: gradient.values for name, gradient in gradients.items()}
 
 
-def _places(gradients):
+def places_of(gradients):
+    """{name: place} of {name: Gradient}."""
     return {name: gradient.place for name, gradient in gradients.items()}

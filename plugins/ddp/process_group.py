@@ -1,51 +1,22 @@
 """torch.distributed as an engine (gcompress/exchange/engine.py)."""
 
+import json
+
 import torch
 import torch.distributed as dist
 
-from gcompress.errors import ExchangeError
+from gcompress.errors import ConfigError, ExchangeError
 
 # Rounds of the longest exchange: two-phase has two, summed methods up to three.
 LANES = 3
 
 
-class ProcessGroupEngine:
-    """Collective operations of a process group, whose ranks must start them in one order.
-
-    On Gloo an operation is over when the host sees it, which is at another moment on each rank:
-    every lane gets a process group of its own, so that the order within it is all that counts.
-    On NCCL operations queue on the device and need not be waited for: one group serves all, in
-    the order in which the exchanges are started. So it does for a part of the ranks on Gloo, which
-    then wait in every bucket's hook: torch can only number new groups right that all ranks make.
-
-    Args:
-        group: a process group, or None for all ranks. All of its ranks must make an engine;
-            ExchangeError within the group's time-out if one does not.
-    """
-
-    in_order = True
+class ProcessGroupRanks:
+    """The ranks of a process group (`Ranks`); None: all ranks."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = dist.group.WORLD if group is None else group
         self._on_device = dist.get_backend(self.group) == "nccl"
-        of_all = dist.get_world_size(self.group) == dist.get_world_size()
-        self._at_once = self._on_device or not of_all
-        if self._at_once:
-            self._lanes = [self.group] * LANES
-        else:
-            timeout = self._wait_for_all()
-            self._lanes = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(LANES)]
-
-    def _wait_for_all(self):
-        """Wait until every rank makes its engine; returns the group's time-out."""
-        timeout = self.group._get_backend(torch.device("cpu")).options._timeout
-        try:
-            dist.monitored_barrier(self.group, timeout=timeout)
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"register or engine: not every rank called it within the process group's time-out, {timeout}: {error}"
-            ) from error
-        return timeout
 
     def world_size(self):
         return dist.get_world_size(self.group)
@@ -63,6 +34,61 @@ class ProcessGroupEngine:
         rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
         dist.all_gather(rows, torch.nn.functional.pad(own, (0, longest - own.numel())), group=self.group)
         return [bytes(row[: int(length)].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+class ProcessGroupEngine(ProcessGroupRanks):
+    """Collective operations of a process group, whose ranks must start them in one order.
+
+    On Gloo an operation is over when the host sees it, which is at another moment on each rank:
+    every lane gets a process group of its own, so that the order within it is all that counts.
+    On NCCL operations queue on the device and need not be waited for: one group serves all, in
+    the order in which the exchanges are started. So it does for a part of the ranks on Gloo, which
+    then wait in every bucket's hook, unless `every_rank`: torch numbers new groups by how many a rank has
+    made, so that all ranks of the job must make the lanes of all groups.
+
+    Args:
+        group: a process group, or None for all ranks. All of its ranks must make an engine;
+            ExchangeError within the group's time-out if one does not.
+        every_rank: every rank of the job makes an engine at this moment, each of its own group, as of one
+            dimension of a DeviceMesh. No rank is in two of these groups.
+        device_type: of the tensors, "cpu" or "cuda", for groups that have a backend for each; None: by the backend.
+    """
+
+    in_order = True
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, every_rank: bool = False, device_type: str | None = None
+    ):
+        super().__init__(group)
+        self._on_device = self._on_device if device_type is None else device_type != "cpu"
+        of_all = self.world_size() == dist.get_world_size()
+        self._at_once = self._on_device or not (of_all or every_rank)
+        if self._at_once:
+            self._lanes = [self.group] * LANES
+            return
+        everyone = self.group if of_all else dist.group.WORLD
+        timeout = self._wait_for(everyone)
+        groups = _groups_of(everyone, self.group)
+        self._lanes = [self._new_lane(groups, timeout) for _ in range(LANES)]
+
+    @staticmethod
+    def _new_lane(groups, timeout):
+        return dist.new_subgroups_by_enumeration(groups, timeout, "gloo")[0]
+
+    def _wait_for(self, everyone):
+        """Wait until every rank of the job makes its engine; returns their time-out."""
+        has_barrier = dist.get_backend(everyone) == "gloo"
+        timed = everyone if has_barrier else self.group
+        timeout = timed._get_backend(torch.device("cpu")).options._timeout
+        if not has_barrier:
+            return timeout
+        try:
+            dist.monitored_barrier(everyone, timeout=timeout)
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"register or engine: not every rank called it within the process group's time-out, {timeout}: {error}"
+            ) from error
+        return timeout
 
     def allgather(self, name, lane, payload, sizes):
         if min(sizes) < max(sizes):  # which an all-gather of torch's cannot
@@ -106,6 +132,22 @@ class GroupOperation:
         return self._result
 
 
-def engine(group: dist.ProcessGroup | None = None) -> ProcessGroupEngine:
-    """torch.distributed for `gcompress.OuterOptimizer`: the ranks of a group, or all; each must call it."""
-    return ProcessGroupEngine(group)
+def _groups_of(everyone, group):
+    """The ranks of every rank's group, [[ranks], …], the same list everywhere; all ranks of the job must call it."""
+    own = dist.get_process_group_ranks(group)
+    if own != sorted(own):
+        raise ConfigError(f"group: got the ranks {own}, expected them in order")
+    texts = ProcessGroupRanks(everyone).gather_texts(json.dumps(own))
+    groups = [json.loads(text) for text in dict.fromkeys(texts)]
+    members = [rank for ranks in groups for rank in ranks]
+    if len(set(members)) < len(members):
+        raise ConfigError(f"group: got {groups} on the ranks of the job, expected groups that share no rank")
+    return groups
+
+
+def engine(group: dist.ProcessGroup | None = None, every_rank: bool = False) -> ProcessGroupEngine:
+    """torch.distributed for `gcompress.OuterOptimizer`: the ranks of a group, or all; each must call it.
+
+    every_rank: see `ProcessGroupEngine`.
+    """
+    return ProcessGroupEngine(group, every_rank)
