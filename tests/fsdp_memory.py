@@ -130,9 +130,8 @@ class Sides(torch.nn.Module):
 
 def together(pair, policy):
     """Sides in one module of FSDP."""
-    from torch.distributed.fsdp import fully_shard
-
     from gcompress.plugins import fsdp
+    from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(Sides(), mesh=pair[1])
     return model, fsdp.apply(model, policy, pair[0]), torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -399,9 +398,8 @@ def weights_that_are_replaced_or_not_finite_are_told_whole():
 @scenario
 def modules_that_torch_calls_otherwise_still_know_their_layout():
     """Of those whose forward is another method, and of one that is all of the model."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     from gcompress.plugins import fsdp
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for pair in meshes():
         model = torch.nn.Linear(40, 30)

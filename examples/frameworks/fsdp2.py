@@ -10,10 +10,9 @@ time. Takes some seconds on a CPU; set OMP_NUM_THREADS=1 where ranks share few c
 
 import torch
 import torch.distributed as dist
+from gcompress.plugins import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from gcompress.plugins import fsdp
 
 STEPS, SHOWN = 120, 30
 

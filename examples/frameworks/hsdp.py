@@ -9,10 +9,9 @@ network with random weights answers. Takes some seconds on a CPU; set OMP_NUM_TH
 
 import torch
 import torch.distributed as dist
+from gcompress.plugins import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from gcompress.plugins import fsdp
 
 STEPS, SHOWN, REPLICAS = 120, 30, 2
 

@@ -3,10 +3,10 @@
 import json
 
 import torch.distributed as dist
+from gcompress.plugins.ddp.process_group import ProcessGroupRanks
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcompress.errors import ConfigError
-from gcompress.plugins.ddp.process_group import ProcessGroupRanks
 
 
 class MeshRanks:

@@ -4,6 +4,7 @@ import io
 
 import torch
 import torch.distributed as dist
+from gcompress.plugins.ddp.process_group import ProcessGroupEngine
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcompress.errors import ConfigError
@@ -13,7 +14,6 @@ from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.reduce_scatter import ScatterExchange
 from gcompress.exchange.report import Report
 from gcompress.memory import Scratch
-from gcompress.plugins.ddp.process_group import ProcessGroupEngine
 from gcompress.policy import as_policy, check_types
 
 from .backward_pass import BackwardPass

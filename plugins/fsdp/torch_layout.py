@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from gcompress.plugins.ddp.unwrap import plain_names
 from torch.distributed.fsdp import FSDPModule
 
 from gcompress.errors import ConfigError
-from gcompress.plugins.ddp.unwrap import plain_names
 
 OF_GROUPS = ["fsdp_params", "modules", "mesh_info", "gradient_divide_factor", "all_reduce_grads", "_is_hsdp"]
 OF_GROUPS += ["_all_reduce_hook", "_reduce_scatter_comm", "_all_gather_comm"]
