@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import logging
+import re
 import subprocess
 
 import pytest
@@ -66,6 +67,24 @@ def test_scenario_of_frameworks(outcomes, name):
     if missing(name):
         pytest.skip(f"not installed: {', '.join(missing(name))}")
     assert outcomes[name] == "ok", outcomes[name]
+
+
+EXAMPLES = {"ddp": (), "accelerate_training": NEEDS["accelerate"], "trainer": NEEDS["trainer"]}
+EXAMPLES["lightning_training"] = NEEDS["lightning"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of_a_framework_learns_and_sends_less(name):
+    lacks = [package for package in EXAMPLES[name] if importlib.util.find_spec(package) is None]
+    if lacks:
+        pytest.skip(f"not installed: {', '.join(lacks)}")
+    code, output = launch_ddp(2, f"examples/frameworks/{name}.py", PYTHONPATH=str(REPOSITORY))
+    assert code == 0, output[-4000:]
+    losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?(\d\.\d+)", output)]
+    assert losses[-1] < losses[0] / 2, losses
+    (last,) = [line for line in output.strip().splitlines() if "times fewer" in line][-1:]
+    assert float(re.search(r": ([\d.]+) times fewer", last)[1]) > 7
 
 
 def test_a_plugin_says_what_to_install():

@@ -123,7 +123,7 @@ def trainer_says_that_a_checkpoint_has_no_memory():
             for path in (folder / "checkpoint-6").glob("gcompress*"):
                 path.unlink()
         dist.barrier()
-        with warnings_of("gcompress.plugins.transformers.trainer") as warned:
+        with warnings_of("gcompress.plugins.transformers.trainer_callback") as warned:
             trained(folder, resume=str(folder / "checkpoint-6"), num_train_epochs=3)
         assert len(warned) == 1 and "resumes at step 6" in warned[0] and "no memory" in warned[0], warned
         if dist.get_rank() == 1:
@@ -225,7 +225,7 @@ def trainer_with_one_process_says_that_nothing_is_sent():
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        with warnings_of("gcompress.plugins.transformers.trainer") as warned:
+        with warnings_of("gcompress.plugins.transformers.trainer_callback") as warned:
             weights, compression = trained(folder, save_strategy="epoch", logging_strategy="epoch")
         assert len(warned) == 1 and "nothing to exchange" in warned[0] and compression.state is None
         assert torch.equal(weights, trained(folder, None)[0])

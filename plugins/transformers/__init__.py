@@ -8,6 +8,6 @@ Checkpoints have a file of each rank's memory beside the model, which resuming r
 many bytes were sent. `compression.report` counts them.
 """
 
-from .trainer import TrainerCompression, compress
+from .trainer_callback import TrainerCompression, compress
 
 __all__ = ["TrainerCompression", "compress"]
