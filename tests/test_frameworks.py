@@ -43,7 +43,7 @@ def outcomes(tmp_path_factory):
     """All scenarios whose packages are there, in one launch of two ranks and one of one process."""
     folder, log, found = tmp_path_factory.mktemp("frameworks"), logging.getLogger(__name__), {}
     alone = functools.partial(launch_alone, folder / "one.json")
-    two = functools.partial(launch_ddp, 2, "-m", "tests.framework_ranks", folder / "two.json")
+    two = functools.partial(launch_ddp, 2, "-m", "tests.framework_ranks", folder / "two.json", timeout=240)
     for launch, scenarios, out in ((two, SCENARIOS, "two.json"), (alone, ALONE, "one.json")):
         names = installed(scenarios)
         if names:
@@ -79,7 +79,7 @@ def test_example_of_a_framework_learns_and_sends_less(name):
     lacks = [package for package in EXAMPLES[name] if importlib.util.find_spec(package) is None]
     if lacks:
         pytest.skip(f"not installed: {', '.join(lacks)}")
-    code, output = launch_ddp(2, f"examples/frameworks/{name}.py", PYTHONPATH=str(REPOSITORY))
+    code, output = launch_ddp(2, f"examples/frameworks/{name}.py", timeout=240, PYTHONPATH=str(REPOSITORY))
     assert code == 0, output[-4000:]
     losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?(\d\.\d+)", output)]
     assert losses[-1] < losses[0] / 2, losses

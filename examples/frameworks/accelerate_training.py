@@ -10,11 +10,10 @@ docs/FRAMEWORKS.md has everything else.
 
 import tempfile
 
+import gcompress.plugins.accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-
-import gcompress.plugins.accelerate
 
 accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
 compression = gcompress.plugins.accelerate.compress(accelerator, "mask:sparsity=0.95,bits=2")
@@ -51,6 +50,6 @@ accelerator.load_state(folder)  # as after a restart
 train(range(6, 12))
 report = compression.report
 accelerator.print(
-    f"rank 0 sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer"
+    f"sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer"
 )
 accelerator.end_training()

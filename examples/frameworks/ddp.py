@@ -9,10 +9,10 @@ from it. Prints the loss and, at the end, what was sent; docs/FRAMEWORKS.md has 
 
 import tempfile
 
+import gcompress.plugins.ddp
 import torch
 import torch.distributed as dist
 
-import gcompress.plugins.ddp
 from gcompress.exchange.rank_files import read_rank_file, write_rank_file
 
 dist.init_process_group("gloo")
@@ -56,5 +56,5 @@ state.load_state_dict(read_rank_file(folder[0], rank, ranks))
 train(model, optimizer, range(5, 10))
 if rank == 0:
     report = state.exchange.report
-    print(f"rank 0 sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer")
+    print(f"sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer")
 dist.destroy_process_group()

@@ -12,7 +12,6 @@ import tempfile
 
 import lightning
 import torch
-
 from gcompress.plugins.lightning import GradientCompression
 
 
@@ -57,4 +56,4 @@ path = trainer.strategy.broadcast(f"{tempfile.mkdtemp()}/half.ckpt")
 trainer.save_checkpoint(path)
 trainer, report = fit(10, path)
 if trainer.is_global_zero:
-    print(f"rank 0 sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer")
+    print(f"sent {report.sent_bytes:,} bytes, uncompressed {report.fp32_bytes:,}: {report.ratio:.1f} times fewer")
