@@ -186,7 +186,7 @@ def trainer_logs_bytes():
 
 @of_two
 def trainer_trains_a_language_model():
-    """With its own loss, dropout, tied embeddings, activation checkpointing and torch.compile around it."""
+    """With its own loss, dropout, tied embeddings and activation checkpointing."""
     import transformers
 
     config = transformers.GPT2Config(
