@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,8 @@ from gcompress.plugins import ddp
 import gcompress
 from gcompress import Policy
 from gcompress.exchange.plan import Plan
-from tests import ddp_late  # noqa: F401
-from tests.ddp_tools import SCENARIOS, backward, make_model, same_on_all_ranks, scenario, wrapped
+from tests import ddp_late, ddp_torch_expects, ddp_uses  # noqa: F401
+from tests.ddp_tools import SCENARIOS, backward, make_model, run_scenarios, same_on_all_ranks, scenario, wrapped
 from tests.processes import expect_error
 from tests.simulation import Simulation
 
@@ -429,19 +428,7 @@ def main():
                 json.dump([type(error).__name__, str(error)], file)
             raise
         return
-    results = {}
-    for name in names or SCENARIOS:
-        failure = None
-        try:
-            SCENARIOS[name]()
-        except Exception:
-            failure = f"rank {dist.get_rank()}:\n{traceback.format_exc()}"
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-        results[name] = "\n".join(filter(None, failures)) or "ok"
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+    run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out)
     dist.destroy_process_group()
 
 
