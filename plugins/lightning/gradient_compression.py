@@ -7,7 +7,6 @@ import logging
 import torch
 import torch.distributed as dist
 from gcompress.plugins.ddp.hook import GradientState, compress
-from gcompress.plugins.ddp.scalars import report_scalars
 from gcompress.plugins.ddp.unwrap import parallel_of
 
 from gcompress.errors import ConfigError
@@ -113,7 +112,7 @@ class GradientCompression(*_callback_classes()):  # type: ignore[misc]
         if steps != self._steps_logged and steps % (self._every or trainer.log_every_n_steps or 1) == 0:
             self._steps_logged = steps
             for logger in trainer.loggers:
-                logger.log_metrics(report_scalars(self.report), step=trainer.global_step)
+                logger.log_metrics(self.report.scalars(), step=trainer.global_step)
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         if self.state_key not in checkpoint.get("callbacks", {}):

@@ -17,7 +17,6 @@ except ImportError as error:
     ) from error
 
 from gcompress.plugins.ddp.hook import GradientState, register
-from gcompress.plugins.ddp.scalars import report_scalars
 from gcompress.plugins.ddp.unwrap import parallel_of
 
 from gcompress.errors import ConfigError
@@ -92,7 +91,7 @@ class TrainerCompression(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **others) -> None:
         if self.state is not None and self._log_bytes and logs is not None and "loss" in logs:
-            scalars = report_scalars(self.report)
+            scalars = self.report.scalars()
             logs.update(scalars)
             state.log_history[-1].update(scalars)
 
