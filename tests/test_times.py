@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.report import Report
 from gcompress.exchange.schedule import Schedule
 from gcompress.exchange.times import PHASES, Seconds, Times
+from gcompress.exchange.trace import Trace
 from tests.local_ranks import World, run_ranks
 from tests.test_exchange import SHAPES, gradients
 
@@ -318,6 +320,17 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(path, tmp_path, monkey
         with pytest.raises(ConfigError, match="steps: got"):
             exchange.trace("t.json", steps=steps_wanted)
     exchange.trace("t.json").close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_ends_the_trace_and_not_the_training(caplog):
+    report = Report()
+    trace = Trace("/dev/full", report)
+    report.end_step()
+    assert "cannot be written" in caplog.text and report.times.trace is None
+    report.end_step()
+    trace.close()
+    assert report.steps == 2
 
 
 def test_scalars_are_those_of_the_last_step():

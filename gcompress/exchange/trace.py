@@ -9,7 +9,9 @@ times.py, since the same moment in the files of all ranks of one machine.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
+import logging
 import os
 import pathlib
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .report import Report
     from .times import GroupTimes
+
+log = logging.getLogger(__name__)
 
 STEPS_ROW, HOST_ROW, FIRST_WIRE_ROW = 0, 1, 2
 GRID = 8  # parts of a microsecond to which times are rounded: what touches on the clock touches in the file
@@ -40,6 +44,8 @@ class Trace:
 
     Attributes:
         path: of the file that is written.
+
+    A disk that is full ends the trace with a warning in the log, not the training.
 
     Raises:
         ConfigError: `path` is no file that can be written, or the report has a trace that is still open.
@@ -100,18 +106,18 @@ class Trace:
         """A step is over; called before the report counts it."""
         self._span(f"step {self._report.steps}", "step", STEPS_ROW, self._step_begun, at, {})
         self._step_begun = at
-        self._write()
         self._left -= 1
-        if not self._left:
-            self.close()
+        self._write() if self._left else self.close()
 
     def close(self) -> None:
         """Finish the file; a second call changes nothing. What is still on the wire is not in it."""
-        if self._file.closed:
-            return
-        self._write()
-        self._file.write("\n]\n")
-        self._file.close()
+        if not self._file.closed:
+            self._write(end="\n]\n")
+            self._end()
+
+    def _end(self):
+        with contextlib.suppress(OSError):  # of what a full disk did not take
+            self._file.close()
         self._report.times.trace = None
         atexit.unregister(self.close)
 
@@ -133,12 +139,16 @@ class Trace:
             place = {"name": "thread_sort_index", "ph": "M", "pid": self._rank, "tid": row}
             self._events.append({**place, "args": {"sort_index": row}})
 
-    def _write(self):
-        for event in self._events:
-            self._file.write(f"{',' if self._written else '['}\n{json.dumps(event)}")
-            self._written += 1
+    def _write(self, end=""):
+        lines = [f"{',' if self._written + i else '['}\n{json.dumps(event)}" for i, event in enumerate(self._events)]
+        self._written += len(lines)
         self._events.clear()
-        self._file.flush()
+        try:
+            self._file.write("".join(lines) + end)
+            self._file.flush()
+        except OSError as error:  # training is worth more than its trace
+            log.warning("the trace %s ends here, it cannot be written: %s", self.path, error)
+            self._end()
 
 
 def _microseconds(seconds):
