@@ -202,7 +202,8 @@ def _checked_own(exchange, saved):
     sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
     tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
     owned = exchange.owned_pieces() if exchange.plan else {}
-    return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
+    pieces = exchange.owner_feedback.memories["residual"]
+    return tensors, {"residual": pieces.checked("owner's residual", saved["owner_feedback"], owned)}
 
 
 def _checked_memories(memories, shapes):
