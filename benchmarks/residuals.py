@@ -7,7 +7,8 @@
 held    bytes an entry that are allocated between steps, beside the gradients; what is unpacked at a time is in `work`.
 open    the same between the exchange and the optimizer's step, when what is proposed is held, too.
 work    bytes an entry of memory that all tensors share.
-time    one rank's step as in exchange_path.py, over that of float32: the median of --repeat steps, taken in turns.
+time    one rank's step as in exchange_path.py, in processor time, over that of float32: the median of --repeat steps,
+        taken in turns.
 small   the same for 300 tensors of --small entries.
 error   how far what was delivered in 50 steps is from the sum of the gradients, which drift, over the same of float32.
 
@@ -40,27 +41,44 @@ METHODS = [
 SMALL_TENSORS, DRIFT_STEPS = 300, 50
 
 
+class Peers(Mirror):
+    """A Mirror whose `spent` is processor time: that of one machine which others use, too."""
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if name not in ("allgather", "alltoall", "allreduce"):
+            return found
+
+        def timed(*arguments):
+            start, before = time.process_time(), self.spent
+            result = found(*arguments)
+            self.spent = before + time.process_time() - start
+            return result
+
+        return timed
+
+
 class Steps:
     """One rank's steps with a method and a residual type."""
 
     def __init__(self, method, residual, gradients, ranks):
         spec, _, way = method.partition("@")
-        self.engine, self.values = Mirror(ranks), gradients
+        self.engine, self.values = Peers(ranks), gradients
         self.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
         policy = Policy(spec, exchange=way or "auto", min_numel=0, error_feedback=True, residual=residual)
         self.exchange = GradientExchange(policy, self.engine)
         self.exchange.prepare({name: gradient.shape for name, gradient in gradients.items()})
 
     def step(self, settle=True):
-        """Exchange all gradients once; returns the seconds of this rank's work."""
+        """Exchange all gradients once; returns the seconds of processor time of this rank's work."""
         for name, values in self.values.items():
             self.gradients[name].copy_(values)
-        self.engine.spent, start = 0.0, time.perf_counter()
+        self.engine.spent, start = 0.0, time.process_time()
         for finish in [self.exchange.start(name, gradient) for name, gradient in self.gradients.items()]:
             finish()
         if settle:
             self.settle()
-        return time.perf_counter() - start - self.engine.spent
+        return time.process_time() - start - self.engine.spent
 
     def settle(self):
         self.exchange.applied(list(self.gradients))
@@ -70,7 +88,7 @@ class Steps:
 def allocated():
     """{address: bytes} of the memory of all living tensors."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
 
 

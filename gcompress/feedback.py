@@ -26,7 +26,7 @@ from .compressors import Compressor, Context
 from .errors import ConfigError
 from .memory import Scratch
 from .packing import to_type
-from .residual_types import made_memory
+from .residual_types import PackedMemory, made_memory
 
 WARM_UP_STAGES = 4
 
@@ -128,6 +128,12 @@ class ErrorFeedback:
         """(The residual to add to values, 1-D float32, or None; where the new one is to be written) until `closed`."""
         self._check_entries(name, values)
         return self._residuals.opened(name, values)
+
+    @property
+    def packed(self) -> PackedMemory | None:
+        """The residuals where an encoder, and packing before and after it, are all that is needed."""
+        plain = type(self) is ErrorFeedback and self.decay == 1.0
+        return self._residuals if plain and isinstance(self._residuals, PackedMemory) else None
 
     def closed(self, name: str, fresh: torch.Tensor, poisoned: bool) -> None:
         """Propose what was written as the residual, unless it is not finite."""

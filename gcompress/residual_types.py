@@ -74,7 +74,7 @@ class PackedMemory(Memory):
 
     def __init__(self, compressor: Compressor, at_once: bool = False, scratch: Scratch | None = None):
         super().__init__(at_once)
-        self._compressor, self._scratch = compressor, scratch or Scratch()
+        self.compressor, self._scratch = compressor, scratch or Scratch()
 
     def numel(self, name: str) -> int | None:
         found = super().get(name)
@@ -107,13 +107,29 @@ class PackedMemory(Memory):
         )  # a GPU's encoders read what they were given twice
 
     def put(self, name: str, value: torch.Tensor, poisoned: torch.Tensor | None = None) -> None:
-        before = super().latest(name)
-        count = 1 + (before.count if before else 0)
-        packed = self._packed(name, value, count)
+        packed, seed = self.draft(name, value.numel(), value.device)
+        self.compressor.encode_into(value, packed.payload, seed=seed)
         if poisoned is not None and (kept := super().get(name)) is not None:
             old = kept.payload.to(value.device)
             packed = packed._replace(payload=torch.where(poisoned.bool(), old, packed.payload))
+        self.propose(name, packed)
+
+    def kept(self, name: str) -> Packed | None:
+        """What `get` unpacks."""
+        return super().get(name)
+
+    def draft(self, name: str, numel: int, device: torch.device) -> tuple[Packed, int]:
+        """(A vector whose payload is to be written, for `propose`; the seed of that)."""
+        before = super().latest(name)
+        return self._empty(name, numel, device, 1 + before.count if before else 1)
+
+    def propose(self, name: str, packed: Packed) -> None:
+        """`put` a vector that is packed."""
         super().put(name, packed)
+
+    def room(self, numel: int, device: torch.device) -> torch.Tensor:
+        """The scratch memory to unpack to."""
+        return self._scratch.floats(numel, device)
 
     def value(self, name: str) -> torch.Tensor | None:
         found = self._values.get(name)
@@ -139,7 +155,10 @@ class PackedMemory(Memory):
 
     def load_vectors(self, vectors: dict[str, torch.Tensor]) -> None:
         """Replace everything by these float32 vectors, packed."""
-        super().load({name: self._packed(name, vector, 0) for name, vector in vectors.items()})
+        found = {name: self._empty(name, vector.numel(), vector.device, 0) for name, vector in vectors.items()}
+        for name, (packed, seed) in found.items():
+            self.compressor.encode_into(vectors[name].contiguous(), packed.payload, seed=seed)
+        super().load({name: packed for name, (packed, _) in found.items()})
 
     def vectors_of(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Float32 vectors of what `checked` returned."""
@@ -153,32 +172,31 @@ class PackedMemory(Memory):
                 got = getattr(tensor, "dtype", type(tensor).__name__)
                 raise ConfigError(f"{what} {name!r}: got {got}, expected a 1-D uint8 tensor, as saved with this policy")
             numel, count = tensor[:HEAD].clone().cpu().view(torch.int64).tolist() if tensor.numel() >= HEAD else (-1, 0)
-            if numel < 0 or count < 0 or tensor.numel() != HEAD + self._compressor.nbytes(numel):
-                raise ConfigError(f"{what} {name!r}: got {tensor.numel()} bytes that are no {self._compressor}")
+            if numel < 0 or count < 0 or tensor.numel() != HEAD + self.compressor.nbytes(numel):
+                raise ConfigError(f"{what} {name!r}: got {tensor.numel()} bytes that are no {self.compressor}")
             check_entries(what, name, numel, sizes)
             self._check_payload(what, name, _read(tensor))
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _check_payload(self, what, name, packed):
         try:
-            self._compressor.check(packed.payload, packed.numel)
+            self.compressor.check(packed.payload, packed.numel)
         except PayloadError as error:
             raise ConfigError(f"{what} {name!r}: {error}") from None
         if not bool(torch.isfinite(self._unpacked(packed)).all()):
             raise ConfigError(f"{what} {name!r}: got entries that are not finite")
 
-    def _packed(self, name, value, count):
-        payload = torch.empty(self._compressor.nbytes(value.numel()), dtype=torch.uint8, device=value.device)
-        self._compressor.encode_into(value, payload, seed=zlib.crc32(f"kept/{name}/{self.salt}/{count}".encode()))
-        return Packed(payload, value.numel(), count)
+    def _empty(self, name, numel, device, count):
+        payload = torch.empty(self.compressor.nbytes(numel), dtype=torch.uint8, device=device)
+        return Packed(payload, numel, count), zlib.crc32(f"kept/{name}/{self.salt}/{count}".encode())
 
     def _unpacked(self, packed):
         values = torch.empty(packed.numel, device=packed.payload.device)
-        self._compressor.decode_into(packed.payload, values)
+        self.compressor.decode_into(packed.payload, values)
         return values
 
     def _unpack(self, packed, out):
-        self._compressor.decode_into(packed.payload.to(out.device), out)
+        self.compressor.decode_into(packed.payload.to(out.device), out)
 
 
 def _saved(packed):

@@ -148,7 +148,7 @@ class Compressor:
         return payload if self.fixed_size else payload[:size].clone()
 
     def encode_into(self, values: torch.Tensor, payload: torch.Tensor, *, seed: int = 0) -> None:
-        """Encode contiguous 1-D float32 to a uint8 tensor of `nbytes`; where that is fixed, and shapes do not matter."""
+        """Encode contiguous 1-D float32 to a uint8 tensor of `nbytes`; if that is fixed and no shape matters."""
         if values.numel() == 0:
             return
         kernels = backends.kernels(values, self)
