@@ -11,6 +11,7 @@ next step (`spare`), so that a steady step allocates none.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class Memory:
         found = self.get(name)  # one that was loaded may lie elsewhere
         return None if found is None else found.to(like.device), self.spare(name, like)
 
-    def put(self, name: str, value: object, poisoned: torch.Tensor | None = None) -> None:
+    def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
         """Propose a value. The one before stays as it is: do not change it in place.
 
         poisoned: of one entry on the value's device: if not 0, the value is the one before (see `Lost` of feedback.py).

@@ -18,7 +18,7 @@ written, and follows what is applied: a step that is thrown away leaves no trace
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
     payload: torch.Tensor  # 1-D uint8
     numel: int
-    count: int  # how often its name's memory was written; enters the seed of the next time
+    written: int  # how often its name's memory was written; enters the seed of the next time
 
 
 def held_nbytes(residual: str, numel: int) -> int:
@@ -106,7 +106,7 @@ class PackedMemory(Memory):
             like
         )  # a GPU's encoders read what they were given twice
 
-    def put(self, name: str, value: torch.Tensor, poisoned: torch.Tensor | None = None) -> None:
+    def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
         packed, seed = self.draft(name, value.numel(), value.device)
         self.compressor.encode_into(value, packed.payload, seed=seed)
         if poisoned is not None and (kept := super().get(name)) is not None:
@@ -121,7 +121,7 @@ class PackedMemory(Memory):
     def draft(self, name: str, numel: int, device: torch.device) -> tuple[Packed, int]:
         """(A vector whose payload is to be written, for `propose`; the seed of that)."""
         before = super().latest(name)
-        return self._empty(name, numel, device, 1 + before.count if before else 1)
+        return self._empty(name, numel, device, 1 + before.written if before else 1)
 
     def propose(self, name: str, packed: Packed) -> None:
         """`put` a vector that is packed."""
@@ -200,7 +200,7 @@ class PackedMemory(Memory):
 
 
 def _saved(packed):
-    head = torch.tensor([packed.numel, packed.count], device=packed.payload.device)
+    head = torch.tensor([packed.numel, packed.written], device=packed.payload.device)
     return torch.cat([head.view(torch.uint8), packed.payload])
 
 
@@ -222,7 +222,7 @@ class HostMemory(Memory):
 
     def __init__(self, at_once: bool = False, copies: DeviceCopies | None = None):
         super().__init__(at_once)
-        self._copies = copies
+        self._copies: Any = copies
         self._after: dict[str, str] = {}  # {name: which one was opened after it in the last step}
         self._last: str | None = None
         self._ahead: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # {name: (value, its copy under way)}
@@ -266,7 +266,7 @@ class HostMemory(Memory):
             self._ahead[following] = expected, self._copies.begin(expected, like)
         return came, torch.empty_like(like)
 
-    def put(self, name: str, value: torch.Tensor, poisoned: torch.Tensor | None = None) -> None:
+    def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
         if self._is_here(value):
             super().put(name, value)
             return

@@ -1,8 +1,8 @@
 """Pieces of many gradients coded by one call (together.py), where residuals are packed (residual_types.py).
 
-For each tensor the call unpacks its residual, encodes all its pieces, and packs what they lost, in memory of the longest
-tensor's size that all share. What that needs is there from the second step on; the first one goes piece by piece, with
-the same bytes.
+For each tensor the call unpacks its residual, encodes all its pieces, and packs what they lost, in memory of the
+longest tensor's size that all share. What that needs is there from the second step on; the first one goes piece by
+piece, with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import backends
-from ..backends.calls import Call, CallList, recorded
+from ..backends.calls import CallList, recorded
 from ..feedback import flat_values
 from ..residual_types import Packed, PackedMemory
 from .pieces import OneByOne
@@ -83,9 +83,10 @@ class PackedTogether(Together):
         """(The calls, [(what, item or key)] in their order): "unpack" and "pack" around a key's items."""
         known = means, *kept
         if known not in self._lists:
-            order = []
-            for key in dict.fromkeys(keys):
-                items = [number for number, each in enumerate(keys) if each == key]
+            order, numbers = [], {}
+            for number, key in enumerate(keys):
+                numbers.setdefault(key, []).append(number)
+            for key, items in numbers.items():
                 order += [("decode", number) for number in items if means]
                 order += [("unpack", key)] * (key in kept)
                 order += [("encode", number) for number in items]
@@ -93,7 +94,7 @@ class PackedTogether(Together):
             self._lists[known] = CallList(backends.cpu_kernels(), [self._call(each, kept) for each in order]), order
         return self._lists[known]
 
-    def _call(self, what, kept) -> Call:
+    def _call(self, what, kept):
         kind, which = what
         if kind in ("encode", "decode"):
             return self._calls[which][kind == "decode"]
