@@ -11,6 +11,7 @@ A state is a dict. Of one rank:
     feedback            `ErrorFeedback.state_dict()`
     owner_feedback      {"NAME[START:STOP]": residual of a piece that this rank owns}
     memories            {parameter: {key: number or tensor}} of summable compressors
+Where a policy's `residual` is packed, a vector is uint8: entries and how often it was written (int64), and a payload.
 Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", …: float32 vector}.
 """
 
