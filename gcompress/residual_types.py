@@ -90,11 +90,8 @@ class PackedMemory(Memory):
         return None if found is None else self._unpacked(found)
 
     def spare(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """A new tensor, which lives until it is put."""
+        """A new tensor, which lives until it is put: between steps only what is applied takes memory."""
         return torch.empty_like(like)
-
-    def give_back(self, name: str, value: object) -> None:
-        """Nothing: between steps only what is applied takes memory."""
 
     def opened(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(The value or None, where the next one is to be written): on a CPU one tensor, of the scratch memory."""
