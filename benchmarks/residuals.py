@@ -12,8 +12,8 @@ time    one rank's step as in exchange_path.py, in processor time, over that of 
 small   the same for 300 tensors of --small entries.
 error   how far what was delivered in 50 steps is from the sum of the gradients, which drift, over the same of float32.
 
---billion lets two processes exchange the gradients of 15 tensors of 2^26 entries (bfloat16 weights, float32 gradients)
-through torch's gloo and step; it prints the peak memory of each. With float32 that takes 29 GiB in all.
+--billion lets two processes exchange the gradients of 15 tensors of 2^26 entries (weights and gradients bfloat16) by
+torch's gloo and step; it prints the peak memory of each.
 """
 
 import argparse
@@ -171,14 +171,14 @@ def billion(residual, rank, tensors=15, numel=1 << 26):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     exchange = GradientExchange(f"topk:sparsity=0.999; residual={residual}", ddp.engine())
     weights = {f"w{number}": torch.zeros(numel, dtype=torch.bfloat16) for number in range(tensors)}
-    gradients = {name: torch.empty(numel) for name in weights}
+    gradients = {name: torch.empty(numel, dtype=torch.bfloat16) for name in weights}
     exchange.prepare({name: weight.shape for name, weight in weights.items()})
     for step in range(2):
         start = time.perf_counter()
         for number, gradient in enumerate(gradients.values()):
             gradient.normal_(generator=torch.Generator().manual_seed(1000 * step + 2 * number + rank))
-        for name, finish in [(name, exchange.start(name, gradient)) for name, gradient in gradients.items()]:
-            weights[name].sub_(finish(), alpha=0.1)
+        for name, gradient in gradients.items():  # each of which is a bucket of its own
+            weights[name].sub_(exchange.start(name, gradient)(), alpha=0.1)
         exchange.end_step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         moved = sum(int(weight.count_nonzero()) for weight in weights.values())
