@@ -14,6 +14,7 @@ from .compressors import Compressor, from_spec
 from .compressors.spec import parse_value
 from .errors import ConfigError
 from .feedback import eased
+from .residual_types import PACKED, RESIDUALS
 
 EXCHANGES = ("auto", "allgather", "twophase", "summed", "turns")
 ROLES = ("gradient", "activation")
@@ -74,6 +75,8 @@ class Policy:
             and between outer steps 0.95 (see gcompress/outer/).
         mean: what sums over ranks are divided by: "ranks", or, entry by entry, the "senders" that sent it, as
             SparseLoCo's published code does. That is for sparse compressors, in an all-gather.
+        residual: how what is remembered is kept between steps (see gcompress/residual_types.py): "float32"; "bf16" and
+            "int8", 2 and 1.02 bytes an entry; "cpu", in the host's memory while gradients are on a GPU.
         exchange: how ranks come to the mean (see gcompress/exchange/ways.py): "allgather", "twophase",
             "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks. "turns" is for
             outer steps: each piece of a tensor comes from one rank, in every round from another.
@@ -105,6 +108,7 @@ class Policy:
     warmup_steps: int = 0
     feedback_decay: float | None = None
     mean: str = "ranks"
+    residual: str = "float32"
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
@@ -112,6 +116,7 @@ class Policy:
         check_choice("error_feedback", self.error_feedback, (None, True, False, "ef21"))
         check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("mean", self.mean, ("ranks", "senders"))
+        check_choice("residual", self.residual, RESIDUALS)
         check_integer("bucket_bytes", self.bucket_bytes, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
             raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
@@ -137,6 +142,13 @@ class Policy:
                 )
         if self.exchange == "turns" and (self.error_feedback == "ef21" or self.momentum or self.clip is not None):
             raise ConfigError("exchange: got 'turns', which remembers a residual alone: no ef21, momentum or clip")
+        if self.residual != "float32" and self.error_feedback is False:
+            raise ConfigError(f"residual: got {self.residual!r} with error_feedback=False: there is nothing to keep")
+        if self.residual in PACKED and self.error_feedback == "ef21":
+            raise ConfigError(
+                f"residual: got {self.residual!r} with error_feedback=ef21, expected 'float32' or 'cpu': an estimate "
+                "must stay what the other ranks know of it"
+            )
         if self.error_feedback in (False, "ef21"):
             for what in ("momentum", "clip", "feedback_decay"):
                 if getattr(self, what):

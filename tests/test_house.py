@@ -16,7 +16,7 @@ LAYERS = [
     ("gcompress.checks", "gcompress.packing"),
     ("gcompress.backends",),
     ("gcompress.compressors",),
-    ("gcompress.memory", "gcompress.feedback", "gcompress.policy"),
+    ("gcompress.memory", "gcompress.residual_types", "gcompress.feedback", "gcompress.policy"),
     ("gcompress.exchange",),
     ("gcompress.split",),
     ("gcompress", "gcompress.cli"),

@@ -256,7 +256,8 @@ void cast_decode(const gc_more* more, const uint8_t* payload, int64_t n, int for
         cast_decode_form<GC_MXFP4>(more, payload, n, bucket, add, out);
 }
 
-void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload) {
+template <bool stochastic>
+void bf16_encode_rounding(gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
     encode_units(
         memory, x, n, 64,
         [&](const float* source, int64_t first, int64_t end) {
@@ -264,15 +265,24 @@ void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload)
             for (int64_t i = first; i < end; i += 64) {
                 const int64_t size = min64(64, end - i);
                 if (size == 64)
-                    for (int j = 0; j < 64; ++j) codes[j] = to_bf16(source[i + j]);  // vectorised
+                    for (int j = 0; j < 64; ++j)  // vectorised
+                        codes[j] = to_bf16(source[i + j], stochastic, (uint32_t)i + (uint32_t)j, seed);
                 else
-                    for (int64_t j = 0; j < size; ++j) codes[j] = to_bf16(source[i + j]);
+                    for (int64_t j = 0; j < size; ++j)
+                        codes[j] = to_bf16(source[i + j], stochastic, (uint32_t)(i + j), seed);
                 memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
             }
         },
         [&](int64_t first, int64_t end, float* sent) {
             for (int64_t i = first; i < end; ++i) sent[i - first] = from_bf16(load<uint16_t>(payload + 2 * i));
         });
+}
+
+void bf16_encode(gc_memory* memory, const float* x, int64_t n, int stochastic, uint32_t seed, uint8_t* payload) {
+    if (stochastic)
+        bf16_encode_rounding<true>(memory, x, n, seed, payload);
+    else
+        bf16_encode_rounding<false>(memory, x, n, seed, payload);
 }
 
 void bf16_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {

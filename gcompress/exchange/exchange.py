@@ -96,6 +96,8 @@ class GradientExchange(Results):
         self._alone = [name for name in alone if name in shapes]
         self.plan = self._plan_type(self.policy, shapes, self.engine.world_size(), self._alone)
         owned = self.owned_pieces()
+        if self.feedback:
+            self.feedback.of_rank(self.engine.rank())
         self.owner_feedback.memories["residual"].drop(lambda key: key not in owned)
         if self.engine.rank() == 0:
             log.info("gradients travel by\n%s", self.plan)

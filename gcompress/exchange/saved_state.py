@@ -11,6 +11,7 @@ A state is a dict. Of one rank:
     feedback            `ErrorFeedback.state_dict()`
     owner_feedback      {"NAME[START:STOP]": residual of a piece that this rank owns}
     memories            {parameter: {key: number or tensor}} of summable compressors
+Where a policy's `residual` is packed, a vector is uint8: entries and how often it was written (int64), and a payload.
 Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", …: float32 vector}.
 """
 
@@ -202,7 +203,8 @@ def _checked_own(exchange, saved):
     sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
     tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
     owned = exchange.owned_pieces() if exchange.plan else {}
-    return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
+    pieces = exchange.owner_feedback.memories["residual"]
+    return tensors, {"residual": pieces.checked("owner's residual", saved["owner_feedback"], owned)}
 
 
 def _checked_memories(memories, shapes):

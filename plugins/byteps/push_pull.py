@@ -148,6 +148,10 @@ class PushPullExchange(Results):
             raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
         if self.policy.error_feedback == "ef21":
             raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
+        if self.policy.residual != "float32":
+            raise ConfigError(
+                f"residual: got {self.policy.residual!r}, expected 'float32': BytePS's C++ compressors keep no other"
+            )
         for name, p in named.items():
             compressor = self.policy.compressor_for(name, p.numel())
             if compressor is None:
