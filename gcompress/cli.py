@@ -87,7 +87,14 @@ def run_program(folder, name, arguments):
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"doctor": doctor, "install": install, "split": split}
+def plan(arguments):
+    """which compression pays on your link (try: gcompress plan --help)"""
+    from . import cli_plan
+
+    cli_plan.plan(arguments)
+
+
+COMMANDS = {"doctor": doctor, "install": install, "plan": plan, "split": split}
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
+from gcompress.forecast.decide import decide
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
@@ -63,6 +64,8 @@ class Worker(Results):
             raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
         if self.policy and self.policy.mean != "ranks":
             raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
+        if self.policy and self.policy.undecided:
+            self.policy = decide(self.policy, job.all_workers, {name: torch.Size([n]) for name, n in sizes.items()})
         self.job = job
         configuration = {
             **job.settings,

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""What `gcompress plan` predicts beside what steps really take (Linux, root; see tools/slow_link.py).
+
+    python benchmarks/plan_check.py                                     # 4 ranks, 100mbit and 1gbit
+    python benchmarks/plan_check.py --rate 100mbit --ranks 2 4 8 16 --parameters 2
+
+Starts DistributedDataParallel on Gloo on each number of ranks, in a network namespace whose loopback all of them share
+at the given rate, and trains a model of --parameters million entries with each method in turn, so that all meet the
+same noise. The prediction knows the rate, how long a step takes without exchange, how much longer that is than the processor's
+own time for it (since ranks, and whatever else runs, share the cores), the time of a small message and the burst of the
+namespace's token bucket; codecs, copies and the engine are measured by themselves (gcompress/forecast). Prints predicted and measured seconds of the median step, and their quotient.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+
+import torch
+import torch.distributed as dist
+from slow_link import link_tool, make_ddp, make_model, rate_of
+
+from gcompress.forecast.advice import Bench, Situation, forecast
+from gcompress.forecast.model_shapes import shapes_of
+from gcompress.forecast.network import MESSAGE_SECONDS, Network
+from gcompress.forecast.timeline import Computing
+from gcompress.units import link_rate
+
+METHODS = ["none", "fp16", "quantize:bits=4", "topk:sparsity=0.99"]
+BURST_BYTES = 512 << 10  # of tools/slow_link.py
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", nargs="+", type=rate_of, default=["100mbit", "1gbit"], help="of the shared link")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="default: %(default)s")
+    parser.add_argument("--parameters", type=float, default=2.1, help="million entries (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="square ones, each with a bias (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="rows: how long a step computes (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="of each method (default %(default)s)")
+    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--rank", nargs=3, metavar=("RANK", "STORE", "FILE"), help=argparse.SUPPRESS)  # what one does
+    return parser.parse_args()
+
+
+def train(arguments):
+    """One rank: measure, and write what rank 0 found."""
+    rank, store, figures = arguments.rank
+    ranks = arguments.ranks[0]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=ranks)
+    model, width = make_model(arguments)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = torch.randn(arguments.batch, width)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    runs, slower, empty = {"alone": (model, optimizer)}, [], []
+    for method in arguments.methods:
+        made, optimizer, _ = make_ddp(method, make_model(arguments)[0])
+        runs[method] = made, optimizer
+        for _ in range(3):  # buckets are rebuilt, memory is allocated
+            step(made, optimizer)
+    seconds = {method: [] for method in runs}
+    for _ in range(arguments.steps):
+        for method, run in runs.items():
+            own = time.process_time()
+            seconds[method].append(timed(step, *run))
+            if method == "alone":
+                slower.append(seconds[method][-1] / (time.process_time() - own))
+        empty += [timed(dist.all_reduce, torch.zeros(1)) for _ in range(5)]
+    if int(rank) == 0:
+        measured = {method: statistics.median(times) for method, times in seconds.items()}
+        found = {"alone": measured.pop("alone"), "measured": measured, "empty": statistics.median(empty)}
+        pathlib.Path(figures).write_text(json.dumps({**found, "slower": statistics.median(slower)}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def timed(function, *arguments):
+    """Seconds of a call that all ranks begin together."""
+    dist.barrier()
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def measure(arguments, ranks, rate):
+    """What rank 0 of a real job finds."""
+    with tempfile.TemporaryDirectory() as folder, link_tool().namespace(None if rate == "none" else rate) as enter:
+        figures = pathlib.Path(folder) / "figures.json"
+        command = [*enter, sys.executable, str(pathlib.Path(__file__).resolve()), "--ranks", str(ranks)]
+        command += ["--methods", *arguments.methods]
+        for option in ("parameters", "layers", "batch", "steps"):
+            command += [f"--{option}", str(getattr(arguments, option))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        jobs = [
+            subprocess.Popen([*command, "--rank", str(rank), f"{folder}/store", str(figures)], env=environment)
+            for rank in range(ranks)
+        ]
+        try:
+            codes = [job.wait() for job in jobs]
+        finally:
+            for job in jobs:
+                job.kill()
+        if any(codes):
+            sys.exit(f"plan_check.py: error: ranks ended with {codes}")
+        return json.loads(figures.read_text())
+
+
+def predict(arguments, ranks, rate, found, bench):
+    """{method: Forecast} for the same."""
+    latency = max(0.0, found["empty"] / (2 * max(1, ranks - 1)) - MESSAGE_SECONDS)
+    network = Network(link_rate(rate if rate != "none" else "1tbit"), latency, True, 1, 1.0, BURST_BYTES)
+    computing = Computing(found["alone"], found["slower"])
+    situation = Situation(shapes_of(make_model(arguments)[0]), ranks, network, computing)
+    return {method: forecast(method, situation, bench) for method in arguments.methods}
+
+
+def check(arguments):
+    """The rows of every number of ranks and rate."""
+    if link_tool().missing():
+        sys.exit(f"plan_check.py: error: {link_tool().missing()}")
+    rows = []
+    shapes = shapes_of(make_model(arguments)[0])
+    print(
+        f"{arguments.parameters:g} M parameters in {arguments.layers} layers, batches of {arguments.batch}, "
+        f"{os.cpu_count()} cores, median of {arguments.steps} steps\n"
+    )
+    print("| ranks | link | computing, x processor | method | predicted | measured | quotient | link busy |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for ranks in arguments.ranks:
+        bench = Bench(shapes, ranks)
+        for rate in arguments.rate:
+            found = measure(arguments, ranks, rate)
+            for method, each in predict(arguments, ranks, rate, found, bench).items():
+                measured = found["measured"][method]
+                rows.append({"ranks": ranks, "rate": rate, **found, **each._asdict(), "step": measured})
+                print(
+                    f"| {ranks} | {rate} | {found['alone']:.3f} s, {found['slower']:.1f} | `{method}` | {each.seconds:.3f} s | {measured:.3f} s "
+                    f"| {each.seconds / measured:.2f} | {each.link_seconds:.3f} s |",
+                    flush=True,
+                )
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    worst = max(max(row["seconds"] / row["step"], row["step"] / row["seconds"]) for row in rows)
+    print(f"\nfarthest from what was measured: a factor of {worst:.2f}")
+    return rows
+
+
+if __name__ == "__main__":
+    options = parse()
+    train(options) if options.rank else check(options)
