@@ -114,7 +114,7 @@ class GradientExchange(Results):
     def adopt(self, policy: Policy) -> None:
         """Use what a saved state's run used, in place of what "auto" chose now; before the first step, on all ranks."""
         if policy != self.policy:
-            log.warning("auto: chose %s, goes on with the saved state's %s", self.policy, policy)
+            log.warning("auto: chose %s, goes on with %s, as the saved state", self.policy, policy)
             self._take(policy)
             if self.plan:
                 self.prepare({name: entry.shape for name, entry in self.plan.entries.items()}, alone=self._alone)

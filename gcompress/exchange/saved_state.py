@@ -122,7 +122,7 @@ def load(exchange: GradientExchange, saved: dict) -> None:
     _check_keys(saved, MERGED_KEYS if merged else KEYS)
     policy = exchange.policy.to_dict() if exchange.policy else None
     if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
-        if exchange.chosen and exchange.steps == 0 and saved["policy"]:
+        if exchange.chosen and exchange.report.steps == exchange.steps == 0 and saved["policy"]:
             return _load_as_saved(exchange, saved)
         raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
     check_counts(saved)

@@ -177,7 +177,10 @@ def _of_function(text):
         raise ConfigError(f"model: got {shown(text)}, expected module:function: {error}") from error
     finally:
         sys.path.remove("")
-    model = make() if callable(make) and not isinstance(make, torch.nn.Module) else make
+    try:
+        model = make() if callable(make) and not isinstance(make, torch.nn.Module) else make
+    except TypeError as error:
+        raise ConfigError(f"model: got {shown(text)}, expected a function that needs no arguments: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model: {text} returned {type(model).__name__}, expected a torch.nn.Module")
     return shapes_of(model)
