@@ -6,10 +6,13 @@
 
 Starts DistributedDataParallel on Gloo on each number of ranks, in a network namespace whose loopback all of them share
 at the given rate, and trains a model of --parameters million entries with each method in turn, so that all meet the
-same noise; the shortest step counts, of two if they are long, since whatever else runs can only lengthen it. The
-prediction knows the rate, how long a step takes without exchange, how much longer that is than the processor's
-own time for it (since ranks, and whatever else runs, share the cores), the time of a small message and the burst of the
-namespace's token bucket; codecs, copies and the engine are measured by themselves (gcompress/forecast). Prints predicted and measured seconds of a step, and their quotient.
+same noise. In the same turns each rank measures its own way of the gradients (gcompress/forecast/path_costs.py), all
+ranks at the same time, since they and whatever else runs share the cores.
+
+The prediction is made of these, of the rate, of how long a step takes without exchange, of how much longer that is than
+the processor's own time for it, by which torch's and Gloo's costs are lengthened, of the time of a small message, and
+of the burst of the namespace's token bucket. Prints predicted and measured seconds of the median step (of two, if they
+are long), and their quotient.
 """
 
 import argparse
@@ -22,14 +25,15 @@ import sys
 import tempfile
 import time
 
-
 import torch
 import torch.distributed as dist
 from slow_link import link_tool, make_ddp, make_model, rate_of
 
-from gcompress.forecast.advice import Bench, Situation, forecast
+from gcompress.forecast.advice import PLAIN, Bench, Situation, forecast, method_policy
+from gcompress.forecast.gloo_costs import GlooCosts, measure_gloo
 from gcompress.forecast.model_shapes import shapes_of
 from gcompress.forecast.network import MESSAGE_SECONDS, Network
+from gcompress.forecast.path_costs import PathCosts, PathMeter, measure_torch
 from gcompress.forecast.timeline import Computing
 from gcompress.units import link_rate
 
@@ -66,10 +70,12 @@ def train(arguments):
         model(batch).square().mean().backward()
         optimizer.step()
 
-    runs, slower, empty = {"alone": (model, optimizer)}, [], []
+    runs, slower, empty, meters = {"alone": (model, optimizer)}, [], [], {}
     for method in arguments.methods:
         made, optimizer, _ = make_ddp(method, make_model(arguments)[0])
         runs[method] = made, optimizer
+        if method not in PLAIN:
+            meters[method] = PathMeter(method_policy(method), shapes_of(made.module), ranks, beside_others=True)
         for _ in range(2):  # buckets are rebuilt, memory is allocated
             step(made, optimizer)
     seconds = {method: [] for method in runs}
@@ -82,13 +88,16 @@ def train(arguments):
                 continue
             own = time.process_time()
             seconds[method].append(timed(step, *run))
+            if method in meters:
+                timed(meters[method].step)
             if method == "alone":
                 slower.append(seconds[method][-1] / (time.process_time() - own))
         empty += [timed(dist.all_reduce, torch.zeros(1)) for _ in range(5)]
     if int(rank) == 0:
-        measured = {method: min(times) for method, times in seconds.items()}
-        found = {"alone": measured.pop("alone"), "measured": measured, "empty": min(empty)}
-        pathlib.Path(figures).write_text(json.dumps({**found, "slower": min(slower)}))
+        measured = {method: statistics.median(times) for method, times in seconds.items()}
+        found = {"alone": measured.pop("alone"), "measured": measured, "empty": statistics.median(empty)}
+        found["paths"] = {method: meter.costs() for method, meter in meters.items()}
+        pathlib.Path(figures).write_text(json.dumps({**found, "slower": statistics.median(slower)}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -131,11 +140,37 @@ def measure(arguments, ranks, rate):
         return json.loads(figures.read_text())
 
 
-def predict(arguments, ranks, rate, found, bench):
+class BenchBesideRanks(Bench):
+    """What the ranks measured of their own ways, all at the same time, and torch and Gloo as slow as their cores were.
+
+    Args:
+        found: rank 0's figures.
+    """
+
+    def __init__(self, found):
+        super().__init__({}, 0)
+        self._found = {method_policy(method): PathCosts(*each) for method, each in found["paths"].items()}
+        slower = found["slower"]
+        torch_costs, gloo = measure_torch(), measure_gloo()
+        self._torch = torch_costs._replace(
+            copies=slower * torch_costs.copies, casts={key: slower * each for key, each in torch_costs.casts.items()}
+        )
+        self._gloo = GlooCosts(
+            {key: slower * each for key, each in gloo.allreduce.items()},
+            slower * gloo.allgather,
+            slower * gloo.alltoall,
+        )
+
+    def path(self, policy):
+        return self._found[policy]
+
+
+def predict(arguments, ranks, rate, found):
     """{method: Forecast} for the same."""
+    bench = BenchBesideRanks(found)
     latency = max(0.0, found["empty"] / (2 * max(1, ranks - 1)) - MESSAGE_SECONDS)
     network = Network(link_rate(rate if rate != "none" else "1tbit"), latency, True, 1, 1.0, BURST_BYTES)
-    computing = Computing(found["alone"], found["slower"])
+    computing = Computing(found["alone"], 0.0)
     situation = Situation(shapes_of(make_model(arguments)[0]), ranks, network, computing)
     return {method: forecast(method, situation, bench) for method in arguments.methods}
 
@@ -145,23 +180,22 @@ def check(arguments):
     if link_tool().missing():
         sys.exit(f"plan_check.py: error: {link_tool().missing()}")
     rows = []
-    shapes = shapes_of(make_model(arguments)[0])
     print(
         f"{arguments.parameters:g} M parameters in {arguments.layers} layers, batches of {arguments.batch}, "
-        f"{os.cpu_count()} cores, shortest of {arguments.steps} steps\n"
+        f"{os.cpu_count()} cores, median of {arguments.steps} steps\n"
     )
     print("| ranks | link | computing, x processor | method | predicted | measured | quotient | link busy |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for ranks in arguments.ranks:
-        bench = Bench(shapes, ranks)
         for rate in arguments.rate:
             found = measure(arguments, ranks, rate)
-            for method, each in predict(arguments, ranks, rate, found, bench).items():
+            for method, each in predict(arguments, ranks, rate, found).items():
                 measured = found["measured"][method]
                 rows.append({"ranks": ranks, "rate": rate, **found, **each._asdict(), "step": measured})
                 print(
-                    f"| {ranks} | {rate} | {found['alone']:.3f} s, {found['slower']:.1f} | `{method}` | {each.seconds:.3f} s | {measured:.3f} s "
-                    f"| {each.seconds / measured:.2f} | {each.link_seconds:.3f} s |",
+                    f"| {ranks} | {rate} | {found['alone']:.3f} s, {found['slower']:.1f} | `{method}` "
+                    f"| {each.seconds:.3f} s | {measured:.3f} s | {each.seconds / measured:.2f} "
+                    f"| {each.link_seconds:.3f} s |",
                     flush=True,
                 )
     if arguments.json:

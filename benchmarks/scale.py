@@ -4,9 +4,9 @@
     python benchmarks/scale.py --model resnet50 --step 300ms --link 10gbit --plot docs/scale.png
     python benchmarks/scale.py --check                       # against real ranks over a slow link (Linux, root)
 
-Every exchange has a real Plan for so many ranks, payload sizes by `nbytes`, encoders and decoders measured here among as
-many ranks (gcompress/forecast/path_costs.py), the library's own schedule, and a link of --link for every node. On a node
-are --local ranks. Times of computing differ between ranks by --jitter, and all wait for the slowest.
+Every exchange has a real Plan for so many ranks, payload sizes by `nbytes`, encoders and decoders measured here among
+as many ranks (gcompress/forecast/path_costs.py), the library's own schedule, and a link of --link for every node. On a
+node are --local ranks. Times of computing differ between ranks by --jitter, and all wait for the slowest.
 
 ring      float16 in an all-reduce: a ring through all ranks, which leaves a node once.
 flat      every rank exchanges with every other; a node's ranks share its link.
@@ -123,8 +123,8 @@ def simulate(arguments):
     shapes = shapes_named(arguments.model)
     rows = []
     print(
-        f"{arguments.model}, {sum(s.numel() for s in shapes.values()) / 1e6:.1f} M parameters, a step of {arguments.step} "
-        f"without exchange, nodes of {arguments.local} ranks with a link of {arguments.link}\n"
+        f"{arguments.model}, {sum(s.numel() for s in shapes.values()) / 1e6:.1f} M parameters, a step of "
+        f"{arguments.step} without exchange, nodes of {arguments.local} ranks with a link of {arguments.link}\n"
     )
     ways = [("ring", "fp16"), *((way, method) for method in arguments.methods for way in ("flat", "levels"))]
     print("| ranks | " + " | ".join(f"{way} `{method}`" for way, method in ways) + " |")
@@ -140,8 +140,9 @@ def simulate(arguments):
         row = growth(arguments, shapes, ranks)
         rows.append({"ranks": ranks, **row})
         print(
-            f"| {ranks} | {row['sent'] / 1e6:.2f} MB | {row['fan_in']:.0f} payloads | {row['most_owned']:.2f} of the mean "
-            f"| {row['pieces']:,} | {in_seconds(row['plan_seconds'])} | {row['text_bytes'] / 1e6:.2f} MB |",
+            f"| {ranks} | {row['sent'] / 1e6:.2f} MB | {row['fan_in']:.0f} payloads "
+            f"| {row['most_owned']:.2f} of the mean | {row['pieces']:,} | {in_seconds(row['plan_seconds'])} "
+            f"| {row['text_bytes'] / 1e6:.2f} MB |",
             flush=True,
         )
     if arguments.json:

@@ -39,7 +39,9 @@ class Auto:
         if type(self.shared) is not bool:
             raise ConfigError(f"auto: shared: got {shown(self.shared)}, expected true or false")
         if self.shared and self.link is None:
-            raise ConfigError("auto: shared: got true without a link, expected link=RATE: what is measured is a rank's own")
+            raise ConfigError(
+                "auto: shared: got true without a link, expected link=RATE: what is measured is a rank's own"
+            )
         for name in ("latency", "step"):
             duration(getattr(self, name), f"auto: {name}")
             object.__setattr__(self, name, str(getattr(self, name)))

@@ -64,15 +64,32 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME", help="whose gradients: a name, module:function or a file, see below")
     what.add_argument("--shapes", metavar="LIST", help="or their shapes: 512x512*12,768, or a JSON object")
-    add("--step", default="0", metavar="TIME", help="what a step takes without exchange: 300ms (default: 0, exchange alone)")
+    add(
+        "--step",
+        default="0",
+        metavar="TIME",
+        help="what a step takes without exchange: 300ms (default: 0, exchange alone)",
+    )
     add("--shared", action="store_true", help="all ranks share the one link; otherwise each machine has its own")
     add("--latency", default="100us", metavar="TIME", help="of the link, one way (%(default)s)")
     add("--ranks-per-machine", type=int, default=1, metavar="N", help="that share its link and cores (%(default)s)")
     add("--cores", type=int, metavar="N", help="of a machine (those of this one)")
-    add("--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="of the rate, left for data (TCP: %(default).3f)")
+    add(
+        "--efficiency",
+        type=float,
+        default=EFFICIENCY,
+        metavar="PART",
+        help="of the rate, left for data (TCP: %(default).3f)",
+    )
     add("--burst", default="1", metavar="BYTES", help="that pass at once after a pause, as with tc's tbf (none)")
     add("--bucket", default=str(BUCKET_BYTES), metavar="BYTES", help="of DistributedDataParallel's buckets (25MiB)")
-    add("--jitter", type=float, default=0.0, metavar="PART", help="deviation of the ranks' computing times (%(default)s)")
+    add(
+        "--jitter",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="deviation of the ranks' computing times (%(default)s)",
+    )
     add("--device", default="cpu", help="where gradients lie and are encoded: cpu or cuda (%(default)s)")
     add("--methods", nargs="+", metavar="METHOD", help="instead of every method")
     add("--plot", metavar="FILE", help="draw step time against the link's rate")
@@ -98,7 +115,9 @@ def plan(arguments: Sequence[str], make_bench: Callable = Bench) -> None:
     if options.json:
         print(json.dumps(as_json(options, situation, forecasts, advised), indent=1))
     else:
-        print("\n".join([*table(forecasts), "", *advice(forecasts, advised, situation), "", *assumed(options, situation)]))
+        print(
+            "\n".join([*table(forecasts), "", *advice(forecasts, advised, situation), "", *assumed(options, situation)])
+        )
     if options.plot:
         draw(options.plot, [each.method for each in forecasts], situation, bench, options.json)
 
@@ -171,11 +190,17 @@ def advice(forecasts: Sequence[Forecast], advised: Forecast | None, situation: S
     by_name = {each.method: each for each in forecasts}
     takes = f"a step is predicted to take {in_seconds(advised.seconds)}"
     others = [
-        f"{in_seconds(by_name[name].seconds)} with {name}" for name in PLAIN if name in by_name and name != advised.method
+        f"{in_seconds(by_name[name].seconds)} with {name}"
+        for name in PLAIN
+        if name in by_name and name != advised.method
     ]
     against = f", against {', '.join(others)}" if others else ""
     if advised.method == "none":
-        why = " The exchange hides behind the backward pass." if advised.seconds < 1.1 * situation.computing.seconds else ""
+        why = (
+            " The exchange hides behind the backward pass."
+            if advised.seconds < 1.1 * situation.computing.seconds
+            else ""
+        )
         lines = [f"Do not compress: {takes} without{against}.{why}"]
     elif advised.method in PLAIN:
         lines = [f"Send {advised.method}, no compressor is worth more: {takes}{against}."]
@@ -190,13 +215,15 @@ def assumed(options: argparse.Namespace, situation: Situation) -> list[str]:
     share = situation.computing.share
     cores = f"{share:g} ranks for each core" if share > 1 else "a core for each rank"
     where = "that all ranks share" if network.shared else f"for each machine of {options.ranks_per_machine} rank(s)"
+    step = in_seconds(situation.computing.seconds)
     return [
         f"Assumed: {len(situation.shapes)} tensors, {entries:,} entries; {situation.ranks} ranks; a link of "
-        f"{in_bits(network.rate)} {where}, {network.efficiency:.0%} of it for data, {in_seconds(network.latency)} one way;",
-        f"a step of {in_seconds(situation.computing.seconds)} without exchange, {BACKWARD:.0%} of it the backward pass, in "
-        f"which gradients come evenly, {AFTER:.0%} the optimizer; {cores};",
-        f"DistributedDataParallel's buckets of {situation.bucket_bytes / 2**20:g} MiB on Gloo. Encoders, decoders and copies "
-        f"were measured here, on {options.device}, with one thread.",
+        f"{in_bits(network.rate)} {where}, {network.efficiency:.0%} of it for data, "
+        f"{in_seconds(network.latency)} one way;",
+        f"a step of {step} without exchange, {BACKWARD:.0%} of it the backward pass, in which gradients come evenly, "
+        f"{AFTER:.0%} the optimizer; {cores};",
+        f"DistributedDataParallel's buckets of {situation.bucket_bytes / 2**20:g} MiB on Gloo. Encoders, decoders and "
+        f"copies were measured here, on {options.device}, with one thread.",
     ]
 
 
@@ -227,7 +254,7 @@ def draw(path: str, methods: Sequence[str], situation: Situation, bench: Bench, 
     from .forecast.chart import rates_around, step_chart
 
     rates = rates_around(situation.network.rate)
-    curves = {method: [] for method in methods}
+    curves: dict[str, list[float]] = {method: [] for method in methods}
     for rate in rates:
         there = situation.on(_faster(situation.network, rate))
         for method in methods:

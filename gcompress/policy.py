@@ -279,8 +279,8 @@ def check_decided(policy: Policy, what: str) -> None:
     """ConfigError if the policy is "auto" where nothing decides it; what: that takes it."""
     if policy.undecided:
         raise ConfigError(
-            f"compression: got {policy.compressor} for {what}, expected a compressor: what gradients of every step bear is "
-            "not what changes of many steps do"
+            f"compression: got {policy.compressor} for {what}, expected a compressor: what gradients of every step "
+            "bear is not what changes of many steps do"
         )
 
 

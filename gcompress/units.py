@@ -47,10 +47,13 @@ def duration(text: object, argument: str = "duration") -> float:
         ConfigError: it is none of these, or negative.
     """
     found = re.fullmatch(NUMBER + r"(s|ms|us|µs|)", str(text).strip()) if isinstance(text, str) else None
-    seconds = float(f"{found[1]}e{found[2] or 0}") * SECONDS[found[3]] if found else text
-    if not is_number(seconds) or not 0 <= seconds < math.inf:
+    if found:
+        seconds = float(f"{found[1]}e{found[2] or 0}") * SECONDS[found[3]]
+    else:
+        seconds = float(text) if isinstance(text, (int, float)) and is_number(text) else math.nan
+    if not 0 <= seconds < math.inf:
         raise ConfigError(f"{argument}: got {shown(text)}, expected a time such as 300ms, 0.3s or 50us")
-    return float(seconds)
+    return seconds
 
 
 def byte_count(text: object, argument: str = "bytes") -> int:

@@ -48,7 +48,8 @@ def test_a_number_is_no_rate():
 
 
 @pytest.mark.parametrize(
-    "text, seconds", {"300ms": 0.3, "0.3s": 0.3, "0.3": 0.3, "50us": 5e-5, "50 µs": 5e-5, "0": 0, 2: 2, 0.5: 0.5}.items()
+    "text, seconds",
+    {"300ms": 0.3, "0.3s": 0.3, "0.3": 0.3, "50us": 5e-5, "50 µs": 5e-5, "0": 0, 2: 2, 0.5: 0.5}.items(),
 )
 def test_a_time_is_read(text, seconds):
     assert duration(text) == pytest.approx(seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,7 @@ class Bench:
         shapes: dict[str, torch.Size],
         ranks: int,
         device: torch.device | None = None,
-        **how: int,
+        **how: Any,
     ):
         self._shapes, self._ranks, self._device = shapes, ranks, device
         self._how = how

@@ -66,8 +66,8 @@ def decide(
     measurable = hasattr(ranks, "allgather")
     if auto.link is None and not measurable:
         raise ConfigError(
-            f"compression: got {auto} on an engine of parameter servers, over which a link cannot be measured: expected "
-            "its rate, such as auto:link=1gbit"
+            f"compression: got {auto} on an engine of parameter servers, over which a link cannot be measured: "
+            "expected its rate, such as auto:link=1gbit"
         )
     agree(ranks, {"compression": policy.to_dict(), "shapes": [[name, list(shape)] for name, shape in shapes.items()]})
     if ranks.world_size() == 1:
@@ -85,9 +85,12 @@ ADVICE = "expected the compressor that `gcompress plan` advises"
 
 def candidates(policy: Policy, situation: Situation, bench: Any) -> list[Forecast]:
     """A Forecast of each of CANDIDATES in the policy."""
-    return [
-        forecast_of(name, dataclasses.replace(policy, compressor=name), situation, bench) for name in CANDIDATES
-    ]
+    return [forecast_of(name, _with(policy, name), situation, bench) for name in CANDIDATES]
+
+
+def _with(policy, name):
+    """The policy with a compressor of this name in place of "auto"."""
+    return dataclasses.replace(policy, compressor=name)
 
 
 def _given(auto):
@@ -103,8 +106,7 @@ def _told(policy, ranks, found, network):
         slowest = [each._replace(seconds=max(rank[each.method] for rank in seconds)) for each in found]
         chosen = truest(slowest, CANDIDATES).method
         log.info("%s", explained(chosen, slowest, network))
-    answer = ranks.gather_texts(chosen)[0]
-    return dataclasses.replace(policy, compressor=answer)
+    return _with(policy, ranks.gather_texts(chosen)[0])
 
 
 def explained(chosen: str, forecasts: Sequence[Forecast], network: Network) -> str:
@@ -112,8 +114,8 @@ def explained(chosen: str, forecasts: Sequence[Forecast], network: Network) -> s
     steps = ", ".join(f"{each.method} {in_seconds(each.seconds)}" for each in forecasts)
     which = "that all share" if network.shared else "for each rank"
     return (
-        f"auto: {chosen}, for a link of {in_bits(network.rate)} {which}, {in_seconds(network.latency)} one way; expected "
-        f"of a step: {steps}. To have the same again: compression={chosen!r}"
+        f"auto: {chosen}, for a link of {in_bits(network.rate)} {which}, {in_seconds(network.latency)} one way; "
+        f"expected of a step: {steps}. To have the same again: compression={chosen!r}"
     )
 
 

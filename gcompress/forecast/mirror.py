@@ -20,13 +20,21 @@ def moment(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def shortest(repeat: int, function: Callable[[], object], device: torch.device) -> float:
-    """The shortest seconds of a call, after one that touches the memory."""
+def own_clock(device: torch.device) -> Callable[[], float]:
+    """The clock of what this thread does, whatever else runs on the processor; of a GPU, of what passes."""
+    return time.thread_time if device.type == "cpu" else functools.partial(moment, device)
+
+
+def shortest(
+    repeat: int, function: Callable[[], object], device: torch.device, clock: Callable[[], float] | None = None
+) -> float:
+    """The shortest seconds of a call, after one that touches the memory; by the device's time without a clock."""
+    clock = clock or functools.partial(moment, device)
     seconds = []
     for _ in range(repeat + 1):
-        start = moment(device)
+        start = clock()
         function()
-        seconds.append(moment(device) - start)
+        seconds.append(clock() - start)
     return min(seconds[1:])
 
 
@@ -58,10 +66,10 @@ class Mirror:
         return [text] * self.size
 
     def allgather(self, name, lane, payload, sizes):
-        if min(sizes) == max(sizes):
+        packed = self._packed.pop(name.removesuffix(f".{lane}"), None) if lane else None
+        if packed is None:
             return self._mirrored(name, lane, lambda: payload.repeat(self.size))
-        # Owners whose pieces are of other sizes: what this rank sent them stands for the mean that they send.
-        packed = self._packed.pop(name.removesuffix(f".{lane}"))
+        # Other owners have other pieces: what this rank sent them stands for the mean that they send.
         return self._mirrored(name, lane, lambda: torch.cat([payload, packed[len(payload) :]]))
 
     def alltoall(self, name, lane, payload, to, back):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 from typing import NamedTuple
 
 import torch
 
 from ..exchange.plan import Plan
 from ..policy import Policy
-from .mirror import MirroredPath, moment, shortest
+from .mirror import MirroredPath, moment, own_clock, shortest
 from .step_bytes import buckets_of, parcels_of
 
 SAMPLE_ENTRIES = 8 << 20  # of a model's gradients that are measured
@@ -67,9 +66,9 @@ def measure_path(
 ) -> PathCosts:
     """PathCosts of a policy for a model of {name: shape}, from `repeat` steps of a sample.
 
-    Encoders, memory, decoders and sums over ranks are real (see MirroredPath). The rank has one thread of its processor.
-    What counts is the shortest, of the time that the processor gave this thread; `beside_others`: the median, of the
-    time that passed, since other ranks are measured on the same cores now and will be there in training.
+    Encoders, memory, decoders and sums over ranks are real (see MirroredPath). The rank has one thread. What counts is
+    the shortest, of the time that the processor gave this thread; `beside_others`: the median, of the time that passed,
+    since other ranks are measured on the same cores now and will be there in training.
 
     Among more than MANY_RANKS an all-gather is measured among as many and twice as many, and taken to grow on along
     that line.
@@ -112,58 +111,89 @@ def _cut(shape):
 
 
 def _measured(policy, shapes, ranks, device, repeat, limit, beside_others):
-    clock = functools.partial(moment, device) if beside_others or device.type != "cpu" else time.thread_time
-    typical_of = statistics.median if beside_others else min
-    buckets = sampled(shapes, limit, max(1 << 20, min(8 << 20, 4 * limit)))
-    names = [name for bucket in buckets for name in bucket]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    meter = PathMeter(policy, shapes, ranks, device, limit, beside_others)
+    for _ in range(repeat):
+        meter.step()
+    return meter.costs()
+
+
+class PathMeter:
+    """Measures a policy's PathCosts step by step; see `measure_path` for the arguments.
+
+    limit: about so many entries are measured.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        shapes: dict[str, torch.Size],
+        ranks: int,
+        device: torch.device | None = None,
+        limit: int = SAMPLE_ENTRIES,
+        beside_others: bool = False,
+    ):
+        device = device or torch.device("cpu")
+        self._typical = statistics.median if beside_others else min
+        self._buckets = sampled(shapes, limit, max(1 << 20, min(8 << 20, 4 * limit)))
+        names = [name for bucket in self._buckets for name in bucket]
         gradients = gradients_like({name: shapes[name] for name in names}, device)
-        path = MirroredPath(policy, gradients, ranks, shapes, clock)
-        rounds = [_timed_step(path, buckets) for _ in range(repeat + 2)][2:]
-    finally:
-        torch.set_num_threads(threads)
-    entries: dict[str, int] = {}
-    for bucket in buckets:
-        for parcel in parcels_of(path.exchange.plan, bucket):
+        clock = functools.partial(moment, device) if beside_others else own_clock(device)
+        self._path = MirroredPath(policy, gradients, ranks, shapes, clock)
+        self._rounds: list[dict[tuple[str, int], float]] = []
+        for _ in range(2):  # memory begins
+            self.step()
+        self._rounds.clear()
+
+    def step(self) -> None:
+        """Exchange the sample once more, by one thread."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._rounds.append(self._timed_step())
+        finally:
+            torch.set_num_threads(threads)
+
+    def costs(self) -> PathCosts:
+        """Of the steps so far."""
+        entries: dict[str, int] = {}
+        for parcel in self._parcels():
             entries[parcel.way] = entries.get(parcel.way, 0) + parcel.entries
-    keys = {key: None for spent in rounds for key in spent}
-    typical = {(way, at): typical_of(r[way, at] for r in rounds) / entries[way] for way, at in keys}
-    lanes = {way: max(at for found, at in keys if found == way and at >= 0) for way, _ in keys}
-    before = {way: tuple(typical.get((way, lane), 0.0) for lane in range(last + 1)) for way, last in lanes.items()}
-    return PathCosts(before, {way: typical.get((way, -1), 0.0) for way in lanes}, _size(path, buckets))
+        keys = {key: None for spent in self._rounds for key in spent}
+        typical = {(way, at): self._typical(r[way, at] for r in self._rounds) / entries[way] for way, at in keys}
+        lanes = {way: max(at for found, at in keys if found == way and at >= 0) for way, _ in keys}
+        before = {way: tuple(typical.get((way, lane), 0.0) for lane in range(last + 1)) for way, last in lanes.items()}
+        return PathCosts(before, {way: typical.get((way, -1), 0.0) for way in lanes}, self._size())
 
+    def _parcels(self):
+        return [parcel for bucket in self._buckets for parcel in parcels_of(self._path.exchange.plan, bucket)]
 
-def _timed_step(path, buckets):
-    """{(way, number of the operation that follows, or -1): seconds} of one step, bucket by bucket."""
-    path.renew()
-    spent: dict[tuple[str, int], float] = {}
-    for bucket in buckets:
-        path.engine.started.clear()
-        last = path.now()
-        path.exchange.start_bucket({name: path.gradients[name] for name in bucket})()
-        way = "allreduce"
-        entries = path.exchange.plan.entries
-        for name, lane, at in path.engine.started:
-            first = name.removesuffix(f".{lane}") if lane else name  # a parameter's name, or WAY.NAME
-            way = entries[first].exchange if first in entries else first.partition(".")[0]
-            spent[way, lane] = spent.get((way, lane), 0.0) + at - last
-            last = at
-        spent[way, -1] = spent.get((way, -1), 0.0) + path.now() - last
-    start = path.now()
-    path.settle()
-    share = (path.now() - start) / max(1, len(spent))
-    return {key: seconds + share for key, seconds in spent.items()}
+    def _timed_step(self):
+        """{(way, number of the operation that follows, or -1): seconds} of one step, bucket by bucket."""
+        path = self._path
+        path.renew()
+        spent: dict[tuple[str, int], float] = {}
+        for bucket in self._buckets:
+            path.engine.started.clear()
+            last = path.now()
+            path.exchange.start_bucket({name: path.gradients[name] for name in bucket})()
+            way = "allreduce"
+            entries = path.exchange.plan.entries
+            for name, lane, at in path.engine.started:
+                first = name.removesuffix(f".{lane}") if lane else name  # a parameter's name, or WAY.NAME
+                way = entries[first].exchange if first in entries else first.partition(".")[0]
+                spent[way, lane] = spent.get((way, lane), 0.0) + at - last
+                last = at
+            spent[way, -1] = spent.get((way, -1), 0.0) + path.now() - last
+        start = path.now()
+        path.settle()
+        share = (path.now() - start) / max(1, len(spent))
+        return {key: seconds + share for key, seconds in spent.items()}
 
-
-def _size(path, buckets):
-    """Bytes that were sent over those that were expected at most."""
-    plan, ranks = path.exchange.plan, path.engine.world_size()
-    expected = sum(
-        transfer.wire(0, ranks) for names in buckets for parcel in parcels_of(plan, names) for transfer in parcel.transfers
-    )
-    return path.wire_bytes() / expected if expected else 1.0
+    def _size(self):
+        """Bytes that were sent over those that were expected at most."""
+        ranks = self._path.engine.world_size()
+        expected = sum(transfer.wire(0, ranks) for parcel in self._parcels() for transfer in parcel.transfers)
+        return self._path.wire_bytes() / expected if expected else 1.0
 
 
 class TorchCosts(NamedTuple):
@@ -189,12 +219,12 @@ def measure_torch(device: torch.device | None = None, entries: int = 1 << 22, re
         def hook(dtype):
             out.copy_(values.to(dtype).div_(2))
 
-        moment(device)
-        copy = shortest(repeat, lambda: out.copy_(values), device)
-        casts = {4: shortest(repeat, lambda: out.div_(2), device)}
-        casts |= {
-            size: shortest(repeat, lambda dtype=dtype: hook(dtype), device)
-            for size, dtype in ((2, torch.float16), (-2, torch.bfloat16))
+        clock = own_clock(device)
+        copy = shortest(repeat, lambda: out.copy_(values), device, clock)
+        casts = {
+            4: shortest(repeat, lambda: out.div_(2), device, clock),
+            2: shortest(repeat, lambda: hook(torch.float16), device, clock),
+            -2: shortest(repeat, lambda: hook(torch.bfloat16), device, clock),
         }
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """The bytes of one step, before there is one: what each rank hands over for which collective operation, exactly.
 
-It follows a real Plan, in the buckets that an engine forms, as gcompress/exchange/ways.py does when there are gradients.
+It follows a real Plan, in the buckets that an engine forms, as gcompress/exchange/ways.py does with gradients.
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ def step_bytes(
     """
     plan = Plan(policy, shapes, ranks)
     found = [
-        transfer for names in buckets_of(shapes, nbytes) for each in parcels_of(plan, names) for transfer in each.transfers
+        transfer
+        for names in buckets_of(shapes, nbytes)
+        for each in parcels_of(plan, names)
+        for transfer in each.transfers
     ]
     return sum(each.sent(rank, ranks) for each in found), sum(each.wire(rank, ranks) for each in found)

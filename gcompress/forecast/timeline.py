@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..exchange.schedule import Schedule
 from .network import Network
@@ -69,7 +69,7 @@ class Clock:
 
 
 class Wire:
-    """An engine in name: its operations end when the link would be done with them. One link, first come first served."""
+    """An engine in name: its operations end when the link would be done with them, first come first served."""
 
     in_order = True
 
@@ -121,7 +121,9 @@ def slowest_of(ranks: int) -> float:
     return statistics.NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
-def play(buckets: list[list[Errand]], entries: list[int], network: Network, computing: Computing, ranks: int) -> Outcome:
+def play(
+    buckets: list[list[Errand]], entries: list[int], network: Network, computing: Computing, ranks: int
+) -> Outcome:
     """The Outcome of a step that follows another one.
 
     Args:
@@ -133,7 +135,7 @@ def play(buckets: list[list[Errand]], entries: list[int], network: Network, comp
     """
     slower = max(1.0, computing.share)
     clock, total = Clock(slower), max(1, sum(entries))
-    wire = Wire(clock, network, ranks, slower)
+    wire: Any = Wire(clock, network, ranks, slower)  # has what a Schedule needs of an engine
     seconds = computing.seconds * (1 + computing.jitter * slowest_of(ranks))
     begun = 0.0, 0.0, 0.0
     for _ in range(2):  # the first fills the pauses that the second begins with
@@ -146,7 +148,9 @@ def play(buckets: list[list[Errand]], entries: list[int], network: Network, comp
             schedule.advance(wire)
         while not all(task.done for task in tasks):
             if not schedule.advance(wire):
-                clock.now = min((end for end in wire.ends if end > clock.now), default=math.nextafter(clock.now, math.inf))
+                clock.now = min(
+                    (end for end in wire.ends if end > clock.now), default=math.nextafter(clock.now, math.inf)
+                )
         clock.now += seconds * AFTER
         wire.ends.clear()
         # Cores that ranks share, and the engine's threads, have only so much to give.
