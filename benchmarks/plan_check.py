@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -47,20 +48,39 @@ def parse():
     parser.add_argument("--rate", nargs="+", type=rate_of, default=["100mbit", "1gbit"], help="of the shared link")
     parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="default: %(default)s")
-    parser.add_argument("--parameters", type=float, default=8.4, help="million entries (default %(default)s)")
+    parser.add_argument("--parameters", type=float, default=4.2, help="million entries (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="square ones, each with a bias (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="rows: how long a step computes (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=9, help="of each method (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, help="of each method (default %(default)s)")
     parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--rank", nargs=3, metavar=("RANK", "STORE", "FILE"), help=argparse.SUPPRESS)  # what one does
+    parser.add_argument("--job", nargs=2, metavar=("STORE", "FILE"), help=argparse.SUPPRESS)  # of all ranks
     return parser.parse_args()
 
 
-def train(arguments):
-    """One rank: measure, and write what rank 0 found."""
-    rank, store, figures = arguments.rank
+def start_ranks(arguments):
+    """Fork the ranks, which so import torch once, and wait for them; returns the exit code."""
+    children = []
+    for rank in range(arguments.ranks[0]):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                train(arguments, rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def train(arguments, rank):
+    """One rank: measure; rank 0 writes what it found."""
+    store, figures = arguments.job
     ranks = arguments.ranks[0]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     model, width = make_model(arguments)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batch = torch.randn(arguments.batch, width)
@@ -93,7 +113,7 @@ def train(arguments):
             if method == "alone":
                 slower.append(seconds[method][-1] / (time.process_time() - own))
         empty += [timed(dist.all_reduce, torch.zeros(1)) for _ in range(5)]
-    if int(rank) == 0:
+    if rank == 0:
         measured = {method: statistics.median(times) for method, times in seconds.items()}
         found = {"alone": measured.pop("alone"), "measured": measured, "empty": statistics.median(empty)}
         found["paths"] = {method: meter.costs() for method, meter in meters.items()}
@@ -126,17 +146,9 @@ def measure(arguments, ranks, rate):
         for option in ("parameters", "layers", "batch", "steps"):
             command += [f"--{option}", str(getattr(arguments, option))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        jobs = [
-            subprocess.Popen([*command, "--rank", str(rank), f"{folder}/store", str(figures)], env=environment)
-            for rank in range(ranks)
-        ]
-        try:
-            codes = [job.wait() for job in jobs]
-        finally:
-            for job in jobs:
-                job.kill()
-        if any(codes):
-            sys.exit(f"plan_check.py: error: ranks ended with {codes}")
+        code = subprocess.run([*command, "--job", f"{folder}/store", str(figures)], env=environment).returncode
+        if code:
+            sys.exit(f"plan_check.py: error: a rank ended with {code}")
         return json.loads(figures.read_text())
 
 
@@ -207,4 +219,4 @@ def check(arguments):
 
 if __name__ == "__main__":
     options = parse()
-    train(options) if options.rank else check(options)
+    sys.exit(start_ranks(options)) if options.job else check(options)
