@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -108,7 +107,6 @@ def plan(arguments: Sequence[str], make_bench: Callable = Bench) -> None:
     shapes = shapes_named(options.model) if options.model else shapes_listed(options.shapes)
     situation, device = situation_of(options, shapes), device_of(options.device)
     methods = list(dict.fromkeys(options.methods or every_method()))
-    logging.getLogger("gcompress").setLevel(logging.ERROR)
     bench = make_bench(shapes, situation.ranks, device)
     forecasts = sorted(measured(methods, situation, bench, options.quiet), key=lambda each: each.seconds)
     advised = truest(forecasts) if any(each.method in ADVISED for each in forecasts) else None

@@ -208,7 +208,9 @@ def test_every_method_is_compared_and_can_be_pasted():
     assert set(TRUSTED) < set(methods)
 
 
-@pytest.mark.parametrize("text", ["quantize:bits=4@twophase", "topk@allgather", "randomk", "none", "entropy:(sign)"])
+@pytest.mark.parametrize(
+    "text", ["quantize:bits=4@twophase", "topk@allgather", "randomk", "none", "entropy:(quantize:bits=4)"]
+)
 def test_a_path_is_measured_in_all_its_parts(text):
     costs = measure_path(method_policy(text), SHAPES, 3, repeat=1)
     assert costs.before.keys() == costs.after.keys()

@@ -7,7 +7,7 @@ import pathlib
 
 from ..errors import ConfigError
 from ..units import in_bits
-from .advice import ADVISED, Situation
+from .advice import ADVISED, PLAIN, Situation
 
 MOST_CURVES = 9
 
@@ -24,15 +24,9 @@ def rates_around(rate: float) -> list[float]:
 
 
 def curves_shown(curves: dict[str, list[float]]) -> dict[str, list[float]]:
-    """At most MOST_CURVES: of what may be advised, all; of the others, those that are the shortest somewhere."""
-    shown = {name: seconds for name, seconds in curves.items() if name in ADVISED}
-    places = range(len(next(iter(curves.values()))))
-    best = [min(curves, key=lambda name: curves[name][place]) for place in places]
-    for name in [*best, *curves]:
-        if len(shown) < MOST_CURVES:
-            shown.setdefault(name, curves[name])
-    order = {name: number for number, name in enumerate((*ADVISED, *curves))}
-    return dict(sorted(shown.items(), key=lambda item: order[item[0]]))
+    """The first MOST_CURVES: what may be advised, top-k, and the others in their order."""
+    order = dict.fromkeys((*ADVISED, "topk:sparsity=0.99", *curves))
+    return {name: curves[name] for name in [name for name in order if name in curves][:MOST_CURVES]}
 
 
 def step_chart(path: str, rates: list[float], curves: dict[str, list[float]], situation: Situation) -> None:
@@ -45,7 +39,7 @@ def step_chart(path: str, rates: list[float], curves: dict[str, list[float]], si
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     for number, (method, seconds) in enumerate(curves_shown(curves).items()):
-        plain = method in ADVISED[:3]
+        plain = method in PLAIN
         axis.plot(rates, seconds, "--" if plain else "-", marker="o", markersize=3, label=method, color=f"C{number}")
     if situation.computing.seconds:
         axis.axhline(situation.computing.seconds, color="black", linestyle=":", label="no exchange")
