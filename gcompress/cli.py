@@ -75,7 +75,14 @@ def run_program(folder, name, arguments):
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "install": install, "split": split}
+def plan(arguments):
+    """which compression pays on your link (try: gcompress plan --help)"""
+    from . import cli_plan
+
+    cli_plan.plan(arguments)
+
+
+COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "plan": plan, "install": install, "split": split}
 
 
 def main(argv=None):

@@ -152,8 +152,9 @@ class ErrorFeedback:
     def preview(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """What `corrected` would return now, in a new tensor; nothing changes."""
         values = self._preview_input(name, flat_values(gradient))
-        residual = self._residual_for(name, values)
-        return values.clone() if residual is None else values + residual
+        self._check_entries(name, values)
+        residual = self._residuals.get(name)
+        return values.clone() if residual is None else values + residual.to(values.device)
 
     def _preview_input(self, name, values):
         """What `_input` would return now; nothing changes."""

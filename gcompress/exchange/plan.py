@@ -8,6 +8,7 @@ owners however an engine forms its buckets.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import zlib
 from typing import NamedTuple
 
@@ -110,10 +111,10 @@ class Plan:
         for entry in self.entries.values():
             if entry.exchange not in ("twophase", "turns"):
                 continue
-            free, pieces = set(range(self.world_size)), []
-            for start, stop in borders(entry.compressor, entry.shape, self.world_size):
-                owner = min(free, key=lambda rank: (load[rank], rank))
-                free.remove(owner)
+            cuts, pieces = borders(entry.compressor, entry.shape, self.world_size), []
+            # One piece of a parameter at most for each rank: so what the next one is given depends on none of the others.
+            owners = heapq.nsmallest(len(cuts), range(self.world_size), key=lambda rank: (load[rank], rank))
+            for owner, (start, stop) in zip(owners, cuts, strict=True):
                 load[owner] += entry.compressor.nbytes(stop - start)
                 pieces.append(Piece(owner, start, stop))
             entry.pieces = tuple(pieces)

@@ -123,6 +123,8 @@ def load(exchange: GradientExchange, saved: dict) -> None:
     _check_keys(saved, MERGED_KEYS if merged else KEYS)
     policy = exchange.policy.to_dict() if exchange.policy else None
     if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
+        if exchange.chosen and exchange.report.steps == exchange.steps == 0 and saved["policy"]:
+            return _load_as_saved(exchange, saved)
         raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
     check_counts(saved)
     _check_shapes(exchange, saved["shapes"])
@@ -136,6 +138,17 @@ def load(exchange: GradientExchange, saved: dict) -> None:
         tensors, pieces = _checked_own(exchange, saved)
         _put(exchange, tensors, pieces, memories, saved["steps"])
     exchange.report.load(saved["report"])
+
+
+def _load_as_saved(exchange, saved):
+    """Go on from a state with the policy that it was saved with, where "auto" chose another one this time."""
+    chosen = exchange.policy
+    exchange.adopt(as_policy(saved["policy"]))
+    try:
+        load(exchange, saved)
+    except ConfigError:
+        exchange.adopt(chosen)
+        raise
 
 
 def put_back(exchange: GradientExchange, saved: dict) -> None:

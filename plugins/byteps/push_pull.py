@@ -14,6 +14,7 @@ from gcompress.exchange.applied import holds_nothing
 from gcompress.exchange.engine import agree, name_of
 from gcompress.exchange.results import Results
 from gcompress.exchange.scaling import unscaled
+from gcompress.forecast.decide import decide
 from gcompress.policy import Policy, as_policy, check_momentum
 
 from . import workers
@@ -128,6 +129,7 @@ class PushPullExchange(Results):
         self._name = None  # of the gradient that BytePS hands over next
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
+            self.policy = decide(self.policy, workers.BytePSWorkers(), {name: p.shape for name, p in named.items()})
             self._declare(named)
         elif isinstance(compression, Compression):
             self.policy = compression.policy

@@ -16,6 +16,7 @@ from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
 from gcompress.exchange.times import DECODE, ENCODE
 from gcompress.feedback import new_memory
+from gcompress.forecast.decide import decide
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
@@ -65,6 +66,8 @@ class Worker(Results):
             raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
         if self.policy and self.policy.mean != "ranks":
             raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
+        if self.policy and self.policy.undecided:
+            self.policy = decide(self.policy, job.all_workers, {name: torch.Size([n]) for name, n in sizes.items()})
         self.job = job
         configuration = {
             **job.settings,
