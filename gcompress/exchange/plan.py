@@ -112,7 +112,7 @@ class Plan:
             if entry.exchange not in ("twophase", "turns"):
                 continue
             cuts, pieces = borders(entry.compressor, entry.shape, self.world_size), []
-            # One piece of a parameter at most for each rank: so what the next one is given depends on none of the others.
+            # One piece of a parameter at most for each rank: what the next is given depends on none of the others.
             owners = heapq.nsmallest(len(cuts), range(self.world_size), key=lambda rank: (load[rank], rank))
             for owner, (start, stop) in zip(owners, cuts, strict=True):
                 load[owner] += entry.compressor.nbytes(stop - start)
