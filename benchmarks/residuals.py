@@ -177,8 +177,8 @@ def billion(residual, rank, tensors=15, numel=1 << 26):
         start = time.perf_counter()
         for number, gradient in enumerate(gradients.values()):
             gradient.normal_(generator=torch.Generator().manual_seed(1000 * step + 2 * number + rank))
-        for name, gradient in gradients.items():  # each of which is a bucket of its own
-            weights[name].sub_(exchange.start(name, gradient)(), alpha=0.1)
+        for name, gradient in gradients.items():  # each a bucket of its own, as DistributedDataParallel forms them
+            weights[name].sub_(exchange.start_bucket({name: gradient})()[name], alpha=0.1)
         exchange.end_step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         moved = sum(int(weight.count_nonzero()) for weight in weights.values())
