@@ -16,9 +16,11 @@ are long), and their quotient.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from gcompress.units import link_rate
 from slow_link import link_tool, make_ddp, make_model, rate_of
 
 METHODS = ["none", "fp16", "quantize:bits=4", "topk:sparsity=0.99"]
+PR_SET_PDEATHSIG = 1
 LONG_STEP = 3  # seconds; of such steps two are measured
 BURST_BYTES = 512 << 10  # of tools/slow_link.py
 
@@ -64,6 +67,7 @@ def start_ranks(arguments):
         child = os.fork()
         if child == 0:
             code = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a job that is ended
             try:
                 train(arguments, rank)
                 code = 0

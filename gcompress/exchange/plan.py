@@ -112,7 +112,7 @@ class Plan:
             if entry.exchange not in ("twophase", "turns"):
                 continue
             cuts, pieces = borders(entry.compressor, entry.shape, self.world_size), []
-            # One piece of a parameter at most for each rank: what the next is given depends on none of the others.
+            # A rank has one piece of a parameter at most: who is next does not depend on the sizes of its pieces.
             owners = heapq.nsmallest(len(cuts), range(self.world_size), key=lambda rank: (load[rank], rank))
             for owner, (start, stop) in zip(owners, cuts, strict=True):
                 load[owner] += entry.compressor.nbytes(stop - start)
