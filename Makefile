@@ -18,11 +18,12 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 # CuPy for the CUDA of torch; it imports and compiles without a GPU.
 CUPY = $$($(BIN)/python -c 'import torch; print(f"cupy-cuda{(torch.version.cuda or str(13)).split(chr(46))[0]}x")')
 CHECKERS := $(VENV)/.checkers
+DOCS := $(VENV)/.docs
 # horovodrun starts `python` and helpers by name.
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv engines data train outer split check lint types test coverage attack test-gpu bench clean
+.PHONY: help setup venv engines data train outer split check lint types docs test coverage attack test-gpu bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -108,9 +109,17 @@ lint: $(CHECKERS) ## check the style of Python (ruff) and C++ (clang-format)
 types: $(CHECKERS) ## check the types of the library (mypy)
 	$(BIN)/python -m mypy
 
+$(DOCS): $(READY) constraints.txt
+	@$(PIP) install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+docs: $(DOCS) ## build the documentation into site/, with warnings as errors (ARGS=serve shows it, and follows changes)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(ARGS),$(ARGS),build --clean)
+	@$(if $(ARGS),true,echo 'built: site/index.html')
+
 coverage: data $(ENGINES) ## run the tests that need one process and print the lines that none of them reaches
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ranks' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove .venv, builds and caches; keeps data/, runs/ and the cached wheels
-	rm -rf $(VENV) build dist *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info gcompress/*.so plugins/byteps/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

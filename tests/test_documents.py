@@ -1,15 +1,20 @@
 """What the guides and docstrings say of files, commands, tests and models is so."""
 
 import importlib.util
+import json
 import re
 
+import gcompress
 import method_table
+import site_hooks
+from gcompress import cli
 from tests.launching import REPOSITORY
 
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gcompress", "plugins", "tests", "tools")
 GUIDES = [
     *(REPOSITORY / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    REPOSITORY / "examples" / "README.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 SOURCES = [path for name in FOLDERS for path in sorted((REPOSITORY / name).rglob("*.py"))]
 MAKEFILE = REPOSITORY / "Makefile"
@@ -41,10 +46,51 @@ def test_the_tools_of_the_checks_have_one_version_everywhere():
     assert f"clang-format {pinned['clang-format']} " in (REPOSITORY / ".clang-format").read_text()
 
 
+def cells_of(path):
+    """The pages of a notebook's cells of Markdown, as one text."""
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def test_every_link_leads_somewhere():
-    links = found(r"\]\(([^)#:]+)\)", GUIDES)
-    assert links
-    assert [link for path, link in links if not (path.parent / link).exists()] == []
+    """To a file of the repository and, behind a #, to a heading of that page."""
+    pages = {path: path.read_text() for path in GUIDES}
+    pages |= {path: cells_of(path) for path in (REPOSITORY / "docs").rglob("*.ipynb")}
+    places = {path: site_hooks.anchors(text) for path, text in pages.items()}
+    links = [
+        (path.relative_to(REPOSITORY).as_posix(), target)
+        for path, text in pages.items()
+        for target in site_hooks.links(text)
+    ]
+    assert len(links) > 100
+    dead = []
+    for source, target in links:
+        found = site_hooks.resolved(target, source)
+        if found is not None:
+            file = REPOSITORY / found[0]
+            right = file.is_file() and (not found[1] or found[1] in places.get(file, ()))
+            dead += [] if right else [f"{source}: {target}"]
+    assert dead == []
+
+
+def test_every_page_has_its_place_in_the_site():
+    named = re.findall(r"[\w/]+\.md\b", (REPOSITORY / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    pages = [path.relative_to(REPOSITORY).as_posix() for path in GUIDES]
+    pages += [path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").rglob("*.ipynb")]
+    assert sorted(named) == sorted(site_hooks.site_place(path) for path in pages)
+
+
+def test_the_reference_has_every_public_name_command_and_variable():
+    api, commands, variables = (
+        "".join(path.read_text() for path in sorted((REPOSITORY / "docs" / "reference").glob(pattern)))
+        for pattern in ("*.md", "command_line.md", "environment.md")
+    )
+    public = {name for name in gcompress.__all__ if name != "EXCHANGES" and not hasattr(gcompress.errors, name)}
+    assert {name for name in public if not re.search(rf"^::: [\w.]+\.{name}$", api, re.MULTILINE)} == set()
+    assert "::: gcompress.errors\n" in api
+    assert {name for name in cli.COMMANDS if f"`gcompress {name}" not in commands} == set()
+    used = {name for _, name in found(r"environ[^\n]*\b(GCOMPRESS_[A-Z_]+)", SOURCES + [REPOSITORY / "setup.py"])}
+    assert {name for name in used if f"`{name}`" not in variables} == set()
 
 
 def test_every_command_that_is_shown_has_its_options():
@@ -90,5 +136,8 @@ def test_every_number_of_parameters_is_that_of_a_model():
     models = (small_cnn.SmallConvNet(1, 10), split_network, split_network[:8])  # the last: the client's half
     counts = {sum(parameter.numel() for parameter in model.parameters()) for model in models}
     assert counts == {307_978, 426_234, 4848}
-    named = {int(re.sub("[, ]", "", number)) for _, number in found(r"\b(\d[\d, ]*\d) parameters", GUIDES + SOURCES)}
+    named = {
+        int(re.sub("[, ]", "", number))
+        for _, number in found(r"\b(\d{1,3}(?:[, ]\d{3})+|\d{2,}) parameters", GUIDES + SOURCES)
+    }
     assert named == counts

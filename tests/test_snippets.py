@@ -1,15 +1,21 @@
 """The code of README and docs/ runs as it is printed: each block after the lines that its page takes for granted."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
+import run_notebook
 from tests.launching import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = {"README.md": REPOSITORY / "README.md"} | {
+    path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))
+}
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 
 # What a reader of the block has: a model, its optimizer, a batch and one rank of an engine.
 MODEL = """
@@ -78,8 +84,39 @@ COUNTED = f"{STEP}assert 0 < state.exchange.report.sent_bytes < 4 * 64 * 74 / 4\
 TAKEN = f"{STEP}assert gcompress.plugins.horovod.exchange(optimizer).policy\n"  # one rank of Horovod exchanges nothing
 ENDED = "client.finish()\nserver.stop()\n"
 
-# By page, for each of its blocks in order: (what comes before, what after), or why it does not run here.
+# A process group of one rank, for pages that make theirs as torchrun's workers do.
+ONE_RANK = """
+import functools, torch.distributed as dist
+dist.init_process_group = functools.partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+"""
+QUESTIONS = f"""{DDP}
+network = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+model = torch.nn.parallel.DistributedDataParallel(model)
+"""
+
+# By page, for each of its blocks in order: (what comes before, what after), or why it does not run here. One such pair
+# for a page: its blocks are one program.
 BLOCKS = {
+    "FAQ.md": (QUESTIONS, "assert merged and not policy.uses_feedback"),
+    "explanation/error_feedback.md": ("", ""),
+    "explanation/mask.md": ("", "assert codes == [1, 3, 1, 2, 1, 1, 3, 0, 1, 2, 1, 0] and kept[1] == 3.0"),
+    "howto/checkpoints.md": (f"{REGISTERED}rank = 0\n", STEP),
+    "howto/choose_method.md": (REGISTERED, ""),
+    "howto/measure_link.md": (f"{ONE_RANK}{REGISTERED}dist.destroy_process_group()\n", ""),
+    "howto/own_compressor.md": ("", "assert decoded.shape == gradient.shape"),
+    "howto/own_engine.md": ("", "assert exchange.report.ratio > 1"),
+    "howto/training_loop.md": [
+        (REGISTERED, ""),
+        (REGISTERED, ""),
+        (REGISTERED, ""),
+        (REGISTERED, ""),
+        (f"{HOROVOD}import gcompress.plugins.horovod\n", ""),
+        ("import gcompress", ""),
+    ],
+    "reference/compressors.md": ("", ""),
+    "reference/specs.md": ("", ""),
+    "tutorials/outer_steps.md": (ONE_RANK, "assert outer.rounds == 20"),
+    "tutorials/split_two_machines.md": ("", "assert tuple(shape) == (16, 28, 28)"),
     "README.md": [
         ("", "assert payload.numel() < 4 * gradient.numel() / 10"),
         (DDP, COUNTED),
@@ -126,22 +163,35 @@ BLOCKS = {
 
 def blocks_of(path):
     """The blocks of Python and of diffs in a page; of a diff, what the file has after it."""
-    for kind, code in re.findall(r"^```(python|diff)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+    for indent, kind, code in re.findall(
+        r"^( *)```(python|diff)\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE
+    ):
+        code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         kept = [line[1:] for line in code.splitlines() if not line.startswith("-")]
         yield "\n".join(kept) + "\n" if kind == "diff" else code
 
 
-FOUND = [(path.name, number, code) for path in PAGES for number, code in enumerate(blocks_of(path))]
+FOUND = {name: blocks for name, path in PAGES.items() if (blocks := list(blocks_of(path)))}
+PROGRAMS = [
+    (f"{name}-{number}", block, code)
+    for name, codes in FOUND.items()
+    if name in BLOCKS
+    for number, (block, code) in enumerate(
+        [(BLOCKS[name], "\n".join(codes))]
+        if isinstance(BLOCKS[name], tuple)
+        else zip(BLOCKS[name], codes, strict=False)
+    )
+]
 
 
 def test_every_block_is_known():
-    counts = {name: sum(found == name for found, _, _ in FOUND) for name, _, _ in FOUND}
-    assert counts == {name: len(blocks) for name, blocks in BLOCKS.items()}
+    assert set(FOUND) == set(BLOCKS)
+    lists = {name: len(blocks) for name, blocks in BLOCKS.items() if isinstance(blocks, list)}
+    assert lists == {name: len(FOUND[name]) for name in lists}
 
 
-@pytest.mark.parametrize("name, number, code", FOUND, ids=[f"{name}-{number}" for name, number, _ in FOUND])
-def test_the_block_runs(name, number, code, tmp_path):
-    block = BLOCKS[name][number]
+@pytest.mark.parametrize("block, code", [program[1:] for program in PROGRAMS], ids=[program[0] for program in PROGRAMS])
+def test_the_block_runs(block, code, tmp_path):
     if isinstance(block, str):
         pytest.skip(block)
     before, after = block
@@ -152,3 +202,15 @@ def test_the_block_runs(name, number, code, tmp_path):
     command = [sys.executable, "-W", "ignore", "block.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_prints_what_it_shows(path):
+    """`python tools/run_notebook.py FILE` writes the outputs anew."""
+    pytest.importorskip("matplotlib")
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    outputs = run_notebook.outputs_of(code)
+    shown = ["".join(line for each in cell["outputs"] for line in each.get("text", ())) for cell in code]
+    assert [text for text, _ in outputs] == shown
+    drawn = [sum("data" in each for each in cell["outputs"]) for cell in code]
+    assert [len(pictures) for _, pictures in outputs] == drawn and sum(drawn) > 0

@@ -56,7 +56,7 @@ def cut(model: torch.nn.Module, *at: int) -> list[Part]:
 
     Returns:
         The parts, a list of modules that share the model's parameters and their names:
-        parts[1](parts[0](x)) is model(x). A state dict's names are those in the model.
+        `parts[1](parts[0](x))` is `model(x)`. A state dict's names are those in the model.
 
     Raises:
         ConfigError: no such submodule, or more than one tensor would cross there (within a
