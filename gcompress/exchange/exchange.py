@@ -197,6 +197,7 @@ class GradientExchange(Results):
             )
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
+        steps: dict[str, tuple]
         for way, members in ways.items():
             if way == "summed":
                 steps = {name: (self._ways.summed(name, each), [name]) for name, each in members.items()}
