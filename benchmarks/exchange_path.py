@@ -22,13 +22,12 @@ With --device cuda the gradients lie on a GPU, and times are between two points 
 
 import argparse
 import sys
-import time
 
 import torch
 from example_specs import with_every_method
 
 from gcompress import ConfigError, Policy
-from gcompress.exchange.exchange import GradientExchange
+from gcompress.forecast.mirror import MirroredPath, shortest
 
 METHODS = [
     "quantize:bits=4@twophase",
@@ -51,98 +50,10 @@ SMALL_TENSORS = 300
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def now(device):
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Mirror:
-    """The engine of one rank among equals: all others send what it does. `spent`: seconds that are not this rank's."""
-
-    in_order = False
-
-    def __init__(self, size):
-        self.size, self.spent = size, 0.0
-
-    def rank(self):
-        return 0
-
-    def world_size(self):
-        return self.size
-
-    def allgather(self, name, lane, payload, sizes):
-        return Mirrored(self, lambda: payload.repeat(self.size))
-
-    def alltoall(self, name, lane, payload, to, back):
-        return Mirrored(self, lambda: payload[: to[0]].repeat(self.size))
-
-    def allreduce(self, name, lane, tensor, op):
-        return Mirrored(self, lambda: tensor * self.size if op == "sum" else tensor.clone())
-
-
-class Mirrored:
-    """An operation of a Mirror."""
-
-    def __init__(self, engine, make):
-        start = time.perf_counter()
-        self._result = make()
-        engine.spent += time.perf_counter() - start
-
-    def ready(self):
-        return True
-
-    def wait(self):
-        return self._result
-
-
-class Path:
-    """One rank's exchange of gradients, with the policy of "SPEC@EXCHANGE"."""
-
-    def __init__(self, method, gradients, ranks):
-        spec, _, exchange = method.partition("@")
-        self.device = next(iter(gradients.values())).device
-        self.engine, self._values = Mirror(ranks), gradients
-        self.gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-        self.exchange = GradientExchange(Policy(spec, exchange=exchange or "auto", min_numel=0), self.engine)
-        self.exchange.prepare({name: gradient.shape for name, gradient in gradients.items()})
-
-    def step(self):
-        """Exchange all gradients once; returns the seconds that this rank took."""
-        for name, values in self._values.items():
-            self.gradients[name].copy_(values)  # the last step wrote its result there
-        self.engine.spent, start = 0.0, now(self.device)
-        finish = [self.exchange.start(name, gradient) for name, gradient in self.gradients.items()]
-        for each in finish:
-            each()
-        self.exchange.applied(list(self.gradients))
-        self.exchange.end_step()
-        return now(self.device) - start - self.engine.spent
-
-    def seconds(self, repeat):
-        """The best of that many steps, after two in which memory begins."""
-        return min([self.step() for _ in range(repeat + 2)][2:])
-
-    def wire_bytes(self):
-        """What leaves this rank in a step."""
-        return self.exchange.report.wire_bytes / self.exchange.report.steps
-
-    def codec(self):
-        """Encode and decode every layer, without memory or ranks."""
-        for name, values in self._values.items():
-            compressor = self.exchange.compressor_for(name, values.numel())
-            compressor.decompress(*compressor.compress(values, seed=1))
-
-
-def best_of(repeat, function, device):
-    """The shortest seconds of a call, after one that touches the memory."""
-    seconds = []
-    for _ in range(repeat + 1):
-        start = now(device)
-        function()
-        seconds.append(now(device) - start)
-    return min(seconds[1:])
+def path_of(method, gradients, ranks):
+    """The MirroredPath of "SPEC@EXCHANGE"."""
+    spec, _, exchange = method.partition("@")
+    return MirroredPath(Policy(spec, exchange=exchange or "auto", min_numel=0), gradients, ranks)
 
 
 def layers(count, side, device):
@@ -196,18 +107,18 @@ def main():
 
     print(
         f"{arguments.ranks} ranks, {arguments.layers} layers of {arguments.side} x {arguments.side}; "
-        f"a copy {nbytes / best_of(arguments.repeat, copy, device) / 1e9:.1f} GB/s"
+        f"a copy {nbytes / shortest(arguments.repeat, copy, device) / 1e9:.1f} GB/s"
     )
     print(f"{'method':42s} {'bits':>6s} {'path':>7s} {'codec':>7s} {'ratio':>6s} {'fp16':>6s} {'bf16':>6s} {'us':>8s}")
     for method in arguments.methods or with_every_method(METHODS):
         try:
-            path = Path(method, gradients, arguments.ranks)
-            of_small = Path(method, small, arguments.ranks)
+            path = path_of(method, gradients, arguments.ranks)
+            of_small = path_of(method, small, arguments.ranks)
         except ConfigError as error:
             parser.error(f"--methods: {error}")
-        seconds, codec = path.seconds(arguments.repeat), best_of(arguments.repeat, path.codec, device)
-        unit, wire = best_of(arguments.repeat, copy, device), path.wire_bytes()
-        casts = [best_of(arguments.repeat, lambda to=to: cast_back(gradients, to), device) for to in HALVES]
+        seconds, codec = path.seconds(arguments.repeat), shortest(arguments.repeat, path.codec, device)
+        unit, wire = shortest(arguments.repeat, copy, device), path.wire_bytes()
+        casts = [shortest(arguments.repeat, lambda to=to: cast_back(gradients, to), device) for to in HALVES]
         pays = [pays_up_to(seconds, wire, other, sixteen) for other in casts]
         each = 1e6 * of_small.seconds(max(1, arguments.repeat // 2)) / SMALL_TENSORS
         print(

@@ -53,7 +53,7 @@ typedef struct {
 
 // The fields of gc_kernels in their order, behind the last one a name that is NULL.
 GC_EXPORT const gc_signature* gc_signatures(void);
-// The kernels of one instruction set: "portable", "avx2" or "avx512"; an empty name picks
+// The kernels of one instruction set: "portable", "neon", "avx2" or "avx512"; an empty name picks
 // the best one this processor runs. NULL when it is unknown, not compiled or not runnable.
 GC_EXPORT const gc_kernels* gc_select_kernels(const char* isa);
 GC_EXPORT const char* gc_best_isa(void);

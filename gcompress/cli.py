@@ -75,18 +75,30 @@ def run_program(folder, name, arguments):
     runpy.run_path(str(path), run_name="__main__")
 
 
-COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "install": install, "split": split}
+def plan(arguments):
+    """which compression pays on your link (try: gcompress plan --help)"""
+    from . import cli_plan
+
+    cli_plan.plan(arguments)
+
+
+COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "plan": plan, "install": install, "split": split}
 
 
 def main(argv=None):
     """Entry point; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        from . import __version__
+
+        print(f"gcompress {__version__}")
+        return 0
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         asked = arguments[0] if arguments else None
         lines = [f"  gcompress {name:<8} {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items()]
         right = asked in ("-h", "--help")
-        print("\n".join(["usage: gcompress COMMAND …", *lines]), file=sys.stdout if right else sys.stderr)
+        print("\n".join(["usage: gcompress COMMAND … | --version", *lines]), file=sys.stdout if right else sys.stderr)
         return 0 if right else 2
     try:
         return command(arguments[1:]) or 0

@@ -24,8 +24,9 @@ import torch
 from . import backends
 from .compressors import Compressor, Context
 from .errors import ConfigError
-from .memory import Memory, Scratch, checked_copies
+from .memory import Scratch
 from .packing import to_type
+from .residual_types import PackedMemory, made_memory
 
 WARM_UP_STAGES = 4
 
@@ -62,7 +63,7 @@ def flat_values(gradient: torch.Tensor) -> torch.Tensor:
 
 
 class ErrorFeedback:
-    """One rank's residuals, a 1-D float32 tensor per parameter name.
+    """One rank's residuals, a 1-D tensor per parameter name.
 
     A gradient with a non-finite entry is sent as it is, added to the residual, so that
     every rank sees a non-finite result; the residual stays what it was before that step.
@@ -72,15 +73,23 @@ class ErrorFeedback:
             `apply` or `discard` (see gcompress/memory.py).
         decay: what is left of a residual when the next gradient comes, 0 < decay <= 1. The residual is kept as
             it will be added: multiplied by `decay`.
+        residual: how all that is remembered is kept between steps, see residual_types.py.
     """
 
     kinds: tuple[str, ...] = ("residual",)  # of tensors that it remembers for a parameter
     together: bool = True  # whether `opened` and `closed` are all that an encoder needs
 
-    def __init__(self, at_once=True, decay=1.0):
-        self.memories = {kind: Memory(at_once) for kind in self.kinds}
+    def __init__(self, at_once=True, decay=1.0, residual="float32"):
+        unpacked = Scratch()
+        self.memories = {kind: made_memory(residual, at_once, unpacked) for kind in self.kinds}
         self.decay = decay
         self._residuals, self._scratch = self.memories["residual"], Scratch()
+        self.together = self.together and self._residuals.in_place
+
+    def of_rank(self, rank: object) -> None:
+        """Say whose memory this is: memories that round at random do so by different numbers."""
+        for memory in self.memories.values():
+            memory.salt = rank
 
     def compress(
         self, name: str, gradient: torch.Tensor, compressor: Compressor, *, seed: int = 0
@@ -117,7 +126,14 @@ class ErrorFeedback:
 
     def opened(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(The residual to add to values, 1-D float32, or None; where the new one is to be written) until `closed`."""
-        return self._residual_for(name, values), self._residuals.spare(name, values)
+        self._check_entries(name, values)
+        return self._residuals.opened(name, values)
+
+    @property
+    def packed(self) -> PackedMemory | None:
+        """The residuals where an encoder, and packing before and after it, are all that is needed."""
+        plain = type(self) is ErrorFeedback and self.decay == 1.0
+        return self._residuals if plain and isinstance(self._residuals, PackedMemory) else None
 
     def closed(self, name: str, fresh: torch.Tensor, poisoned: bool) -> None:
         """Propose what was written as the residual, unless it is not finite."""
@@ -129,14 +145,16 @@ class ErrorFeedback:
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient plus the residual of `name`: a 1-D float32 tensor for `keep`."""
         values = self._input(name, flat_values(gradient))
-        residual, fresh = self.opened(name, values)
-        return fresh.copy_(values) if residual is None else torch.add(values, residual, out=fresh)
+        self._check_entries(name, values)
+        residual, fresh = self._residuals.get(name), self._residuals.spare(name, values)
+        return fresh.copy_(values) if residual is None else torch.add(values, residual.to(values.device), out=fresh)
 
     def preview(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """What `corrected` would return now, in a new tensor; nothing changes."""
         values = self._preview_input(name, flat_values(gradient))
-        residual = self._residual_for(name, values)
-        return values.clone() if residual is None else values + residual
+        self._check_entries(name, values)
+        residual = self._residuals.get(name)
+        return values.clone() if residual is None else values + residual.to(values.device)
 
     def _preview_input(self, name, values):
         """What `_input` would return now; nothing changes."""
@@ -146,11 +164,10 @@ class ErrorFeedback:
         """What is added to the residual for a gradient of these 1-D float32 values."""
         return values
 
-    def _residual_for(self, name, values):
-        residual = self._residuals.get(name)
-        if residual is not None and residual.numel() != values.numel():
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {residual.numel()} as before")
-        return residual if residual is None else residual.to(values.device)  # one that was loaded may lie elsewhere
+    def _check_entries(self, name, values):
+        expected = self._residuals.numel(name)
+        if expected not in (None, values.numel()):
+            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {expected} as before")
 
     def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> None:
         """Store corrected - sent as the residual; if it is not finite, the old one stays.
@@ -162,7 +179,7 @@ class ErrorFeedback:
         poisoned = _not_finite(corrected)
         if corrected.is_cuda:  # which is not asked, since the answer would have to be waited for
             residual = self._residuals.get(name)
-            before = torch.full_like(corrected, -0.0) if residual is None else residual
+            before = torch.full_like(corrected, -0.0) if residual is None else residual.to(corrected.device)
             torch.where(poisoned, before, corrected, out=corrected)
         self._keep(name, Lost(corrected, poisoned, corrected.is_cuda), lambda: sent, sparse)
 
@@ -174,10 +191,12 @@ class ErrorFeedback:
             sent: a function that returns what was sent, 1-D float32.
             sparse: see `keep`.
         """
-        if lost.restored and self.decay != 1.0:  # an old residual, which has decayed before, must not do so again
-            self._residuals.put(name, lost.residual.mul_(torch.where(lost.poisoned.bool(), 1.0, self.decay)))
+        if not lost.restored:
+            self.closed(name, lost.residual, bool(lost.poisoned))
             return
-        self.closed(name, lost.residual, not lost.restored and bool(lost.poisoned))
+        if self.decay != 1.0:  # an old residual, which has decayed before, must not do so again
+            lost.residual.mul_(torch.where(lost.poisoned.bool(), 1.0, self.decay))
+        self._residuals.put(name, lost.residual, lost.poisoned)
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add what was not delivered after all (1-D float32) to the residual that was kept last."""
@@ -185,7 +204,7 @@ class ErrorFeedback:
 
     def residual(self, name: str) -> torch.Tensor | None:
         """The residual of `name` (1-D float32, valid until the next step), or None before its first one."""
-        return self._residuals.values().get(name)
+        return self._residuals.value(name)
 
     def apply(self, names: Iterable[str] | None = None) -> None:
         """The step was applied: what was proposed for these names (default: all) is the memory."""
@@ -203,17 +222,26 @@ class ErrorFeedback:
             memory.carry_on(name)
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{kind: {name: tensor}} of all that is remembered; not copies."""
+        """{kind: {name: 1-D float32 tensor}} of all that is remembered; not copies where it is kept so."""
         return {kind: memory.values() for kind, memory in self.memories.items()}
 
     def copies(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{kind: {name: tensor}} of all that is remembered, copied: later steps write to the tensors themselves."""
-        return {kind: {name: each.clone() for name, each in values.items()} for kind, values in self.tensors().items()}
+        """{kind: {name: tensor}} of all that is remembered, as it is kept, copied: later steps write to the tensors."""
+        return {kind: memory.saved() for kind, memory in self.memories.items()}
 
     def load_tensors(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Replace all memory by these tensors, which must be nobody else's."""
+        """Replace all memory by these tensors, as `checked` returns them, which must be nobody else's."""
         for kind, memory in self.memories.items():
             memory.load(tensors[kind])
+
+    def vectors_of(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """{kind: {name: 1-D float32 tensor}} of what `checked` returned."""
+        return {kind: memory.vectors_of(tensors[kind]) for kind, memory in self.memories.items()}
+
+    def load_vectors(self, vectors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Replace all memory by these 1-D float32 tensors, which must be nobody else's."""
+        for kind, memory in self.memories.items():
+            memory.load_vectors(vectors[kind])
 
     def checked(self, state: dict, sizes: dict[str, int] | None = None) -> dict[str, dict[str, torch.Tensor]]:
         """Copies of the tensors of a `state_dict()`, as `load_tensors` takes them; ConfigError if it is none.
@@ -221,14 +249,14 @@ class ErrorFeedback:
         sizes: see `checked_copies`.
         """
         if len(self.kinds) == 1:
-            return {"residual": checked_copies("residual", state, sizes)}
+            return {"residual": self._residuals.checked("residual", state, sizes)}
         if not isinstance(state, dict) or set(state) != set(self.kinds):
             got = ", ".join(map(repr, state)) if isinstance(state, dict) else type(state).__name__
             raise ConfigError(f"feedback: got {got}, expected {' and '.join(self.kinds)}")
-        return {kind: checked_copies(kind, state[kind], sizes) for kind in self.kinds}
+        return {kind: memory.checked(kind, state[kind], sizes) for kind, memory in self.memories.items()}
 
     def state_dict(self) -> dict:
-        """{name: residual}, or {kind: {name: tensor}} where several `kinds` are remembered.
+        """{name: residual as it is kept}, or {kind: {name: tensor}} where several `kinds` are remembered.
 
         Copies; they are this rank's own and must not be broadcast.
         """
@@ -277,14 +305,14 @@ class MomentumCorrection(ErrorFeedback):
         momentum: factor of the velocity, 0 <= momentum < 1.
         clip: the L2 norm to which this rank's gradient of one parameter is scaled down before
             it is added, or None. Of a limit for the mean over N ranks each takes 1 / sqrt(N).
-        at_once, decay: see `ErrorFeedback`.
+        at_once, decay, residual: see `ErrorFeedback`.
     """
 
     kinds = ("residual", "velocity")
     together = False  # the velocity follows what was sent
 
-    def __init__(self, momentum=0.9, clip=None, at_once=True, decay=1.0):
-        super().__init__(at_once, decay)
+    def __init__(self, momentum=0.9, clip=None, at_once=True, decay=1.0, residual="float32"):
+        super().__init__(at_once, decay, residual)
         self.momentum, self.clip = momentum, clip
         self._velocities = self.memories["velocity"]
         self._moving = {}  # velocities of gradients that were not kept yet
@@ -322,11 +350,11 @@ class MomentumCorrection(ErrorFeedback):
             before = self._velocity_before(name, velocity)
             before = torch.zeros_like(velocity) if before is None else before
             torch.where(lost.poisoned.bool(), before, velocity, out=velocity)
-        self._velocities.put(name, velocity)
+        self._velocities.put(name, velocity, lost.poisoned if lost.restored else None)
 
     def velocity(self, name: str) -> torch.Tensor | None:
         """The velocity of `name` (1-D float32, valid until the next step), or None before its first one."""
-        return self._velocities.values().get(name)
+        return self._velocities.value(name)
 
 
 class EstimateFeedback(ErrorFeedback):
@@ -344,8 +372,8 @@ class EstimateFeedback(ErrorFeedback):
     kinds = ("residual", "delivered")
     together = False  # the estimate moves by what was sent
 
-    def __init__(self, at_once=True):
-        super().__init__(at_once)
+    def __init__(self, at_once=True, residual="float32"):
+        super().__init__(at_once, residual=residual)
         self._delivered = self.memories["delivered"]
 
     def _keep(self, name, lost, sent, sparse):
@@ -424,15 +452,15 @@ def new_memory(policy, at_once=True):
     if not policy.uses_feedback:
         return None
     if policy.error_feedback == "ef21":
-        return EstimateFeedback(at_once)
+        return EstimateFeedback(at_once, policy.residual)
     if policy.momentum or policy.clip:
-        return MomentumCorrection(policy.momentum, policy.clip, at_once, policy.decay)
-    return ErrorFeedback(at_once, policy.decay)
+        return MomentumCorrection(policy.momentum, policy.clip, at_once, policy.decay, policy.residual)
+    return ErrorFeedback(at_once, policy.decay, policy.residual)
 
 
 def second_memory(policy, at_once=False):
     """The empty memory of who encodes the ranks' mean again: the owner of a piece, or a server."""
-    return ErrorFeedback(at_once, policy.decay if policy else 1.0)
+    return ErrorFeedback(at_once, policy.decay, policy.residual) if policy else ErrorFeedback(at_once)
 
 
 def eased(compressor: Compressor, step: int, warmup_steps: int) -> Compressor:

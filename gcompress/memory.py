@@ -11,6 +11,7 @@ next step (`spare`), so that a steady step allocates none.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -20,9 +21,14 @@ from .errors import ConfigError
 class Memory:
     """Values by name, each of which changes in two moves: `put` proposes, `apply` makes it so.
 
+    Values that are 1-D float32 tensors may be kept in another form: see residual_types.py.
+
     Args:
         at_once: apply every value as it is put, for a loop that uses all it exchanges.
     """
+
+    in_place = True  # whether `opened` gives tensors that stay apart from those of other names
+    salt: object = 0  # of the seeds of a form that rounds at random; by it ranks round differently
 
     def __init__(self, at_once=False):
         self._at_once = at_once
@@ -51,8 +57,21 @@ class Memory:
         """What was proposed last, or else the value, or None."""
         return self._proposed.get(name, self._values.get(name))
 
-    def put(self, name: str, value: object) -> None:
-        """Propose a value. The one before stays as it is: do not change it in place."""
+    def numel(self, name: str) -> int | None:
+        """The entries of what `get` gives, or None."""
+        found = self.get(name)
+        return None if found is None else found.numel()
+
+    def opened(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(The value or None, where the next one is to be written), on the device of `like`."""
+        found = self.get(name)  # one that was loaded may lie elsewhere
+        return None if found is None else found.to(like.device), self.spare(name, like)
+
+    def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
+        """Propose a value. The one before stays as it is: do not change it in place.
+
+        poisoned: of one entry on the value's device: if not 0, the value is the one before (see `Lost` of feedback.py).
+        """
         values = self._values if self._at_once else self._proposed
         self.give_back(name, values.get(name))
         values[name] = value
@@ -90,10 +109,39 @@ class Memory:
         """{name: value} of what is applied; not copies: tensors hold something else once a later step is applied."""
         return dict(self._values)
 
+    def value(self, name: str) -> torch.Tensor | None:
+        """The value that is applied, float32, or None."""
+        return self.values().get(name)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """{name: copy} of what is applied, as `load` takes it."""
+        return {name: value.clone() for name, value in self.values().items()}
+
+    def saved_one(self, name: str, proposed: bool = False) -> torch.Tensor | None:
+        """A copy, as in `saved`, of one value; proposed: of the one that is proposed, if one is."""
+        found = self.latest(name) if proposed else self.values().get(name)
+        return None if found is None else found.clone()
+
     def load(self, values: dict) -> None:
         """Replace everything by these applied values, which are its own from then on."""
         self.discard()
         self._values = dict(values)
+
+    def load_one(self, name: str, saved: torch.Tensor) -> None:
+        """Replace one value, of which nothing may be proposed, by what `checked` returned."""
+        self._values[name] = saved
+
+    def load_vectors(self, vectors: dict[str, torch.Tensor]) -> None:
+        """Replace everything by these float32 vectors, which are its own from then on."""
+        self.load(vectors)
+
+    def vectors_of(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Float32 vectors of what `checked` returned."""
+        return saved
+
+    def checked(self, what: str, tensors: dict, sizes: dict[str, int] | None = None) -> dict[str, torch.Tensor]:
+        """See `checked_copies`."""
+        return checked_copies(what, tensors, sizes)
 
 
 class Scratch:
@@ -120,14 +168,24 @@ def checked_copies(what, tensors, sizes=None):
     Raises:
         ConfigError: one is not such a tensor, is not finite, or is none of `sizes`.
     """
-    if not isinstance(tensors, dict):
-        raise ConfigError(f"{what}: got {type(tensors).__name__}, expected a dict of tensors by name")
+    check_dict(what, tensors)
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or tensor.dtype != torch.float32:
             raise ConfigError(f"{what} {name!r}: got {type(tensor).__name__}, expected a 1-D float32 tensor")
-        if sizes is not None and sizes.get(name) != tensor.numel():
-            expected = f"{sizes[name]} entries" if name in sizes else f"one of {', '.join(map(repr, sizes)) or 'none'}"
-            raise ConfigError(f"{what} {name!r}: got {tensor.numel()} entries, expected {expected}")
+        check_entries(what, name, tensor.numel(), sizes)
         if not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{what} {name!r}: got entries that are not finite")
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def check_dict(what, tensors):
+    """ConfigError unless something is a dict."""
+    if not isinstance(tensors, dict):
+        raise ConfigError(f"{what}: got {type(tensors).__name__}, expected a dict of tensors by name")
+
+
+def check_entries(what, name, numel, sizes):
+    """ConfigError unless a tensor has the entries that `sizes` says; see `checked_copies`."""
+    if sizes is not None and sizes.get(name) != numel:
+        expected = f"{sizes[name]} entries" if name in sizes else f"one of {', '.join(map(repr, sizes)) or 'none'}"
+        raise ConfigError(f"{what} {name!r}: got {numel} entries, expected {expected}")

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 
 import torch
 
+from .auto import Auto
 from .checks import check_choice, check_integer, shown
 from .compressors import Compressor, from_spec
 from .compressors.spec import parse_value
 from .errors import ConfigError
 from .feedback import eased
+from .residual_types import PACKED, RESIDUALS
 
 EXCHANGES = ("auto", "allgather", "twophase", "summed", "turns")
 ROLES = ("gradient", "activation")
@@ -66,7 +68,8 @@ class Policy:
     """One compressor for every tensor that is large enough to be worth it, and rules for the others.
 
     Args:
-        compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say.
+        compressor: a Compressor, its spec or its dict; None or "none": nothing but what rules say. "auto" or
+            "auto:link=1gbit": the ranks choose one when they first meet (see gcompress/auto.py and docs/PLANNING.md).
         min_numel: tensors with fewer entries (biases, norms) are sent uncompressed.
         error_feedback: True, False, or None: on for compressors that are not unbiased. "ef21": for these, too, but
             what is remembered is an estimate of the gradient (see feedback.EstimateFeedback).
@@ -74,6 +77,8 @@ class Policy:
             and between outer steps 0.95 (see gcompress/outer/).
         mean: what sums over ranks are divided by: "ranks", or, entry by entry, the "senders" that sent it, as
             SparseLoCo's published code does. That is for sparse compressors, in an all-gather.
+        residual: how what is remembered is kept between steps (see gcompress/residual_types.py): "float32"; "bf16" and
+            "int8", 2 and 1.02 bytes an entry; "cpu", in the host's memory while gradients are on a GPU.
         exchange: how ranks come to the mean (see gcompress/exchange/ways.py): "allgather", "twophase",
             "summed" (for `summable` compressors), or "auto", by traits, size and number of ranks. "turns" is for
             outer steps: each piece of a tensor comes from one rank, in every round from another.
@@ -94,7 +99,7 @@ class Policy:
     True
     """
 
-    compressor: Compressor | None
+    compressor: Compressor | Auto | None
     min_numel: int = 1024
     error_feedback: bool | str | None = None
     exchange: str = "auto"
@@ -105,13 +110,15 @@ class Policy:
     warmup_steps: int = 0
     feedback_decay: float | None = None
     mean: str = "ranks"
+    residual: str = "float32"
 
     def __post_init__(self):
-        object.__setattr__(self, "compressor", _compressor_or_none(self.compressor))
+        object.__setattr__(self, "compressor", Auto.read(self.compressor) or _compressor_or_none(self.compressor))
         check_integer("min_numel", self.min_numel, 0)
         check_choice("error_feedback", self.error_feedback, (None, True, False, "ef21"))
         check_choice("exchange", self.exchange, EXCHANGES)
         check_choice("mean", self.mean, ("ranks", "senders"))
+        check_choice("residual", self.residual, RESIDUALS)
         check_integer("bucket_bytes", self.bucket_bytes, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
             raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
@@ -137,6 +144,13 @@ class Policy:
                 )
         if self.exchange == "turns" and (self.error_feedback == "ef21" or self.momentum or self.clip is not None):
             raise ConfigError("exchange: got 'turns', which remembers a residual alone: no ef21, momentum or clip")
+        if self.residual != "float32" and self.error_feedback is False:
+            raise ConfigError(f"residual: got {self.residual!r} with error_feedback=False: there is nothing to keep")
+        if self.residual in PACKED and self.error_feedback == "ef21":
+            raise ConfigError(
+                f"residual: got {self.residual!r} with error_feedback=ef21, expected 'float32' or 'cpu': an estimate "
+                "must stay what the other ranks know of it"
+            )
         if self.error_feedback in (False, "ef21"):
             for what in ("momentum", "clip", "feedback_decay"):
                 if getattr(self, what):
@@ -144,9 +158,26 @@ class Policy:
                         f"{what}: got {getattr(self, what)}, which needs error feedback with a residual: "
                         f"got error_feedback={self.error_feedback}"
                     )
+        self._check_undecided()
+
+    def _check_undecided(self):
+        for option in ("error_feedback", "momentum", "clip", "mean") if self.undecided else ():
+            default = type(self).__dataclass_fields__[option].default
+            if getattr(self, option) != default:
+                got = shown(getattr(self, option))
+                raise ConfigError(f"{option}: got {got} with {self.compressor}, which decides it: expected {default!r}")
+        if self.undecided and self.exchange not in ("auto", "allgather", "twophase"):
+            raise ConfigError(
+                f"exchange: got {self.exchange!r} with {self.compressor}, expected auto, allgather or twophase"
+            )
 
     def _compressors(self):
-        return [each.compressor for each in (*self.rules, self) if each.compressor]
+        return [each.compressor for each in (*self.rules, self) if isinstance(each.compressor, Compressor)]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its compressor is yet to be chosen, by `GradientExchange.prepare` or `forecast.decide`."""
+        return isinstance(self.compressor, Auto)
 
     def compressor_for(
         self, name: str, numel: int, *, role: str = "gradient", step: int | None = None
@@ -159,14 +190,25 @@ class Policy:
             role: "gradient" or "activation".
             step: steps taken so far, for the warm-up; None: none is due.
         """
-        rule = next((rule for rule in self.rules if rule.matches(name, numel, role)), None)
-        if rule is not None:
-            compressor = rule.compressor if numel else None
-        else:
-            compressor = self.compressor if numel >= max(1, self.min_numel) else None
+        compressor = self._found(name, numel, role)
+        if isinstance(compressor, Auto):
+            raise ConfigError(
+                f"compression: got {compressor}, of which the ranks have not chosen a compressor yet: expected a call "
+                "after register, DistributedOptimizer or GradientExchange.prepare"
+            )
         if compressor is None or step is None or step >= self.warmup_steps:
             return compressor
         return eased(compressor, step, self.warmup_steps)
+
+    def _found(self, name, numel, role):
+        rule = next((rule for rule in self.rules if rule.matches(name, numel, role)), None)
+        if rule is not None:
+            return rule.compressor if numel else None
+        return self.compressor if numel >= max(1, self.min_numel) else None
+
+    def takes(self, name: str, numel: int) -> bool:
+        """Whether a gradient is compressed, or may be once "auto" is decided."""
+        return self._found(name, numel, "gradient") is not None
 
     @property
     def uses_feedback(self) -> bool:
@@ -200,14 +242,14 @@ class Policy:
 
 
 def as_policy(value: Policy | Compressor | str | dict) -> Policy:
-    """A Policy from one, its dict or string, a compressor, a compressor's dict or a spec string."""
+    """A Policy from one, its dict or string, a compressor, a compressor's dict or a spec string, or "auto"."""
     if isinstance(value, Policy):
         return value
     if isinstance(value, dict) and "compressor" in value:
         return _made(Policy, value)
     if isinstance(value, str) and ";" in value:
         return _parsed(value)
-    return Policy(_compressor_or_none(value))
+    return Policy(Auto.read(value) or _compressor_or_none(value))
 
 
 def parameter_groups(
@@ -245,6 +287,15 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def check_decided(policy: Policy, what: str) -> None:
+    """ConfigError if the policy is "auto" where nothing decides it; what: that takes it."""
+    if policy.undecided:
+        raise ConfigError(
+            f"compression: got {policy.compressor} for {what}, expected a compressor: what gradients of every step "
+            "bear is not what changes of many steps do"
+        )
+
+
 def check_types(policy: Policy, parameters: dict[str, torch.nn.Parameter]) -> None:
     """ConfigError if the policy has a compressor for a parameter of a type that none takes.
 
@@ -253,7 +304,7 @@ def check_types(policy: Policy, parameters: dict[str, torch.nn.Parameter]) -> No
         parameters: {name: parameter}.
     """
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point() and policy.compressor_for(name, parameter.numel()):
+        if not parameter.is_floating_point() and policy.takes(name, parameter.numel()):
             raise ConfigError(
                 f"parameter {name!r}: got {parameter.dtype}, which no compressor takes, expected a rule that leaves "
                 f"it alone, such as 'name={name} -> none'"

@@ -35,7 +35,7 @@ def accelerator_of(*handlers, **options):
 def compressed(accelerator, policy=POLICY, **options):
     import gcompress.plugins.accelerate
 
-    return gcompress.plugins.accelerate.compress(accelerator, policy, **options)
+    return gcompress.plugins.accelerate.register(accelerator, policy, **options)
 
 
 def prepared(accelerator, net=None):

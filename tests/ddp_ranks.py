@@ -24,7 +24,7 @@ from gcompress.plugins import ddp
 import gcompress
 from gcompress import Policy
 from gcompress.exchange.plan import Plan
-from tests import ddp_late, ddp_torch_expects, ddp_uses  # noqa: F401
+from tests import ddp_auto, ddp_late, ddp_torch_expects, ddp_uses  # noqa: F401
 from tests.ddp_tools import SCENARIOS, backward, make_model, run_scenarios, same_on_all_ranks, scenario, wrapped
 from tests.processes import expect_error
 from tests.simulation import Simulation

@@ -119,7 +119,7 @@ def policies(trainer_class):
     """Every exchange and every kind of memory that the engine has."""
     found = [Policy("topk:sparsity=0.9"), Policy("quantize:bits=3"), Policy("topk:sparsity=0.9", feedback_decay=0.7)]
     if trainer_class.engine != "byteps":
-        found += [Policy("quantize:bits=3", error_feedback="ef21")]
+        found += [Policy("quantize:bits=3", error_feedback="ef21"), Policy("quantize:bits=3", residual="int8")]
     if trainer_class.engine in ("horovod", "ddp"):
         found += [
             Policy("topk:sparsity=0.9", exchange="twophase"),
@@ -128,12 +128,15 @@ def policies(trainer_class):
             Policy("threshold:threshold=0.002"),
             Policy("quantize:bits=3", exchange="turns"),
             Policy("lowrank:rank=2", exchange="summed", error_feedback="ef21"),
+            Policy("lowrank:rank=2", exchange="summed", residual="bf16"),
+            Policy("topk:sparsity=0.95", momentum=0.9, exchange="twophase", residual="int8"),
             Policy("topk:sparsity=0.95", momentum=0.9, clip=0.02, warmup_steps=4, exchange="twophase"),
         ]
     if trainer_class.engine == "byteps":  # through its Python interface
         found += [Policy("randomk:sparsity=0.75", exchange="summed", error_feedback=True)]
     if trainer_class.engine == "mpi":
         found += [Policy("topk:sparsity=0.95", momentum=0.9, clip=0.02)]
+        found += [Policy("topk:sparsity=0.95", momentum=0.9, residual="bf16")]
     if trainer_class.random:
         found += [Policy("quantize:bits=2,rounding=stochastic", exchange=found[-1].exchange, error_feedback=True)]
     return found

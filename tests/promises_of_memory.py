@@ -2,8 +2,8 @@
 
 import torch
 
-from gcompress import Policy, TopK
-from tests.promises import LEARNING_RATE, batch, make_model, promise, sgd, train, weights
+from gcompress import ConfigError, Policy, TopK
+from tests.promises import LEARNING_RATE, batch, make_model, promise, refused, sgd, train, weights
 
 STEPS = 6
 
@@ -104,3 +104,24 @@ def ef21_follows_a_gradient_that_stays(new):
         last = (before - trainer.model.w.detach()) / LEARNING_RATE
         mean = sum(gradient(0, rank) for rank in range(trainer.size)) / trainer.size
         torch.testing.assert_close(last, mean, atol=1e-3, rtol=1e-3)
+
+
+@promise("byteps")
+def residuals_that_are_kept_in_another_form_are_refused(new):
+    with refused(ConfigError, "residual: got 'int8'"):
+        new(make_model(), "topk:sparsity=0.9; residual=int8")
+
+
+@promise("mpi")
+def the_packed_memory_of_workers_is_merged(new):
+    """Every worker takes the mean of all residuals, packed again."""
+    with new(make_model(), "topk:sparsity=0.9; residual=int8") as trainer:
+        train(trainer, steps=3)
+        before = trainer.exchange._codec._feedback.tensors()["residual"]
+        means = {name: trainer.mean(before[name]) for name in sorted(before)}  # all ranks in one order
+        trainer.exchange.load_state_dict(trainer.state_of_all())
+        after = trainer.exchange._codec._feedback.tensors()["residual"]
+        assert means.keys() == after.keys()
+        for name, mean in means.items():
+            assert (after[name] - mean).abs().max() <= 1.01 * 2 / 254 * mean.abs().max(), name
+        train(trainer, steps=1)

@@ -13,11 +13,11 @@ from tests.launching import REPOSITORY
 # From the ground up: a module imports from its own layer and from those below it.
 LAYERS = [
     ("gcompress.errors",),
-    ("gcompress.checks", "gcompress.packing"),
+    ("gcompress.checks", "gcompress.packing", "gcompress.units"),
     ("gcompress.backends",),
     ("gcompress.compressors",),
-    ("gcompress.memory", "gcompress.feedback", "gcompress.policy"),
-    ("gcompress.exchange",),
+    ("gcompress.memory", "gcompress.residual_types", "gcompress.feedback", "gcompress.auto", "gcompress.policy"),
+    ("gcompress.exchange", "gcompress.forecast"),  # an exchange asks what to choose, which exchanges are run to know
     ("gcompress.split",),
     ("gcompress", "gcompress.cli"),
     ("gcompress.plugins",),

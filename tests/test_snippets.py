@@ -47,6 +47,16 @@ optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compre
 compute().backward()
 optimizer.step()
 """
+PARALLEL = f"""{DDP}
+model = torch.nn.parallel.DistributedDataParallel(model)
+"""
+SHARDED = f"""{DDP}
+import gcompress.plugins.fsdp
+from torch.distributed.device_mesh import init_device_mesh
+mesh = init_device_mesh("cpu", (1,))
+torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
 SCALED = """
 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 optimizer.zero_grad()
@@ -115,10 +125,18 @@ BLOCKS = {
         (DDP, "outer.finish()"),
     ],
     "FRAMEWORKS.md": [
-        (f"{DDP}model = torch.nn.parallel.DistributedDataParallel(model)\n", COUNTED),
-        *["examples/frameworks/ has it whole: tests/test_frameworks.py"] * 4,
+        (PARALLEL, COUNTED),
+        "Lightning's Trainer starts it: tests/test_frameworks.py",
+        (PARALLEL, COUNTED),
+        "accelerate's launcher starts it: tests/test_frameworks.py",
+        "the Trainer starts it: tests/test_frameworks.py",
     ],
-    "FSDP.md": ["a mesh of several ranks: tests/test_fsdp.py"] * 4,
+    "FSDP.md": [
+        (SHARDED, STEP + "assert state.report.steps == 1"),
+        "replicas and shards are several ranks: tests/test_fsdp.py",
+        (SHARDED, STEP + "assert state.weights_report.steps >= 0"),
+        "a line with a hole: tests/test_fsdp.py",
+    ],
     "HOROVOD.md": [(HOROVOD, TAKEN), (WRAPPED, STEP)],
     "MEMORY.md": [
         "a line for each of four engines",

@@ -7,8 +7,10 @@ import torch
 
 from gcompress import PayloadError, Policy, backends, from_spec
 from gcompress.exchange import together
+from gcompress.exchange.packed_together import PackedTogether
 from gcompress.exchange.pieces import Item, OneByOne
 from gcompress.feedback import ErrorFeedback
+from gcompress.residual_types import PACKED
 from tests.compressors import SPECS
 from tests.local_ranks import World, run_ranks
 
@@ -36,9 +38,9 @@ def seed_of(step, item):
     return 7 * step + item.start
 
 
-def coded(items, coder):
+def coded(items, coder, residual="float32"):
     """All that a coder makes in some steps, as one list of tensors."""
-    memory, owner, made = ErrorFeedback(), ErrorFeedback(), []
+    memory, owner, made = ErrorFeedback(residual=residual), ErrorFeedback(residual=residual), []
     for step in range(4):
         values, seed = gradients(step), functools.partial(seed_of, step)
         payload = coder.encode(values, lambda item: memory if item.name != "b" else None, seed)
@@ -62,6 +64,21 @@ def test_one_call_makes_what_single_calls_make(spec):
             expected = coded(items, OneByOne(items))
         assert len(found) == len(expected)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (spec, isa)
+
+
+@pytest.mark.parametrize("residual", PACKED)
+@pytest.mark.parametrize("spec", ["quantize:bits=4", "topk", "mask", "quantize:bits=2,rounding=stochastic"])
+def test_one_call_with_packed_residuals_makes_what_single_calls_make(spec, residual):
+    items = items_of(from_spec(spec))
+    for isa in ISAS:
+        unpacked = []
+        with backends.use_backend(isa):
+            coder = PackedTogether(items, together.calls_of(items, RANKS), RANKS)
+            coder._fill = lambda *all, fill=coder._fill, log=unpacked: (log.append(1), fill(*all))
+            found = coded(items, coder, residual)
+            expected = coded(items, OneByOne(items), residual)
+        assert len(unpacked) == 4 + 2 * 3  # what nobody remembers; both sides after the first step
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), isa
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -56,7 +56,7 @@ def trainer_of(folder, net=None, data=None, **options):
 def compressed(trainer, policy=POLICY, **options):
     import gcompress.plugins.transformers
 
-    return gcompress.plugins.transformers.compress(trainer, policy, **options)
+    return gcompress.plugins.transformers.register(trainer, policy, **options)
 
 
 def trained(folder, policy=POLICY, resume=None, **options):

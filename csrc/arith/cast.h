@@ -88,14 +88,20 @@ GC_INLINE CastScale cast_scale(int32_t largest, int32_t top) {
 // The factor by which codes of a bucket decode.
 GC_INLINE float cast_back(uint32_t byte) { return bits_float(byte == 255 ? QUIET_NAN : byte << 23); }
 
-GC_INLINE uint16_t to_bf16(float value) {
-    const uint32_t pattern = float_bits(value);
+// `below`: what is added to the 16 bits that are cut off, from 0 to ffff.
+GC_INLINE uint16_t bf16_code(uint32_t pattern, uint32_t below) {
     const int32_t key = (int32_t)(pattern & 0x7fffffffu);
-    int32_t code = (int32_t)(((uint32_t)key + 0x7fff + ((uint32_t)key >> 16 & 1)) >> 16);
+    int32_t code = (int32_t)(((uint32_t)key + below) >> 16);
     code = code > 0x7f7f ? 0x7f7f : code;
     code = key == (int32_t)INFINITY_KEY ? 0x7f80 : code;
     code = key > (int32_t)INFINITY_KEY ? 0x7fc0 : code;
     return (uint16_t)(code | (int32_t)(pattern >> 31 << 15));
+}
+
+// To nearest, ties to even; or at random, the larger neighbour as often as the entry is near to it.
+GC_INLINE uint16_t to_bf16(float value, bool stochastic, uint32_t index, uint32_t seed) {
+    const uint32_t pattern = float_bits(value);
+    return bf16_code(pattern, stochastic ? hashed(index, seed) >> 16 : 0x7fff + (pattern >> 16 & 1));
 }
 
 GC_INLINE float from_bf16(uint16_t code) { return bits_float((uint32_t)code << 16); }

@@ -24,23 +24,11 @@ GC_HOT void encode_64(const float* x, const float* factors, bool ordinary, const
         }
         return;
     }
-#if defined(__AVX512F__)
-    if (form == GC_FP16) {
-        for (int j = 0; j < 64; j += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + j), _mm512_loadu_ps(factors + j));
-            _mm256_storeu_si256((__m256i*)(codes + j), _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-        }
+    if (form == GC_FP16 && HAS_HALVES) {
+        for (int j = 0; j < 64; j += WIDE)
+            store_halves((uint16_t*)codes + j, load_floats(x + j) * load_floats(factors + j));
         return;
     }
-#elif defined(__F16C__)
-    if (form == GC_FP16) {
-        for (int j = 0; j < 64; j += 8) {
-            const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + j), _mm256_loadu_ps(factors + j));
-            _mm_storeu_si128((__m128i*)(codes + j), _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-        }
-        return;
-    }
-#endif
     for (int j = 0; j < 64; ++j) {  // vectorised
         const uint32_t pattern = float_bits(x[j] * factors[j]);
         const uint32_t sign = pattern >> to_sign & 1u << (C::WIDTH - 1);
@@ -193,17 +181,13 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
                 continue;
             }
 #endif
-#if defined(__F16C__)
-            if (form == GC_FP16) {
-                for (int j = 0; j < 64; j += 8) {
-                    __m256 value = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(codes + j)));
-                    value = _mm256_mul_ps(value, _mm256_loadu_ps(factors + j));
-                    if (add) value = _mm256_add_ps(_mm256_loadu_ps(target + j), value);
-                    _mm256_storeu_ps(target + j, value);
+            if (form == GC_FP16 && HAS_HALVES) {
+                for (int j = 0; j < 64; j += WIDE) {
+                    const Floats value = load_halves((const uint16_t*)codes + j) * load_floats(factors + j);
+                    store_floats(target + j, add ? load_floats(target + j) + value : value);
                 }
                 continue;
             }
-#endif
             uint32_t wide[64];  // all lanes of one width: what follows is half as long
             for (int j = 0; j < 64; ++j) wide[j] = codes[j];
             for (int j = 0; j < 64; ++j) {  // vectorised
@@ -256,7 +240,8 @@ void cast_decode(const gc_more* more, const uint8_t* payload, int64_t n, int for
         cast_decode_form<GC_MXFP4>(more, payload, n, bucket, add, out);
 }
 
-void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload) {
+template <bool stochastic>
+void bf16_encode_rounding(gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
     encode_units(
         memory, x, n, 64,
         [&](const float* source, int64_t first, int64_t end) {
@@ -264,15 +249,24 @@ void bf16_encode(gc_memory* memory, const float* x, int64_t n, uint8_t* payload)
             for (int64_t i = first; i < end; i += 64) {
                 const int64_t size = min64(64, end - i);
                 if (size == 64)
-                    for (int j = 0; j < 64; ++j) codes[j] = to_bf16(source[i + j]);  // vectorised
+                    for (int j = 0; j < 64; ++j)  // vectorised
+                        codes[j] = to_bf16(source[i + j], stochastic, (uint32_t)i + (uint32_t)j, seed);
                 else
-                    for (int64_t j = 0; j < size; ++j) codes[j] = to_bf16(source[i + j]);
+                    for (int64_t j = 0; j < size; ++j)
+                        codes[j] = to_bf16(source[i + j], stochastic, (uint32_t)(i + j), seed);
                 memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
             }
         },
         [&](int64_t first, int64_t end, float* sent) {
             for (int64_t i = first; i < end; ++i) sent[i - first] = from_bf16(load<uint16_t>(payload + 2 * i));
         });
+}
+
+void bf16_encode(gc_memory* memory, const float* x, int64_t n, int stochastic, uint32_t seed, uint8_t* payload) {
+    if (stochastic)
+        bf16_encode_rounding<true>(memory, x, n, seed, payload);
+    else
+        bf16_encode_rounding<false>(memory, x, n, seed, payload);
 }
 
 void bf16_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {

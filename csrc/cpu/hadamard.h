@@ -7,13 +7,6 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-enum { WIDE = 16 };
-#elif defined(__AVX2__)
-enum { WIDE = 8 };
-#else
-enum { WIDE = 4 };
-#endif
 typedef float Wide __attribute__((vector_size(4 * WIDE)));
 
 // The strides below one register, for `count` floats, a multiple of WIDE.

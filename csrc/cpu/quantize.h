@@ -13,12 +13,14 @@ namespace {
 // The scale of one bucket: `step` between codes, and the code `zero` that stands for 0.
 template <int bits>
 Grid grid_of(const float* x, int64_t count, bool stochastic) {
-    int32_t low = 0, high = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t ordered = ordered_pattern(load<float>(x + i));
-        low = ordered < low ? ordered : low;
-        high = ordered > high ? ordered : high;
+    // Of ordered patterns (0 and above those of positive entries, the others inverted), without ordering them.
+    int32_t high = 0, inverse_low = -1;
+    for (int64_t i = 0; i < count; ++i) {  // vectorised
+        const int32_t pattern = load<int32_t>(x + i), inverse = pattern ^ INT32_MIN;
+        high = pattern > high ? pattern : high;
+        inverse_low = inverse > inverse_low ? inverse : inverse_low;
     }
+    const int32_t low = ~inverse_low;
     if (!is_finite_range(low, high)) return poisoned_grid(bits);
     const float top = range_top(high), bottom = range_bottom(low);
     if (bits > 1) return range_grid(top, bottom, stochastic, bits);
@@ -40,6 +42,12 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
         const int64_t block = min64(64, count - i);
         if (!grid.finite) {
             memset(codes, 0, sizeof codes);
+        } else if (block == 64 && bits > 1 && !stochastic) {
+            const Floats inverse = every_float(grid.inverse);
+            const Ints zero = every_int((int32_t)grid.zero);
+            const Bytes found =
+                limited_bytes([&](int j) { return add(rounded(load_floats(x + i + j) * inverse), zero); });
+            store_bytes((int8_t*)codes, least(found, every_byte((int8_t)((1 << bits) - 1))));
         } else if (block == 64) {
             for (int j = 0; j < 64; ++j)  // vectorised
                 codes[j] =

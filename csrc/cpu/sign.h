@@ -4,53 +4,11 @@
 
 #include "../arith/sign.h"
 #include "../gcompress.h"
+#include "simd.h"
 #include "sums.h"
 #include "units.h"
 
 namespace {
-
-// Bit j of the result: x[j] carries a minus sign, for 64 entries.
-GC_HOT uint64_t signs_64(const float* x) {
-    uint64_t mask = 0;
-#if defined(__AVX512DQ__)
-    for (int part = 0; part < 4; ++part)
-        mask |= (uint64_t)_mm512_movepi32_mask(_mm512_loadu_si512(x + 16 * part)) << (16 * part);
-#elif defined(__AVX2__)
-    for (int part = 0; part < 8; ++part)
-        mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_loadu_ps(x + 8 * part)) << (8 * part);
-#else
-    for (int j = 0; j < 64; ++j) mask |= (uint64_t)(float_bits(x[j]) >> 31) << j;
-#endif
-    return mask;
-}
-
-// out[j] = bit j of signs ? minus : plus (or +=) for 64 entries.
-template <bool add>
-inline void choose_64(uint64_t signs, float plus, float minus, float* out) {
-#if defined(__AVX512F__)
-    const __m512 ones = _mm512_set1_ps(minus), zeros = _mm512_set1_ps(plus);
-    for (int part = 0; part < 4; ++part) {
-        __m512 value = _mm512_mask_blend_ps((__mmask16)(signs >> (16 * part)), zeros, ones);
-        if (add) value = _mm512_add_ps(_mm512_loadu_ps(out + 16 * part), value);
-        _mm512_storeu_ps(out + 16 * part, value);
-    }
-#elif defined(__AVX2__)
-    const __m256 ones = _mm256_set1_ps(minus), zeros = _mm256_set1_ps(plus);
-    const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-    for (int part = 0; part < 8; ++part) {
-        const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(uint32_t)(signs >> (8 * part))), to_top);
-        __m256 value = _mm256_blendv_ps(zeros, ones, _mm256_castsi256_ps(bits));
-        if (add) value = _mm256_add_ps(_mm256_loadu_ps(out + 8 * part), value);
-        _mm256_storeu_ps(out + 8 * part, value);
-    }
-#else
-    const float choice[2] = {plus, minus};
-    for (int j = 0; j < 64; ++j) {
-        const float value = choice[signs >> j & 1];
-        out[j] = add ? out[j] + value : value;
-    }
-#endif
-}
 
 // The signs of a bucket of up to 4096 entries, and the sums behind its means.
 template <int means>

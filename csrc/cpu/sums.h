@@ -14,7 +14,8 @@ inline void load_doubles(const float* four, FourDoubles* doubles) {
 #if defined(__AVX2__)  // gcc 12 makes two halves of a conversion
     *doubles = (FourDoubles)_mm256_cvtps_pd(_mm_loadu_ps(four));
 #else
-    for (int j = 0; j < 4; ++j) (*doubles)[j] = (double)four[j];
+    typedef float FourFloats __attribute__((vector_size(16)));
+    *doubles = __builtin_convertvector(load<FourFloats>(four), FourDoubles);
 #endif
 }
 

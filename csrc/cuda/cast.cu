@@ -65,13 +65,14 @@ GC_CAST_FINISH(fp8, CAST_FP8)
 GC_CAST_KERNELS(mxfp4, CAST_MXFP4)
 
 GC_KERNEL(bf16_encode)(const float* x, const float* residual, float* fresh, uint32_t* poisoned, int64_t n,
-                       uint8_t* payload) {
+                       int64_t stochastic, int64_t seed, uint8_t* payload) {
     const Source source = {x, residual};
     const Feedback feedback = {fresh, poisoned};
     const int64_t i = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     for (int64_t j = i; j < min64(n, i + 4); j += 2) {
         const float first = source.at(j), second = j + 1 < n ? source.at(j + 1) : 0.0f;
-        const uint16_t low = to_bf16(first), high = to_bf16(second);
+        const uint16_t low = to_bf16(first, stochastic, (uint32_t)j, (uint32_t)seed);
+        const uint16_t high = to_bf16(second, stochastic, (uint32_t)(j + 1), (uint32_t)seed);
         if (j + 1 < n) {
             store_u32(payload + 2 * j, (uint32_t)low | (uint32_t)high << 16);
         } else {

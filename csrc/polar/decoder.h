@@ -11,57 +11,20 @@ namespace {
 enum { REPLACE = 0, ADD = 1, STREAM = 2 };
 const int64_t STREAM_BYTES = 1 << 25;
 
-#if defined(__AVX512F__)
 template <int mode>
-inline void put_values(float* out, __m512 value) {
-    if (mode == ADD) value = _mm512_add_ps(_mm512_loadu_ps(out), value);
+inline void put_values(float* out, Floats value) {
+    if (mode == ADD) value = load_floats(out) + value;
     if (mode == STREAM)
-        _mm512_stream_ps(out, value);
+        stream_floats(out, value);
     else
-        _mm512_storeu_ps(out, value);
-}
-#elif defined(__AVX2__)
-template <int mode>
-inline void put_values(float* out, __m256 value) {
-    if (mode == ADD) value = _mm256_add_ps(_mm256_loadu_ps(out), value);
-    if (mode == STREAM)
-        _mm256_stream_ps(out, value);
-    else
-        _mm256_storeu_ps(out, value);
-}
-#endif
-
-inline void finish_streams() {  // other threads see what was written before they see anything later
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
+        store_floats(out, value);
 }
 
 // out[j] (+)= a where bit j is 0, -a where it is 1.
 template <int mode>
 inline void write_signs(uint64_t word, float a, float* out) {
-#if defined(__AVX512F__)
-    const __m512 plus = _mm512_set1_ps(a), minus = _mm512_set1_ps(-a);
-    for (int part = 0; part < 4; ++part)
-        put_values<mode>(out + 16 * part, _mm512_mask_mov_ps(plus, (__mmask16)(word >> (16 * part)), minus));
-#elif defined(__AVX2__)
-    const __m256 plus = _mm256_set1_ps(a), sign = _mm256_set1_ps(-0.0f);
-    const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-    for (int part = 0; part < 8; ++part) {
-        const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(word >> (8 * part))), to_top);
-        put_values<mode>(out + 8 * part, _mm256_xor_ps(plus, _mm256_and_ps(sign, _mm256_castsi256_ps(bits))));
-    }
-#else
-    const uint32_t pattern = float_bits(a);
-    for (int half = 0; half < 2; ++half) {
-        const uint32_t bits = (uint32_t)(word >> (32 * half));
-        float* target = out + 32 * half;
-        for (int j = 0; j < 32; ++j) {  // vectorised
-            const float value = bits_float(pattern ^ ((bits >> j) << 31));
-            target[j] = mode == ADD ? target[j] + value : value;
-        }
-    }
-#endif
+    const Floats plus = every_float(a);
+    for (int j = 0; j < LANES; j += WIDE) put_values<mode>(out + j, negate_by_bits(word >> j, plus));
 }
 
 // out[j] (+)= table[label j], for labels of up to five bits by vectors.
@@ -69,38 +32,9 @@ template <int mode>
 inline void write_points(Bytes labels, const float* table, int levels, float* out) {
     uint8_t bytes[LANES];
     store_bytes((int8_t*)bytes, labels);
-#if defined(__AVX512F__)
-    if (levels <= 5) {
-        const __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
-        for (int part = 0; part < 4; ++part) {
-            const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 16 * part)));
-            put_values<mode>(out + 16 * part,
-                             levels < 5 ? _mm512_permutexvar_ps(index, low) : _mm512_permutex2var_ps(low, index, high));
-        }
-        return;
-    }
-#elif defined(__AVX2__)
-    if (levels <= 5) {
-        __m256 eighth[4];
-        for (int k = 0; k < 4; ++k) eighth[k] = _mm256_loadu_ps(table + 8 * k);
-        for (int part = 0; part < 8; ++part) {
-            const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bytes + 8 * part)));
-            __m256 value = _mm256_permutevar8x32_ps(eighth[0], index);
-            if (levels > 3) {
-                const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-                value = _mm256_blendv_ps(value, _mm256_permutevar8x32_ps(eighth[1], index), bit3);
-                if (levels > 4) {
-                    const __m256 upper = _mm256_blendv_ps(_mm256_permutevar8x32_ps(eighth[2], index),
-                                                          _mm256_permutevar8x32_ps(eighth[3], index), bit3);
-                    value = _mm256_blendv_ps(value, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)));
-                }
-            }
-            put_values<mode>(out + 8 * part, value);
-        }
-        return;
-    }
-#endif
-    look_up_64<mode == ADD>(bytes, table, levels > 4, out);
+    if (levels > 5) return look_up_64 < mode == ADD > (bytes, table, true, out);
+    const PointTable points = load_points(table);
+    for (int j = 0; j < LANES; j += WIDE) put_values<mode>(out + j, looked_up(points, bytes + j, levels));
 }
 
 // A codeword from words of that many bytes for its information bits; returns their end. Without a branch: where there is

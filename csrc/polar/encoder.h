@@ -113,24 +113,9 @@ inline const Bytes* place_of(const Row&, const Bytes* scratch) {  // where they 
 // The sign of the sum of n <= 128 rows, summed in 16 bits.
 template <class Row>
 inline Signs sum_signs(const Row& rows, int n) {
-#if defined(__AVX512BW__)
-    __m512i low = _mm512_setzero_si512(), high = low;
-    for (int i = 0; i < n; ++i) {
-        const __m512i row = rows(i);
-        low = _mm512_add_epi16(low, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(row)));
-        high = _mm512_add_epi16(high, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(row, 1)));
-    }
-    return (uint64_t)_mm512_movepi16_mask(low) | (uint64_t)_mm512_movepi16_mask(high) << 32;
-#else
-    int16_t sums[LANES] = {0};
-    int8_t row[LANES], signs[LANES];
-    for (int i = 0; i < n; ++i) {
-        store_bytes(row, rows(i));
-        for (int j = 0; j < LANES; ++j) sums[j] = (int16_t)(sums[j] + row[j]);  // vectorised
-    }
-    for (int j = 0; j < LANES; ++j) signs[j] = (int8_t)(sums[j] >> 15);
-    return load_bytes(signs);
-#endif
+    Metrics sums = no_metrics();
+    for (int i = 0; i < n; ++i) add_to(&sums, rows(i));
+    return negative(sums);
 }
 
 // Wagner's rule: hard decisions, and where their parity is odd the least reliable one at the first position flips.
@@ -154,11 +139,7 @@ inline void single_parity(const Bytes* l, Signs* code) {
 
 // How many steps in a row begin with check nodes, from this node on along the first halves; at most AHEAD, which are
 // taken together.
-#if defined(__AVX512BW__)
-const int AHEAD = 3;
-#else
-const int AHEAD = 2;  // fewer registers
-#endif
+const int AHEAD = WIDE == 16 ? 3 : 2;  // fewer registers
 inline int steps_ahead(const uint8_t* types, int node) {
     int steps = 0;
     for (; steps < AHEAD && types[node] == GENERAL && types[2 * node] != ALL_FROZEN; node *= 2) ++steps;

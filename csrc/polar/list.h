@@ -11,63 +11,6 @@
 
 namespace {
 
-// Vectors of 16-bit values, and what Bytes need beyond lanes.h. Shuffles stay within 16 bytes.
-#if defined(__AVX512BW__)
-typedef int16_t Shorts __attribute__((vector_size(64)));
-inline Shorts least(Shorts a, Shorts b) { return (Shorts)_mm512_min_epi16((__m512i)a, (__m512i)b); }
-inline Shorts most(Shorts a, Shorts b) { return (Shorts)_mm512_max_epi16((__m512i)a, (__m512i)b); }
-inline Shorts shuffled(Shorts a, Shorts index) { return (Shorts)_mm512_shuffle_epi8((__m512i)a, (__m512i)index); }
-inline Bytes shuffled(Bytes a, Bytes index) { return _mm512_shuffle_epi8(a, index); }
-inline Bytes different(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
-inline Bytes shortfall(Bytes a) { return _mm512_subs_epi8(zero_bytes(), _mm512_min_epi8(a, zero_bytes())); }
-inline Bytes choose(Signs where, Bytes a, Bytes b) { return _mm512_mask_mov_epi8(b, where, a); }
-inline Signs less(Bytes a, Bytes b) { return _mm512_cmplt_epi8_mask(a, b); }
-inline Bytes bytes_of(Signs a) { return _mm512_movm_epi8(a); }
-inline Signs signs_in(Bytes a) { return _mm512_movepi8_mask(a); }
-#elif defined(__AVX2__)
-typedef int16_t Shorts __attribute__((vector_size(32)));
-inline Shorts least(Shorts a, Shorts b) { return (Shorts)_mm256_min_epi16((__m256i)a, (__m256i)b); }
-inline Shorts most(Shorts a, Shorts b) { return (Shorts)_mm256_max_epi16((__m256i)a, (__m256i)b); }
-inline Shorts shuffled(Shorts a, Shorts index) { return (Shorts)_mm256_shuffle_epi8((__m256i)a, (__m256i)index); }
-inline Bytes shuffled(Bytes a, Bytes index) {
-    return {_mm256_shuffle_epi8(a.low, index.low), _mm256_shuffle_epi8(a.high, index.high)};
-}
-inline Bytes different(Bytes a, Bytes b) { return exclusive_or(a, b); }
-inline Bytes shortfall(Bytes a) {
-    const __m256i zero = _mm256_setzero_si256();
-    return {_mm256_subs_epi8(zero, _mm256_min_epi8(a.low, zero)),
-            _mm256_subs_epi8(zero, _mm256_min_epi8(a.high, zero))};
-}
-inline Bytes choose(Signs where, Bytes a, Bytes b) {
-    return {_mm256_blendv_epi8(b.low, a.low, where.low), _mm256_blendv_epi8(b.high, a.high, where.high)};
-}
-inline Signs less(Bytes a, Bytes b) { return {_mm256_cmpgt_epi8(b.low, a.low), _mm256_cmpgt_epi8(b.high, a.high)}; }
-inline Bytes bytes_of(Signs a) { return a; }
-inline Signs signs_in(Bytes a) { return a; }
-#else
-typedef int16_t Shorts __attribute__((vector_size(16)));
-inline Shorts least(Shorts a, Shorts b) { return ((a < b) & a) | (~(a < b) & b); }
-inline Shorts most(Shorts a, Shorts b) { return ((a < b) & b) | (~(a < b) & a); }
-inline Part shuffled_part(Part a, Part index) {
-    Part result;
-    for (int k = 0; k < 16; ++k) result[k] = a[index[k]];
-    return result;
-}
-inline Shorts shuffled(Shorts a, Shorts index) { return (Shorts)shuffled_part((Part)a, (Part)index); }
-#define GC_PARTS(expression)                                   \
-    Bytes result;                                              \
-    for (int k = 0; k < 4; ++k) result.part[k] = (expression); \
-    return result
-inline Bytes shuffled(Bytes a, Bytes index) { GC_PARTS(shuffled_part(a.part[k], index.part[k])); }
-inline Bytes different(Bytes a, Bytes b) { return exclusive_or(a, b); }
-inline Bytes shortfall(Bytes a) { GC_PARTS(subtract_saturated_part(Part{}, smaller(a.part[k], Part{}))); }
-inline Bytes choose(Signs where, Bytes a, Bytes b) { GC_PARTS(select(where.part[k], a.part[k], b.part[k])); }
-inline Signs less(Bytes a, Bytes b) { GC_PARTS(a.part[k] < b.part[k]); }
-inline Bytes bytes_of(Signs a) { return a; }
-inline Signs signs_in(Bytes a) { return a; }
-#undef GC_PARTS
-#endif
-
 // A vector of f(place within 16 bytes); the compiler makes a constant of it.
 template <class F>
 inline Shorts each_short(F f) {
@@ -80,56 +23,6 @@ inline Bytes each_byte(F f) {
     int8_t bytes[LANES];
     for (int j = 0; j < LANES; ++j) bytes[j] = (int8_t)f(j & 15);
     return load_bytes(bytes);
-}
-
-// 64 values of 16 bits.
-const int WIDE_PARTS = 128 / (int)sizeof(Shorts);
-struct Metrics {
-    Shorts part[WIDE_PARTS];
-};
-inline Metrics wide_zero() {
-    Metrics result;
-    memset(&result, 0, sizeof result);
-    return result;
-}
-inline Metrics widen(Bytes a) {
-    Metrics result;
-#if defined(__AVX512BW__)
-    result.part[0] = (Shorts)_mm512_cvtepi8_epi16(_mm512_castsi512_si256(a));
-    result.part[1] = (Shorts)_mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(a, 1));
-#elif defined(__AVX2__)
-    result.part[0] = (Shorts)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a.low));
-    result.part[1] = (Shorts)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(a.low, 1));
-    result.part[2] = (Shorts)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a.high));
-    result.part[3] = (Shorts)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(a.high, 1));
-#else
-    int8_t bytes[LANES];
-    int16_t shorts[LANES];
-    store_bytes(bytes, a);
-    for (int j = 0; j < LANES; ++j) shorts[j] = bytes[j];  // vectorised
-    memcpy(&result, shorts, sizeof result);
-#endif
-    return result;
-}
-inline Bytes narrow(const Metrics& a) {  // values from -128 to 127
-#if defined(__AVX512BW__)
-    const __m256i low = _mm512_cvtepi16_epi8((__m512i)a.part[0]), high = _mm512_cvtepi16_epi8((__m512i)a.part[1]);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#elif defined(__AVX2__)
-    const __m256i low = _mm256_packs_epi16((__m256i)a.part[0], (__m256i)a.part[1]);
-    const __m256i high = _mm256_packs_epi16((__m256i)a.part[2], (__m256i)a.part[3]);
-    return {_mm256_permute4x64_epi64(low, 0xd8), _mm256_permute4x64_epi64(high, 0xd8)};
-#else
-    int16_t shorts[LANES];
-    int8_t bytes[LANES];
-    memcpy(shorts, &a, sizeof a);
-    for (int j = 0; j < LANES; ++j) bytes[j] = (int8_t)shorts[j];  // vectorised
-    return load_bytes(bytes);
-#endif
-}
-inline void add_to(Metrics* sum, Bytes a) {
-    const Metrics wide = widen(a);
-    for (int k = 0; k < WIDE_PARTS; ++k) sum->part[k] += wide.part[k];
 }
 
 // Bitonic sorting of groups of L: every value beside that `distance` places away.
@@ -173,7 +66,7 @@ struct Paths {
 template <int L>
 inline void penalize(Paths* paths, const Metrics& penalty) {
     const Shorts worst = each_short([](int) { return WORST; });
-    for (int k = 0; k < WIDE_PARTS; ++k) {
+    for (int k = 0; k < MOST_SHORTS; ++k) {
         const Shorts sum = paths->metric.part[k] + penalty.part[k];
         paths->metric.part[k] = least(sum - least_of_group<L>(sum), worst);
     }
@@ -186,7 +79,7 @@ template <int L>
 inline Bytes split(Paths* paths, const Metrics& price, Bytes* map) {
     const Shorts worst = each_short([](int) { return WORST; }), own = each_short([](int k) { return k & (L - 1); });
     Metrics from, paid;
-    for (int k = 0; k < WIDE_PARTS; ++k) {
+    for (int k = 0; k < MOST_SHORTS; ++k) {
         const Shorts metric = paths->metric.part[k];
         const Shorts stay = metric << 4 | own;
         const Shorts pay = least(metric + least(price.part[k], worst), worst) << 4 | own | 8;
@@ -203,7 +96,7 @@ inline Bytes split(Paths* paths, const Metrics& price, Bytes* map) {
 template <int L>
 inline void list_frozen(const Bytes* l, int n, Paths* paths) {
     for (int start = 0; start < n && paths->differ; start += MAX_REPETITION) {
-        Metrics penalty = wide_zero();
+        Metrics penalty = no_metrics();
         for (int i = start; i < n && i < start + MAX_REPETITION; ++i) add_to(&penalty, shortfall(l[i]));
         penalize<L>(paths, penalty);
     }
@@ -211,12 +104,12 @@ inline void list_frozen(const Bytes* l, int n, Paths* paths) {
 
 template <int L>
 inline void list_repetition(const Bytes* l, int n, Bytes* code, Paths* paths, Bytes* map) {
-    Metrics penalty = wide_zero(), sum = wide_zero(), price, sign;
+    Metrics penalty = no_metrics(), sum = no_metrics(), price, sign;
     for (int i = 0; i < n; ++i) {
         add_to(&penalty, shortfall(l[i]));
         add_to(&sum, l[i]);
     }
-    for (int k = 0; k < WIDE_PARTS; ++k) {
+    for (int k = 0; k < MOST_SHORTS; ++k) {
         sign.part[k] = sum.part[k] >> 15;
         price.part[k] = (sum.part[k] ^ sign.part[k]) - sign.part[k];
         penalty.part[k] += sum.part[k] & sign.part[k];  // of the better sign
@@ -263,7 +156,7 @@ inline void list_parity(const Bytes* l, int n, Bytes* code, Paths* paths, Bytes*
     const Bytes repair = choose(odd, first, zero_bytes());
     penalize<L>(paths, widen(repair));
     Metrics price = widen(second), toggle = widen(choose(odd, negate_where(first, odd), first));
-    for (int k = 0; k < WIDE_PARTS; ++k) price.part[k] += toggle.part[k];
+    for (int k = 0; k < MOST_SHORTS; ++k) price.part[k] += toggle.part[k];
     const Bytes paid = split<L>(paths, price, map);
     const Bytes change_first = different(shuffled(bytes_of(odd), *map), paid);
     first_place = choose(signs_in(change_first), shuffled(first_place, *map), nowhere);
@@ -330,7 +223,7 @@ void list_encode(int rows, int lanes, const uint8_t* types, const uint16_t* posi
             inputs[positions[i]] = load_bytes(row);
         }
         Paths paths = {{}, false};
-        for (int k = 0; k < WIDE_PARTS; ++k)
+        for (int k = 0; k < MOST_SHORTS; ++k)
             paths.metric.part[k] = each_short([](int j) { return j & (L - 1) ? WORST : 0; });
         list_node<L>(types, 1, rows, inputs, codes, scratch, &paths, &map);
         memcpy(metric, &paths.metric, sizeof metric);

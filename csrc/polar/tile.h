@@ -8,42 +8,6 @@
 
 namespace {
 
-// round(x scale) clamped to -127 … 127, for 64 entries.
-inline Bytes samples_of(const float* x, float scale) {
-#if defined(__AVX512BW__)
-    const __m512 factor = _mm512_set1_ps(scale), top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f);
-    __m512i part[4];
-    for (int k = 0; k < 4; ++k) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * k), factor);
-        part[k] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, bottom), top));
-    }
-    const __m512i low = _mm512_packs_epi32(part[0], part[1]), high = _mm512_packs_epi32(part[2], part[3]);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
-#elif defined(__AVX2__)
-    const __m256 factor = _mm256_set1_ps(scale), top = _mm256_set1_ps(127.0f), bottom = _mm256_set1_ps(-127.0f);
-    __m256i part[8];
-    for (int k = 0; k < 8; ++k) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * k), factor);
-        part[k] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, bottom), top));
-    }
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i half[2];
-    for (int k = 0; k < 2; ++k) {
-        const __m256i low = _mm256_packs_epi32(part[4 * k], part[4 * k + 1]);
-        const __m256i high = _mm256_packs_epi32(part[4 * k + 2], part[4 * k + 3]);
-        half[k] = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-    }
-    Bytes result = {half[0], half[1]};
-    return result;
-#else
-    int8_t bytes[LANES];
-    for (int j = 0; j < LANES; ++j) {  // vectorised
-        bytes[j] = sample_of(x[j] * scale);
-    }
-    return load_bytes(bytes);
-#endif
-}
 // One tile's part of the plan that Python makes (gcompress/compressors/polar/spending.py).
 struct PolarTile {
     int64_t rows, lanes;       // block length N, blocks side by side: 8, 16, 32 or 64
@@ -106,93 +70,43 @@ inline uint8_t* types_of(const uint16_t* rank, int rows, int level, int free, Po
 inline void label_products(const int8_t* samples, const int8_t* labels, int count, const int16_t* points, int levels,
                            int64_t* products) {
     int64_t dot = 0, norm = 0;
-#if defined(__AVX512BW__)
-    // Points of up to 32 labels by byte shuffles, their lower and upper bytes apart.
-    int8_t bytes[2][32] = {{0}, {0}};
-    for (int k = 0; k < 1 << levels && levels <= 5; ++k) {
-        bytes[0][k] = (int8_t)(points[k] & 255);
-        bytes[1][k] = (int8_t)(points[k] >> 8);
-    }
-    __m512i parts[4];
-    for (int k = 0; k < 4; ++k)
-        parts[k] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(bytes[k / 2] + 16 * (k % 2))));
-    __m512i norms = _mm512_setzero_si512();
     int j = 0;
-    while (levels <= 5 && j + 64 <= count) {
-        __m512i dots = _mm512_setzero_si512(), squares = dots;
-        for (int part = 0; part < 8 && j + 64 <= count; ++part, j += 64) {  // sums of points below 2^13.5 fit 32 bits
-            const __m512i label = _mm512_loadu_si512(labels + j), sample = _mm512_loadu_si512(samples + j);
-            const __mmask64 there = _mm512_cmpneq_epi8_mask(sample, _mm512_set1_epi8(ERASED));
-            const __mmask64 upper = _mm512_mask_test_epi8_mask(there, label, _mm512_set1_epi8(16));
-            __m512i low = _mm512_maskz_shuffle_epi8(there, parts[0], label);
-            __m512i high = _mm512_maskz_shuffle_epi8(there, parts[2], label);
-            if (levels == 5) {
-                low = _mm512_mask_shuffle_epi8(low, upper, parts[1], label);
-                high = _mm512_mask_shuffle_epi8(high, upper, parts[3], label);
+    if (HAS_SHUFFLES && levels <= 5) {  // points of up to 32 labels by byte shuffles, their lower and upper bytes apart
+        int8_t bytes[4][16] = {{0}, {0}, {0}, {0}};
+        for (int k = 0; k < 1 << levels; ++k) {
+            bytes[k / 16][k % 16] = (int8_t)(points[k] & 255);
+            bytes[2 + k / 16][k % 16] = (int8_t)(points[k] >> 8);
+        }
+        Bytes parts[4];
+        for (int k = 0; k < 4; ++k) parts[k] = repeat_16(bytes[k]);
+        const Bytes erased = every_byte(ERASED);
+        while (j + LANES <= count) {
+            Dots dots = no_dots(), squares = no_dots();
+            for (int part = 0; part < WIDE / 2 && j + LANES <= count; ++part, j += LANES) {  // points are below 2^13.5
+                const Bytes label = load_bytes(labels + j), sample = load_bytes(samples + j);
+                const Bytes index = levels == 5 ? lower_four(label) : label;
+                Bytes low = shuffled(parts[0], index), high = shuffled(parts[2], index);
+                if (levels == 5) {
+                    const Signs upper = has_bit(label, 4);
+                    low = choose(upper, shuffled(parts[1], index), low);
+                    high = choose(upper, shuffled(parts[3], index), high);
+                }
+                const Signs absent = equal(sample, erased);
+                low = cleared(low, absent);
+                high = cleared(high, absent);
+                dots = with_products(dots, low, high, sample, bytes_of(negative(sample)));
+                squares = with_products(squares, low, high, low, high);
             }
-            const __m512i minus = _mm512_movm_epi8(_mm512_movepi8_mask(sample));
-            for (int side = 0; side < 2; ++side) {
-                const __m512i point = side ? _mm512_unpackhi_epi8(low, high) : _mm512_unpacklo_epi8(low, high);
-                const __m512i value = side ? _mm512_unpackhi_epi8(sample, minus) : _mm512_unpacklo_epi8(sample, minus);
-                dots = _mm512_add_epi32(dots, _mm512_madd_epi16(point, value));
-                squares = _mm512_add_epi32(squares, _mm512_madd_epi16(point, point));
+            int32_t dot_parts[WIDE];
+            uint32_t square_parts[WIDE];
+            memcpy(dot_parts, &dots, sizeof dots);
+            memcpy(square_parts, &squares, sizeof squares);
+            for (int k = 0; k < WIDE; ++k) {
+                dot += dot_parts[k];
+                norm += square_parts[k];
             }
         }
-        dot += _mm512_reduce_add_epi32(dots);
-        norms = _mm512_add_epi64(norms, _mm512_and_si512(squares, _mm512_set1_epi64(0xffffffff)));
-        norms = _mm512_add_epi64(norms, _mm512_srli_epi64(squares, 32));
     }
-    norm = _mm512_reduce_add_epi64(norms);
-#elif defined(__AVX2__)
-    // The same by halves.
-    __m256i low_bytes[2], high_bytes[2];
-    for (int half = 0; half < 2; ++half) {
-        int8_t bytes[2][16] = {{0}, {0}};
-        for (int k = 0; k < 16 && 16 * half + k < 1 << levels; ++k) {
-            bytes[0][k] = (int8_t)(points[16 * half + k] & 255);
-            bytes[1][k] = (int8_t)(points[16 * half + k] >> 8);
-        }
-        low_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[0]));
-        high_bytes[half] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1]));
-    }
-    const __m256i erased = _mm256_set1_epi8(ERASED), zero = _mm256_setzero_si256();
-    __m256i norms = zero;
-    int j = 0;
-    while (levels <= 5 && j + 32 <= count) {
-        __m256i dots = zero, all_squares = zero;
-        for (int part = 0; part < 8 && j + 32 <= count; ++part, j += 32) {
-            const __m256i label = _mm256_loadu_si256((const __m256i*)(labels + j));
-            const __m256i sample = _mm256_loadu_si256((const __m256i*)(samples + j));
-            __m256i low = _mm256_shuffle_epi8(low_bytes[0], label), high = _mm256_shuffle_epi8(high_bytes[0], label);
-            if (levels == 5) {
-                const __m256i upper = _mm256_slli_epi16(label, 3);  // bit 4 to the top of its byte
-                low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(low_bytes[1], label), upper);
-                high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(high_bytes[1], label), upper);
-            }
-            const __m256i absent = _mm256_cmpeq_epi8(sample, erased);
-            low = _mm256_andnot_si256(absent, low);
-            high = _mm256_andnot_si256(absent, high);
-            const __m256i minus = _mm256_cmpgt_epi8(zero, sample);
-            for (int side = 0; side < 2; ++side) {
-                const __m256i point = side ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-                const __m256i value = side ? _mm256_unpackhi_epi8(sample, minus) : _mm256_unpacklo_epi8(sample, minus);
-                dots = _mm256_add_epi32(dots, _mm256_madd_epi16(point, value));
-                all_squares = _mm256_add_epi32(all_squares, _mm256_madd_epi16(point, point));
-            }
-        }
-        int32_t dot_parts[8];
-        memcpy(dot_parts, &dots, sizeof dots);
-        for (int k = 0; k < 8; ++k) dot += dot_parts[k];
-        norms = _mm256_add_epi64(norms, _mm256_and_si256(all_squares, _mm256_set1_epi64x(0xffffffff)));
-        norms = _mm256_add_epi64(norms, _mm256_srli_epi64(all_squares, 32));
-    }
-    int64_t norm_parts[4];
-    memcpy(norm_parts, &norms, sizeof norms);
-    for (int k = 0; k < 4; ++k) norm += norm_parts[k];
-#else
-    int j = 0;
-    (void)levels;
-#endif
     for (; j < count; ++j) {
         const int32_t point = samples[j] == ERASED ? 0 : points[(uint8_t)labels[j]];
         dot += samples[j] * point;
@@ -238,12 +152,12 @@ inline int64_t polar_tile_bytes(const PolarTile* tile) {
 // Row i of a tile made from entries; those beyond the last are `absent`.
 inline Bytes row_of_entries(const PolarSource* source, int i, int lanes, int8_t absent) {
     const int64_t start = (int64_t)lanes * i, left = source->count - start;
-    if (left >= LANES && lanes == LANES) return samples_of(source->x + start, source->scale);
+    if (left >= LANES && lanes == LANES) return rounded_bytes(source->x + start, source->scale);
     float entries[LANES] = {0};
     int8_t row[LANES];
     const int64_t present = left < 0 ? 0 : left < lanes ? left : lanes;
     if (present > 0) memcpy(entries, source->x + start, (size_t)present * sizeof(float));
-    store_bytes(row, samples_of(entries, source->scale));
+    store_bytes(row, rounded_bytes(entries, source->scale));
     for (int64_t j = present; j < lanes; ++j) row[j] = absent;
     return load_bytes(row);
 }

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
-compression = gcompress.plugins.accelerate.compress(accelerator, "mask:sparsity=0.95,bits=2")
+compression = gcompress.plugins.accelerate.register(accelerator, "mask:sparsity=0.95,bits=2")
 
 torch.manual_seed(0)
 x = torch.randn(2048, 64)

@@ -37,7 +37,7 @@ def build(folder, epochs):
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(transformers.GPT2LMHeadModel(config), arguments, train_dataset=data)
-    return trainer, gcompress.plugins.transformers.compress(trainer, "mask:sparsity=0.95,bits=2")
+    return trainer, gcompress.plugins.transformers.register(trainer, "mask:sparsity=0.95,bits=2")
 
 
 dist.init_process_group("gloo")

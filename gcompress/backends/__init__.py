@@ -2,7 +2,7 @@
 
 `kernels(tensor, method)` returns them when they are built, wanted, can read the tensor and have all that the method
 needs; otherwise None, and the caller runs its torch reference. `GCOMPRESS_BACKEND=reference` or
-`use_backend("reference")` turns them off; `GCOMPRESS_ISA=portable|avx2|avx512`, or the same names given to
+`use_backend("reference")` turns them off; `GCOMPRESS_ISA=portable|neon|avx2|avx512`, or the same names given to
 `use_backend`, choose an instruction set. All give the same bytes.
 """
 

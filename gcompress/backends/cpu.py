@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-ISAS = ("portable", "avx2", "avx512")
+from ..errors import ConfigError
+
+ISAS = ("portable", "neon", "avx2", "avx512")
 MOST_MORE = 63  # GC_MOST_MORE of csrc/gcompress.h
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 TYPES = {
@@ -62,13 +65,16 @@ class CpuKernels:
         self.table, self.names, self.signatures = table, frozenset(signatures), signatures
         self.numbers = {name: number for number, name in enumerate(signatures)}
         self.taking: dict[str, dict] = {"gc_memory": {}, "gc_more": {}}  # {name: function} of those that take one
-        pointers = (ctypes.c_void_p * len(signatures)).from_address(table)
-        for (name, signature), pointer in zip(signatures.items(), pointers, strict=True):
-            function = signature.kind(pointer)
+        for (name, signature), function in zip(signatures.items(), self.functions(), strict=True):
             if signature.extra:
                 self.taking[signature.extra][name] = function
                 function = functools.partial(function, None)
             setattr(self, name, function)
+
+    def functions(self) -> Iterable[Callable]:
+        """The kernels in the order of the table's fields, as Python calls them."""
+        pointers = (ctypes.c_void_p * len(self.signatures)).from_address(self.table)
+        return [signature.kind(pointer) for signature, pointer in zip(self.signatures.values(), pointers, strict=True)]
 
     def keeps_residual_with(self, names: Iterable[str]) -> bool:
         """Whether one of these kernels is an encoder that keeps what is lost, too: see `remembering`."""
@@ -156,8 +162,12 @@ def _listed():
 
 
 def _load():
-    """(The shared library, its kernels' {name: function type}), or (None, {}) with one warning that says why not."""
-    path = PACKAGE / "_native.so"
+    """(The shared library, its kernels' {name: function type}), or (None, {}) with one warning that says why not.
+
+    GCOMPRESS_LIBRARY names another library than that of the package: what another compiler made, for instance.
+    """
+    chosen = os.environ.get("GCOMPRESS_LIBRARY")
+    path = pathlib.Path(chosen or PACKAGE / "_native.so")
     try:
         if not path.exists():
             raise OSError("they were not built; install gcompress where there is a C++ compiler")
@@ -174,6 +184,8 @@ def _load():
             raise OSError(f"{path.name} has other kernels than csrc/kernels.def lists: build it again")
         signatures = {name: _signature(result, parameters) for result, name, parameters in found}
     except OSError as error:
+        if chosen:
+            raise ConfigError(f"GCOMPRESS_LIBRARY: got {chosen!r}, which cannot be used: {error}") from error
         logging.getLogger(__name__).warning("C++ kernels are not in use, the slower torch reference is: %s", error)
         return None, {}
     library.gc_select_kernels.argtypes = [ctypes.c_char_p]

@@ -147,6 +147,16 @@ class Compressor:
         # A slice would keep the memory of the largest possible payload.
         return payload if self.fixed_size else payload[:size].clone()
 
+    def encode_into(self, values: torch.Tensor, payload: torch.Tensor, *, seed: int = 0) -> None:
+        """Encode contiguous 1-D float32 to a uint8 tensor of `nbytes`; if that is fixed and no shape matters."""
+        if values.numel() == 0:
+            return
+        kernels = backends.kernels(values, self)
+        if kernels is None:
+            payload.copy_(self._encode_reference(values, seed & 0xFFFFFFFF))
+        else:
+            self._encode_native(kernels, values, payload, seed & 0xFFFFFFFF)
+
     def values_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The entries as contiguous float32; ConfigError if they are not floats of a dense tensor."""
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOAT_TYPES or tensor.is_sparse:

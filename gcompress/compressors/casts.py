@@ -225,10 +225,11 @@ class MXFP4(_Cast):
 class BF16(Compressor):
     """The upper half of every float32 (bfloat16): its range, with 8 bits of precision.
 
-    Rounded to nearest, ties to even.
+    Args:
+        rounding: "nearest" (ties to even; biased, a contraction) or "stochastic" (unbiased: to the larger
+            neighbour as often as the entry is near to it; the error is up to twice as large).
 
-    Saturating: what is finite stays finite. Not-a-number and infinity stay what they are. Biased
-    (rounds to nearest), a contraction.
+    Saturating: what is finite stays finite. Not-a-number and infinity stay what they are.
 
     >>> payload, ctx = BF16().compress(torch.randn(1024))
     >>> payload.numel()
@@ -236,14 +237,23 @@ class BF16(Compressor):
     """
 
     name: ClassVar[str] = "bf16"
-    examples: ClassVar[tuple] = ("bf16",)
+    examples: ClassVar[tuple] = ("bf16", "bf16:rounding=stochastic")
     kernels: ClassVar[tuple] = ("bf16_encode", "bf16_decode")
+
+    rounding: str = "nearest"
+
+    def __post_init__(self):
+        check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+
+    @property
+    def unbiased(self) -> bool:
+        return self.rounding == "stochastic"
 
     def nbytes(self, numel: int) -> int:
         return 2 * numel
 
     def _encode_native(self, kernels, values, payload, seed):
-        kernels.bf16_encode(values.data_ptr(), values.numel(), payload.data_ptr())
+        kernels.bf16_encode(values.data_ptr(), values.numel(), self.unbiased, seed, payload.data_ptr())
 
     def _decode_native(self, kernels, payload, out, add):
         kernels.bf16_decode(payload.data_ptr(), out.numel(), add, out.data_ptr())
@@ -251,7 +261,10 @@ class BF16(Compressor):
     def _encode_reference(self, values, seed):
         pattern = values.view(torch.int32).to(torch.int64)
         keys = pattern & 0x7FFFFFFF
-        codes = ((keys + 0x7FFF + ((keys >> 16) & 1)) >> 16).clamp(max=0x7F7F)
+        below = 0x7FFF + ((keys >> 16) & 1)
+        if self.unbiased:
+            below = packing.hashed(torch.arange(values.numel(), device=values.device), seed) >> 16
+        codes = ((keys + below) >> 16).clamp(max=0x7F7F)
         codes = torch.where(keys == packing.INFINITY_KEY, 0x7F80, codes)
         codes = torch.where(keys > packing.INFINITY_KEY, 0x7FC0, codes)
         return _integer_bytes(codes | (pattern < 0).to(torch.int64) << 15, 16)
@@ -274,8 +287,8 @@ def cast_decode(gpu, payload, n, form, bucket, add, out):
 
 
 @device_kernel(keeps_residual=True)
-def bf16_encode(gpu, x, n, payload):
-    gpu.launch("cast", "bf16_encode", ceil_div(n, FOUR), x, *gpu.feedback, n, payload)
+def bf16_encode(gpu, x, n, stochastic, seed, payload):
+    gpu.launch("cast", "bf16_encode", ceil_div(n, FOUR), x, *gpu.feedback, n, stochastic, seed, payload)
 
 
 @device_kernel

@@ -18,7 +18,7 @@ from ..compressors import Compressor, Context
 from ..errors import ExchangeError
 from ..feedback import EstimateFeedback, new_memory, second_memory
 from ..memory import Memory
-from ..policy import as_policy
+from ..policy import Policy, as_policy
 from . import saved_state
 from .encoding_errors import add_errors
 from .plan import Plan
@@ -35,7 +35,7 @@ class GradientExchange(Results):
 
     Args:
         policy: what `gcompress.as_policy` takes, or None when nothing is compressed and
-            the exchange only counts.
+            the exchange only counts. "auto" is decided by the first `prepare`, on all ranks.
         engine: see engine.py; may be None when policy is.
         average: whether the results are the ranks' mean, or their sum.
         scaler: the loss scale that gradients carry, see `gcompress.exchange.scaling.LossScale`.
@@ -50,6 +50,7 @@ class GradientExchange(Results):
         self.engine = engine
         self.average = average
         self.plan = None
+        self.chosen = False  # whether "auto" decided the policy
         # False: results are not looked at before they are waited for, since the ranks have yet to compare
         # their configurations, and a rank that refused another one's bytes would end alone.
         self.agreed = True
@@ -87,20 +88,41 @@ class GradientExchange(Results):
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
-    def prepare(self, shapes: dict[str, torch.Size], *, alone: Iterable[str] = ()) -> None:
+    def prepare(
+        self, shapes: dict[str, torch.Size], *, alone: Iterable[str] = (), device: torch.device | None = None
+    ) -> None:
         """Plan the exchange of {name: shape}, in the model's order, for the engine's number of ranks.
 
         Logs the plan on rank 0. `start` plans a parameter that is not in it by itself. alone: names that travel in no
-        bucket with others.
+        bucket with others. device: where gradients lie, for "auto", which all ranks then decide together.
         """
+        if self.policy and self.policy.undecided:
+            from ..forecast.decide import decide  # which runs exchanges of its own
+
+            self._take(decide(self.policy, self.engine, shapes, device))
+            self.chosen = True
         self._alone = [name for name in alone if name in shapes]
         self.plan = self._plan_type(self.policy, shapes, self.engine.world_size(), self._alone)
         owned = self.owned_pieces()
+        if self.feedback:
+            self.feedback.of_rank(self.engine.rank())
         self.owner_feedback.memories["residual"].drop(lambda key: key not in owned)
         if self.engine.rank() == 0:
             log.info("gradients travel by\n%s", self.plan)
             for rule in self.plan.unused_rules():
                 log.warning("policy: the rule %s matches none of the %d parameters", rule, len(shapes))
+
+    def _take(self, policy):
+        self.policy = policy
+        self.feedback, self.owner_feedback = new_memory(policy, at_once=False), second_memory(policy)
+
+    def adopt(self, policy: Policy) -> None:
+        """Use what a saved state's run used, in place of what "auto" chose now; before the first step, on all ranks."""
+        if policy != self.policy:
+            log.warning("auto: chose %s, goes on with %s, as the saved state", self.policy, policy)
+            self._take(policy)
+            if self.plan:
+                self.prepare({name: entry.shape for name, entry in self.plan.entries.items()}, alone=self._alone)
 
     def owned_pieces(self) -> dict[str, int]:
         """{key in the owner's feedback: entries} of the pieces that are this rank's."""
@@ -175,6 +197,7 @@ class GradientExchange(Results):
             )
             results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
         tasks, first = [], next(iter(gradients))
+        steps: dict[str, tuple]
         for way, members in ways.items():
             if way == "summed":
                 steps = {name: (self._ways.summed(name, each), [name]) for name, each in members.items()}

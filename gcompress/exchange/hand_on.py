@@ -9,8 +9,7 @@ import re
 import torch
 
 from ..errors import ConfigError
-from ..feedback import EstimateFeedback, new_memory
-from ..memory import checked_copies
+from ..feedback import EstimateFeedback, new_memory, second_memory
 from .engine import result
 
 
@@ -26,7 +25,9 @@ def memory_sums(exchange, saved):
 def sums_of(policy, sizes, saved):
     """`memory_sums` for a policy and {parameter: entries}."""
     feedback = new_memory(policy)
-    tensors = feedback.checked(saved["feedback"], sizes) if feedback and saved is not None else {}
+    tensors = {}
+    if feedback and saved is not None:
+        tensors = feedback.vectors_of(feedback.checked(saved["feedback"], sizes))
     device = next((tensor.device for values in tensors.values() for tensor in values.values()), None)
     vectors, kinds = {}, (*(feedback.kinds if feedback else ()), "owner")
     for name, numel in sizes.items():
@@ -37,7 +38,8 @@ def sums_of(policy, sizes, saved):
         return vectors
     for kind, values in tensors.items():
         vectors.update({f"{kind}/{name}": tensor for name, tensor in values.items()})
-    for key, residual in checked_copies("owner's residual", saved["owner_feedback"]).items():
+    owners = second_memory(policy).memories["residual"]
+    for key, residual in owners.vectors_of(owners.checked("owner's residual", saved["owner_feedback"])).items():
         name, start, stop = _piece_of(key)
         if f"owner/{name}" not in vectors or not 0 <= start < stop <= sizes[name] or residual.numel() != stop - start:
             raise ConfigError(f"owner's residual: got {key!r}, expected a piece of one of the policy's parameters")
@@ -80,8 +82,8 @@ def take_over(exchange, sums, ranks, memories, steps):
             kinds["residual"][name] += owner if exchange.average else owner / shares
         pieces.update(_own_pieces(exchange, name, owner))
     if exchange.feedback:
-        exchange.feedback.load_tensors(kinds)
-    exchange.owner_feedback.load_tensors({"residual": pieces})
+        exchange.feedback.load_vectors(kinds)
+    exchange.owner_feedback.load_vectors({"residual": pieces})
     exchange.memories.load({name: dict(memory) for name, memory in memories.items()})
     exchange.steps = steps
 
@@ -97,7 +99,7 @@ def replan(exchange, shapes):
         adding = exchange.engine.allreduce(f"replan.{name}", 0, sums[f"owner/{name}"], "sum")
         owner = result(adding, f"the owners' residuals of {name}")
         pieces.update(_own_pieces(exchange, name, owner))
-    exchange.owner_feedback.load_tensors({"residual": pieces})
+    exchange.owner_feedback.load_vectors({"residual": pieces})
 
 
 def _own_pieces(exchange, name, owner):

@@ -13,7 +13,8 @@ import torch
 
 from ..checks import check_integer
 from ..errors import ConfigError, ExchangeError, PayloadError
-from ..packing import bytes_to_float, float_to_bytes
+from ..packing import bytes_to_float
+from .partition import PartitionCodec
 from .server_rounds import BoundedStaleness, SynchronousRounds, memory_of
 
 HEAD = 24  # bytes before the vectors of a memory: a round number and two flags, int64
@@ -27,9 +28,10 @@ class Answer(NamedTuple):
     payload: torch.Tensor  # 1-D uint8
 
 
-def memory_sizes(numel: int) -> list[int]:
-    """The bytes that `ParameterServer.memory` of a partition may have: with no vector, with one, with two."""
-    return [HEAD + 4 * numel * vectors for vectors in range(3)]
+def memory_sizes(codec: PartitionCodec, key: int) -> list[int]:
+    """The bytes that `ParameterServer.memory(key)` may have: with and without a residual, and a velocity."""
+    residual, velocity = codec.residual_nbytes(key), 4 * codec.partitions[key].numel
+    return [HEAD + some + more for some in (0, residual) for more in (0, velocity)]
 
 
 class ParameterServer:
@@ -98,19 +100,22 @@ class ParameterServer:
         """
         rounds, residual, velocity = self._synchronous(key).memory(applied)
         head = torch.tensor([rounds, residual is not None, velocity is not None])
-        floats = [values for values in (residual, velocity) if values is not None]
-        return torch.cat([head.view(torch.uint8), *map(float_to_bytes, floats)])
+        vectors = [vector for vector in (residual, velocity) if vector is not None]
+        return torch.cat([head.view(torch.uint8), *(vector.view(torch.uint8) for vector in vectors)])
 
     def load_memory(self, key: int, memory: torch.Tensor) -> None:
         """Go on from `memory(key)`, between rounds; PayloadError if it is not one of this key."""
         state, numel = self._synchronous(key), self._codec.partitions[key].numel
         head = memory[:HEAD].clone()
-        rounds, *there = head.view(torch.int64).tolist() if head.numel() == HEAD else [0]
-        if memory.numel() != HEAD + 4 * numel * sum(there):
+        rounds, *there = head.view(torch.int64).tolist() if head.numel() == HEAD else [0, 0, 0]
+        sizes = [self._codec.residual_nbytes(key) * bool(there[0]), 4 * numel * bool(there[1])]
+        if memory.numel() != HEAD + sum(sizes):
             raise PayloadError(f"memory of {self._name(key)!r}: got {memory.numel()} bytes for {numel} entries")
-        floats = iter(bytes_to_float(memory[HEAD:].clone()).split(numel))
-        residual, velocity = (next(floats) if here else None for here in there)
-        state.load(rounds, residual, velocity)
+        residual, velocity = memory[HEAD:].split(sizes)
+        try:
+            state.load(rounds, residual.clone() if there[0] else None, bytes_to_float(velocity) if there[1] else None)
+        except ConfigError as error:
+            raise PayloadError(f"memory of {self._name(key)!r}: {error}") from None
 
     def missing(self) -> dict[int, str]:
         """{worker: the name of a parameter} for those whose push others wait for."""

@@ -13,6 +13,7 @@ from ..errors import ConfigError, PayloadError
 from ..feedback import EstimateFeedback, NoFeedback, new_memory, second_memory, whole
 from ..packing import bytes_to_float, float_to_bytes, to_type
 from ..policy import Policy
+from ..residual_types import PACKED, saved_nbytes
 from .encoding_errors import coded
 
 
@@ -81,6 +82,8 @@ class PartitionCodec:
         self._feedback = new_memory(policy, at_once=False) if policy else None
         if self._feedback and side == "server":
             self._feedback = second_memory(policy)
+        if self._feedback:
+            self._feedback.of_rank(side)
 
     def encode(self, key: int, values: torch.Tensor, step: int, peer: str = "") -> torch.Tensor:
         """The payload (1-D uint8) of a 1-D float32 tensor; `peer` names a memory of its own for one receiver."""
@@ -148,22 +151,26 @@ class PartitionCodec:
             self._feedback.add(memory_name(part), values)
 
     def residual(self, key: int, proposed: bool = False) -> torch.Tensor | None:
-        """A copy of a partition's residual, or of the one that is proposed if that is asked for; or None."""
+        """A partition's residual as 1-D uint8, or the one that is proposed if that is asked for; or None."""
         if self._feedback is None:
             return None
-        name = memory_name(self.partitions[key])
-        found = self._feedback.memories["residual"].latest(name) if proposed else self._feedback.residual(name)
-        return None if found is None else found.clone()
+        saved = self._feedback.memories["residual"].saved_one(memory_name(self.partitions[key]), proposed)
+        return None if saved is None else saved.view(torch.uint8)
 
-    def load_residual(self, key: int, values: torch.Tensor | None) -> None:
-        """Go on from `residual(key)`."""
+    def residual_nbytes(self, key: int) -> int:
+        """The bytes of `residual(key)`."""
+        return saved_nbytes(self._policy.residual if self._policy else "float32", self.partitions[key].numel)
+
+    def load_residual(self, key: int, saved: torch.Tensor | None) -> None:
+        """Go on from `residual(key)`; ConfigError if it is none."""
         if self._feedback is None:
             return
-        residuals, name = self._feedback.memories["residual"], memory_name(self.partitions[key])
+        residuals, part = self._feedback.memories["residual"], self.partitions[key]
+        name, packed = memory_name(part), self._policy.residual in PACKED
         residuals.drop(lambda other: other == name)
-        if values is not None:
-            residuals.put(name, values)
-            residuals.apply([name])
+        if saved is not None:
+            values = saved if packed else bytes_to_float(saved)
+            residuals.load_one(name, residuals.checked("residual", {name: values}, {name: part.numel})[name])
 
     def forget(self, peer: str) -> None:
         """Drop the memories of a receiver that is gone."""

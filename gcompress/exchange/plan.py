@@ -8,6 +8,7 @@ owners however an engine forms its buckets.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import zlib
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from ..compressors import Compressor
 from ..feedback import new_memory
 from ..policy import Rule
+from ..residual_types import PACKED, held_nbytes
 
 # A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole;
 # of whole rows for compressors that look at the shape.
@@ -109,10 +111,10 @@ class Plan:
         for entry in self.entries.values():
             if entry.exchange not in ("twophase", "turns"):
                 continue
-            free, pieces = set(range(self.world_size)), []
-            for start, stop in borders(entry.compressor, entry.shape, self.world_size):
-                owner = min(free, key=lambda rank: (load[rank], rank))
-                free.remove(owner)
+            cuts, pieces = borders(entry.compressor, entry.shape, self.world_size), []
+            # A rank has one piece of a parameter at most: who is next does not depend on the sizes of its pieces.
+            owners = heapq.nsmallest(len(cuts), range(self.world_size), key=lambda rank: (load[rank], rank))
+            for owner, (start, stop) in zip(owners, cuts, strict=True):
                 load[owner] += entry.compressor.nbytes(stop - start)
                 pieces.append(Piece(owner, start, stop))
             entry.pieces = tuple(pieces)
@@ -159,9 +161,18 @@ class Plan:
         total = 0
         for entry in self.entries.values():
             if entry.compressor and self.policy.feedback_for(entry.compressor):
-                total += 4 * entry.numel * kinds
-                total += 4 * entry.numel // self.world_size if entry.exchange == "twophase" else 0
+                total += held_nbytes(self.policy.residual, entry.numel) * kinds
+                owned = sum(held_nbytes(self.policy.residual, piece.numel) for piece in entry.summed_pieces)
+                total += owned // self.world_size
         return total
+
+    def scratch_bytes(self) -> int:
+        """The float32 bytes in which a rank unpacks what error feedback holds, the largest tensor's at a time."""
+        if self.policy.residual not in PACKED:
+            return 0
+        feeding = [e for e in self.entries.values() if e.compressor and self.policy.feedback_for(e.compressor)]
+        whole = max((e.numel for e in feeding if e.exchange in ("allgather", "twophase")), default=0)
+        return 4 * (whole + max((piece.numel for e in feeding for piece in e.summed_pieces), default=0))
 
     def __str__(self):
         lines = []
@@ -179,7 +190,12 @@ class Plan:
         uncompressed = self.reference_rounds * (self.world_size - 1) * half // self.world_size
         total = round(sum(self.wire_bytes().values()))
         if remembered := self.memory_bytes():
-            lines.append(f"memory of what is not sent: {remembered:,} bytes per rank, and as much for what is proposed")
+            kept = "" if self.policy.residual == "float32" else f" ({self.policy.residual})"
+            scratch = f"; {self.scratch_bytes():,} to unpack it" if self.scratch_bytes() else ""
+            lines.append(
+                f"memory of what is not sent{kept}: {remembered:,} bytes per rank, and as much for what is "
+                f"proposed{scratch}"
+            )
         lines.append(
             f"{self.world_size} ranks send {total:,} bytes each per step; "
             f"a float16 {self.reference} would send {uncompressed:,}"

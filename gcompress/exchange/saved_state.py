@@ -11,6 +11,7 @@ A state is a dict. Of one rank:
     feedback            `ErrorFeedback.state_dict()`
     owner_feedback      {"NAME[START:STOP]": residual of a piece that this rank owns}
     memories            {parameter: {key: number or tensor}} of summable compressors
+Where a policy's `residual` is packed, a vector is uint8: entries and how often it was written (int64), and a payload.
 Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", …: float32 vector}.
 """
 
@@ -122,6 +123,8 @@ def load(exchange: GradientExchange, saved: dict) -> None:
     _check_keys(saved, MERGED_KEYS if merged else KEYS)
     policy = exchange.policy.to_dict() if exchange.policy else None
     if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
+        if exchange.chosen and exchange.report.steps == exchange.steps == 0 and saved["policy"]:
+            return _load_as_saved(exchange, saved)
         raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
     check_counts(saved)
     _check_shapes(exchange, saved["shapes"])
@@ -135,6 +138,17 @@ def load(exchange: GradientExchange, saved: dict) -> None:
         tensors, pieces = _checked_own(exchange, saved)
         _put(exchange, tensors, pieces, memories, saved["steps"])
     exchange.report.load(saved["report"])
+
+
+def _load_as_saved(exchange, saved):
+    """Go on from a state with the policy that it was saved with, where "auto" chose another one this time."""
+    chosen = exchange.policy
+    exchange.adopt(as_policy(saved["policy"]))
+    try:
+        load(exchange, saved)
+    except ConfigError:
+        exchange.adopt(chosen)
+        raise
 
 
 def put_back(exchange: GradientExchange, saved: dict) -> None:
@@ -202,7 +216,8 @@ def _checked_own(exchange, saved):
     sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
     tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
     owned = exchange.owned_pieces() if exchange.plan else {}
-    return tensors, {"residual": checked_copies("owner's residual", saved["owner_feedback"], owned)}
+    pieces = exchange.owner_feedback.memories["residual"]
+    return tensors, {"residual": pieces.checked("owner's residual", saved["owner_feedback"], owned)}
 
 
 def _checked_memories(memories, shapes):

@@ -28,7 +28,8 @@ class Task:
 
     def __init__(self, name: str, steps: Steps, group: GroupTimes, times: Times):
         self.name, self.done, self.result, self.group = name, False, None, group
-        self._steps, self._rounds, self._operation, self._times = steps, 0, None, times
+        self._steps, self._rounds, self._times = steps, 0, times
+        self._operation: Any = None
         self._sent: tuple[str, int, float] | None = None  # what is on the wire: method, bytes, since when
 
     def _step(self, engine: Engine, result: Any, start: float):
@@ -68,7 +69,8 @@ class Schedule:
     """The exchanges of one rank that are under way; times: of its report, which are told when what is done."""
 
     def __init__(self, times: Times | None = None):
-        self._tasks, self._times = [], times or Times()
+        self._tasks: list[Task] = []
+        self._times = times or Times()
 
     def start(self, engine: Engine, name: str, steps: Steps, parameters: Iterable[str] = ()) -> Task:
         """Begin an exchange and return its Task; its first operation is under way. parameters: that travel in it."""

@@ -39,13 +39,13 @@ def _calls(kernels, compressor, numel):
         return None
     if numel == 0 or not compressor.fixed_size or compressor.uses_shape or compressor.parts:
         return None
-    values, payload = _Sized(numel), _Sized(compressor.nbytes(numel))
+    values, payload = SizedTensor(numel), SizedTensor(compressor.nbytes(numel))
     encode = recorded(kernels, lambda to: compressor._encode_native(to, values, payload, 0), "gc_memory")
     decode = recorded(kernels, lambda to: compressor._decode_native(to, payload, values, False), "gc_more")
     return encode and decode and (encode, decode)
 
 
-class _Sized:
+class SizedTensor:
     """A CPU tensor of `numel` entries, of which only the number is real."""
 
     device = torch.device("cpu")

@@ -31,6 +31,7 @@ from ..feedback import NoFeedback
 from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
+from .packed_together import PackedTogether
 from .pieces import Item, OneByOne, decode_mean_of_senders
 from .plan import Piece, Plan
 from .summed import sum_over_ranks
@@ -237,7 +238,7 @@ class Ways:
         """What codes the items, some of the Route or all: by one call where that can be, or else one by one."""
         memory, absent, world_size = self._exchange.feedback, self._exchange.absent, self._exchange.engine.world_size()
         if (
-            (memory and not memory.together)
+            (memory and not memory.together and not memory.packed)
             or not absent.isdisjoint(gradients)
             or not all(each.place.is_cpu for each in gradients.values())
         ):
@@ -245,7 +246,8 @@ class Ways:
         key = backends.cpu_kernels(), items is route.items
         if key not in route.coders:
             calls = together.calls_of(items, world_size)
-            route.coders[key] = together.Together(items, calls, world_size) if calls else None
+            made = PackedTogether if memory and memory.packed else together.Together
+            route.coders[key] = made(items, calls, world_size) if calls else None
         return route.coders[key] or OneByOne(items)
 
     def _count_two_phase(self, names, sizes):

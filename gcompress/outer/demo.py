@@ -22,7 +22,7 @@ import torch
 from ..checks import check_number, check_positive, is_number, shown
 from ..errors import ConfigError, NotFiniteError
 from ..exchange.engine import agree
-from ..policy import Policy, as_policy
+from ..policy import Policy, as_policy, check_decided
 from .means import mean_exchange
 from .tensors import named_parameters_of
 
@@ -119,6 +119,7 @@ def _policy(compression, decay):
     if not is_number(decay) or not 0 < decay <= 1:
         raise ConfigError(f"decay: got {shown(decay)}, expected 0 < decay <= 1")
     policy = as_policy(compression)
+    check_decided(policy, "DeMo")
     if policy is not compression and policy == Policy(policy.compressor):
         policy = Policy(policy.compressor, min_numel=1)
     if policy.feedback_decay is None and policy.error_feedback != "ef21":

@@ -29,7 +29,7 @@ import torch
 from ..checks import check_integer, check_positive, is_number, shown
 from ..errors import ConfigError, ExchangeError
 from ..exchange.engine import agree
-from ..policy import Policy, Rule, as_policy
+from ..policy import Policy, Rule, as_policy, check_decided
 from . import outer_state
 from .fragments import fragments_of
 from .means import mean_exchange
@@ -309,6 +309,7 @@ class OuterOptimizer:
 
 def _policy(compression, names):
     policy = Policy(None) if compression is None else as_policy(compression)
+    check_decided(policy, "OuterOptimizer")
     if policy.feedback_decay is None and policy.error_feedback in (None, True):
         policy = dataclasses.replace(policy, feedback_decay=DECAY_OF_TURNS if policy.exchange == "turns" else DECAY)
     alone = [Rule(None, name=f"{BUFFER}*")] if any(name.startswith(BUFFER) for name in names) else []

@@ -1,7 +1,7 @@
 """gcompress for Hugging Face Accelerate.
 
     accelerator = accelerate.Accelerator()
-    compression = gcompress.plugins.accelerate.compress(accelerator, "mask:sparsity=0.99,bits=2")
+    compression = gcompress.plugins.accelerate.register(accelerator, "mask:sparsity=0.99,bits=2")
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 
 Before `prepare` or after it, once for each Accelerator; options of `DistributedDataParallelKwargs` stay as they
@@ -9,6 +9,6 @@ are. Every model gets a memory of its own. `accelerator.save_state` and `load_st
 rank (see gcompress/exchange/rank_files.py). `compression.report` counts bytes.
 """
 
-from .handler import PreparedModels, compress
+from .handler import PreparedModels, register
 
-__all__ = ["PreparedModels", "compress"]
+__all__ = ["PreparedModels", "register"]

@@ -11,7 +11,8 @@ try:
 except ImportError as error:
     raise ImportError(f"gcompress.plugins.accelerate needs accelerate: pip install accelerate ({error})") from error
 
-from gcompress.plugins.ddp.hook import GradientState, register
+from gcompress.plugins.ddp.hook import GradientState
+from gcompress.plugins.ddp.hook import register as register_parallel
 from gcompress.plugins.ddp.unwrap import parallel_with
 
 from gcompress.errors import ConfigError
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class PreparedModels:
-    """The compression of the models that an Accelerator prepares; `compress` makes it."""
+    """The compression of the models that an Accelerator prepares; `register` makes it."""
 
     def __init__(self, accelerator: Accelerator, compression, scaler=None):
         self._accelerator, self._policy, self._scaler = accelerator, as_policy(compression), scaler
@@ -53,7 +54,7 @@ class PreparedModels:
 
     def register(self, parallel: torch.nn.parallel.DistributedDataParallel) -> None:
         """Compress the gradients of a model that was prepared."""
-        self._states[parallel.module] = register(parallel, self._policy, scaler=self._scaler)
+        self._states[parallel.module] = register_parallel(parallel, self._policy, scaler=self._scaler)
 
     def register_prepared(self) -> None:
         """Compress the gradients of the models that were prepared already."""
@@ -101,7 +102,7 @@ class _Handler(DistributedDataParallelKwargs):
         self._compression.register(model)
 
 
-def compress(accelerator: Accelerator, compression, *, scaler=None) -> PreparedModels:
+def register(accelerator: Accelerator, compression, *, scaler=None) -> PreparedModels:
     """Compress the gradients of every model that an Accelerator prepares, or has prepared.
 
     Args:

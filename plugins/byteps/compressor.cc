@@ -78,8 +78,8 @@ const Method METHODS[] = {
          return 0;
      }},
     {"bf16",
-     [](const float* x, int64_t n, const int64_t*, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
-         kernels->bf16_encode(nullptr, x, n, payload);
+     [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
+         kernels->bf16_encode(nullptr, x, n, a[0], seed, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t*, float* out) {
          kernels->bf16_decode(nullptr, payload, n, 0, out);

@@ -41,6 +41,10 @@ def _cast(compressor, numel):
     return compressor.form, compressor._bucket(numel)
 
 
+def _bf16(compressor, numel):
+    return (compressor.unbiased,)
+
+
 def _nothing(compressor, numel):
     return ()
 
@@ -56,7 +60,7 @@ METHODS = {
     FP16: ("cast", _cast),
     FP8: ("cast", _cast),
     MXFP4: ("cast", _cast),
-    BF16: ("bf16", _nothing),
+    BF16: ("bf16", _bf16),
 }
 
 

@@ -32,6 +32,8 @@ class Compression:
     def begin(self, name: str, absent: bool, step: int) -> None:
         """Say what `compress` is given next, whether nobody computed it here, and how many steps were applied."""
         self._name, self._absent, self._step = name, absent, step
+        if self._feedback:
+            self._feedback.of_rank(bps.rank())
 
     def settle(self, names: set[str], applied: bool) -> None:
         """The last results of these names were applied, or not."""

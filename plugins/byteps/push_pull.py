@@ -14,6 +14,7 @@ from gcompress.exchange.applied import holds_nothing
 from gcompress.exchange.engine import agree, name_of
 from gcompress.exchange.results import Results
 from gcompress.exchange.scaling import unscaled
+from gcompress.forecast.decide import decide
 from gcompress.policy import Policy, as_policy, check_momentum
 
 from . import workers
@@ -128,6 +129,7 @@ class PushPullExchange(Results):
         self._name = None  # of the gradient that BytePS hands over next
         if isinstance(compression, (Compressor, Policy, str, dict)):
             self._inner, self.policy = bps.Compression.none, as_policy(compression)
+            self.policy = decide(self.policy, workers.BytePSWorkers(), {name: p.shape for name, p in named.items()})
             self._declare(named)
         elif isinstance(compression, Compression):
             self.policy = compression.policy
@@ -148,6 +150,10 @@ class PushPullExchange(Results):
             raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
         if self.policy.error_feedback == "ef21":
             raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
+        if self.policy.residual != "float32":
+            raise ConfigError(
+                f"residual: got {self.policy.residual!r}, expected 'float32': BytePS's C++ compressors keep no other"
+            )
         for name, p in named.items():
             compressor = self.policy.compressor_for(name, p.numel())
             if compressor is None:

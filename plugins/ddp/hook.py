@@ -54,7 +54,8 @@ class GradientState:
         trained = {name: p for name, p in plain_names(parallel.module) if p.requires_grad}
         check_types(self.exchange.policy, trained)
         self.exchange.engine = ProcessGroupEngine(parallel.process_group)
-        self.exchange.prepare({name: p.shape for name, p in trained.items()})
+        device = next((p.device for p in trained.values()), None)
+        self.exchange.prepare({name: p.shape for name, p in trained.items()}, device=device)
         self.exchange.watch(trained)
         self._names = {p: name for name, p in trained.items()}
         self._strides = {name: p.stride() for name, p in trained.items() if _is_dense(p) and not p.is_contiguous()}

@@ -83,7 +83,8 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     self._gcompress_world, self._gcompress_ranks = None, None  # see elastic.py
     if ours and self.process_set.included():
         trained = _trained(self)
-        self._gcompress.prepare({name: p.shape for name, p in trained.items()})
+        device = next((p.device for p in trained.values()), None)
+        self._gcompress.prepare({name: p.shape for name, p in trained.items()}, device=device)
         self._gcompress.watch(trained)
         self.register_step_pre_hook(_refuse_unsynchronized_scaler)
         self.register_step_post_hook(_adopt_unfrozen)

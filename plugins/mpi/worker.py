@@ -15,6 +15,8 @@ from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
 from gcompress.exchange.scaling import unscaled
 from gcompress.exchange.times import DECODE, ENCODE
+from gcompress.feedback import new_memory
+from gcompress.forecast.decide import decide
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
@@ -64,6 +66,8 @@ class Worker(Results):
             raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
         if self.policy and self.policy.mean != "ranks":
             raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
+        if self.policy and self.policy.undecided:
+            self.policy = decide(self.policy, job.all_workers, {name: torch.Size([n]) for name, n in sizes.items()})
         self.job = job
         configuration = {
             **job.settings,
@@ -280,11 +284,7 @@ class Worker(Results):
         tensors = self._codec.checked(state["feedback"])
         for key, memory in state["servers"].items():
             known = isinstance(key, int) and key in range(len(self.partitions)) and isinstance(memory, torch.Tensor)
-            if (
-                not known
-                or memory.dtype != torch.uint8
-                or memory.numel() not in memory_sizes(self.partitions[key].numel)
-            ):
+            if not known or memory.dtype != torch.uint8 or memory.numel() not in memory_sizes(self._codec, key):
                 raise ConfigError(f"state: got servers' memory of {key!r} that is none of this job's partitions'")
         self.discard()
         self._not_applied.clear()
@@ -305,7 +305,7 @@ class Worker(Results):
         if not isinstance(state["servers"], dict):
             raise ConfigError(f"state: got servers={state['servers']!r}, expected their memory by key")
         policy = self.policy.to_dict() if self.policy else None
-        if state["policy"] != policy:
+        if (as_policy(state["policy"]).to_dict() if state["policy"] else None) != policy:
             raise ConfigError(f"policy: the saved state is of {state['policy']}, this run uses {policy}")
         if state["partition_numel"] != self._partition_numel:
             raise ConfigError(
@@ -332,7 +332,7 @@ class Worker(Results):
         pending = {}
         for key, part in enumerate(self.partitions):
             skipped = part.name in self._not_applied or (part.name in self.open_names and self._watch is not None)
-            pending[key] = self._ask(key, memory_tag(key), max(memory_sizes(part.numel)), question=int(skipped))
+            pending[key] = self._ask(key, memory_tag(key), max(memory_sizes(self._codec, key)), question=int(skipped))
         found = {}
 
         def all_came():
@@ -358,7 +358,21 @@ def merge_states(states: Iterable[dict]) -> dict:
     for key in ("policy", "partition_numel", "sizes", "steps", "world_size"):
         if any(state[key] != first[key] for state in states):
             raise ConfigError(f"states: got workers that differ in {key}, expected states of one run after one step")
-    return {**first, "rank": None, "feedback": _mean_of([state["feedback"] for state in states])}
+    return {
+        **first,
+        "rank": None,
+        "feedback": _merged_feedback(first["policy"], [state["feedback"] for state in states]),
+    }
+
+
+def _merged_feedback(policy, feedbacks):
+    """The mean of workers' memories, as each of them keeps it."""
+    memory = new_memory(as_policy(policy)) if policy else None
+    if memory is None:
+        return {}
+    vectors = [memory.vectors_of(memory.checked(feedback)) for feedback in feedbacks]
+    memory.load_vectors(_mean_of(vectors))
+    return memory.state_dict()
 
 
 def _mean_of(states):

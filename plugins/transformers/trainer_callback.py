@@ -1,7 +1,7 @@
 """A callback of the Trainer that was given the Trainer.
 
 Callbacks are not told which checkpoint training resumes from, and get the model without what is wrapped around it.
-So this one is not for `Trainer(callbacks=[…])`: `compress` takes the Trainer and adds it.
+So this one is not for `Trainer(callbacks=[…])`: `register` takes the Trainer and adds it.
 """
 
 import functools
@@ -16,7 +16,8 @@ except ImportError as error:
         f"gcompress.plugins.transformers needs Transformers: pip install transformers accelerate ({error})"
     ) from error
 
-from gcompress.plugins.ddp.hook import GradientState, register
+from gcompress.plugins.ddp.hook import GradientState
+from gcompress.plugins.ddp.hook import register as register_parallel
 from gcompress.plugins.ddp.unwrap import parallel_of
 
 from gcompress.errors import ConfigError
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainerCompression(transformers.TrainerCallback):
-    """The compression of a Trainer's gradients; `compress` makes it.
+    """The compression of a Trainer's gradients; `register` makes it.
 
     Attributes:
         state: the GradientState, from the beginning of the first training on; None with one process.
@@ -65,7 +66,7 @@ class TrainerCompression(transformers.TrainerCallback):
             return
         parallel = parallel_of(wrapped)
         if parallel is not self._parallel:  # of a second call of `train` it is the first's
-            self.state, self._parallel = register(parallel, self._policy, scaler=self._scaler), parallel
+            self.state, self._parallel = register_parallel(parallel, self._policy, scaler=self._scaler), parallel
         if self._resumed_from is not None:
             engine = self.state.exchange.engine
             saved = read_rank_file(self._resumed_from, engine.rank(), engine.world_size())
@@ -96,7 +97,7 @@ class TrainerCompression(transformers.TrainerCallback):
             state.log_history[-1].update(scalars)
 
 
-def compress(trainer: transformers.Trainer, compression, *, scaler=None, log_bytes: bool = True) -> TrainerCompression:
+def register(trainer: transformers.Trainer, compression, *, scaler=None, log_bytes: bool = True) -> TrainerCompression:
     """Compress the gradients of a Trainer, in every `train()` from now on.
 
     Args:

@@ -9,13 +9,7 @@ namespace {
 
 // Vectors as wide as registers are, by gcc's and clang's types: left to itself, gcc 12 shuffles across rows, and of wider
 // ones than there are it makes memory.
-#if defined(__AVX512F__)
-typedef double Doubles __attribute__((vector_size(64)));
-#elif defined(__AVX2__)
-typedef double Doubles __attribute__((vector_size(32)));
-#else
-typedef double Doubles __attribute__((vector_size(16)));
-#endif
+typedef double Doubles __attribute__((vector_size(4 * WIDE)));
 const int DOUBLES_WIDE = sizeof(Doubles) / sizeof(double);
 GC_HOT void load_doubles_wide(Doubles* value, const double* p) { memcpy(value, p, sizeof *value); }
 GC_HOT void store_doubles_wide(double* p, const Doubles* value) { memcpy(p, value, sizeof *value); }
