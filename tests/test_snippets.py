@@ -149,8 +149,10 @@ BLOCKS = {
             "assert exchange.steps == 1",
         ),
         "accelerate stands beside torch.distributed.checkpoint: tests/test_frameworks.py, tests/promises_of_memory.py",
+        (f"{DDP}model = torch.nn.parallel.DistributedDataParallel(model)\n", COUNTED),
     ],
     "OUTER.md": [(OUTER, "assert outer.steps == 20"), "elastic Horovod: tests/elastic_outer_ranks.py"],
+    "PLANNING.md": ["the ranks measure their link: tests/ddp_auto.py"],
     "POLICIES.md": [(HOROVOD + "import gcompress.plugins.horovod\n", TAKEN)],
     "SERVERS.md": ["mpirun starts it: tests/mpi_ranks.py", "servers have to be started: tests/byteps_workers.py"],
     "SPLIT.md": [
