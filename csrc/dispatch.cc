@@ -9,8 +9,9 @@
 extern "C" {
 extern const gc_kernels gc_kernels_portable;
 #if defined(__x86_64__)
-extern const gc_kernels gc_kernels_avx2;
-extern const gc_kernels gc_kernels_avx512;
+// Weak: a build may leave them out, and then they are at no address.
+extern const gc_kernels gc_kernels_avx2 __attribute__((weak));
+extern const gc_kernels gc_kernels_avx512 __attribute__((weak));
 #elif defined(__aarch64__)
 extern const gc_kernels gc_kernels_neon;
 #endif
@@ -32,13 +33,14 @@ static int runs_f16c(void) {  // which clang before 19 cannot be asked for by na
 }
 
 static int runs_avx2(void) {
-    return __builtin_cpu_supports("avx2") && runs_f16c() && __builtin_cpu_supports("bmi") &&
+    return &gc_kernels_avx2 && __builtin_cpu_supports("avx2") && runs_f16c() && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2");
 }
 
 static int runs_avx512(void) {
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return &gc_kernels_avx512 && runs_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
 }
 #endif
 

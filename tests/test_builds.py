@@ -44,7 +44,7 @@ def make_wheel(source, target, **environment):
     """(Exit code, output) of pip, and the wheels in `target`."""
     command = [*PIP, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", target, source]
     shutil.rmtree(source / "build", ignore_errors=True)
-    code, output = run(command, 120, None, environment)
+    code, output = run(command, 300, None, environment)
     return code, output, list(target.glob("*.whl"))
 
 

@@ -50,7 +50,7 @@ def wheel(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((REPOSITORY / name).read_bytes())
     built = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
-    code, output = run(built, 120, None, {"CC": "false", "CXX": "false", "GCOMPRESS_REQUIRE_NATIVE": ""})
+    code, output = run(built, 300, None, {"CC": "false", "CXX": "false", "GCOMPRESS_REQUIRE_NATIVE": ""})
     assert code == 0, output
     (file,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", file], check=True)

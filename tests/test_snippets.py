@@ -132,9 +132,9 @@ BLOCKS = {
         "the Trainer starts it: tests/test_frameworks.py",
     ],
     "FSDP.md": [
-        (SHARDED, STEP + "assert state.report.steps == 1"),
+        (SHARDED, STEP),
         "replicas and shards are several ranks: tests/test_fsdp.py",
-        (SHARDED, STEP + "assert state.weights_report.steps >= 0"),
+        (SHARDED, STEP),
         "a line with a hole: tests/test_fsdp.py",
     ],
     "HOROVOD.md": [(HOROVOD, TAKEN), (WRAPPED, STEP)],

@@ -42,7 +42,7 @@ class Task:
             return
         now = self._times.clock()
         self._times.worked(RECODE if self._rounds else ENCODE, self.group, start, now)
-        nbytes = arguments[0].numel() * arguments[0].element_size()
+        nbytes = arguments[0].nbytes
         self._times.departed(self.group, nbytes, now)
         self._sent = method, nbytes, now
         name = f"{self.name}.{self._rounds}" if self._rounds else self.name

@@ -24,6 +24,11 @@ class Transfer(NamedTuple):
     kind: str
     sizes: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """For a Schedule, which counts what it hands over."""
+        return sum(self.sizes)
+
     def sent(self, rank: int, ranks: int) -> int:
         """Bytes that a rank hands over, as `Report.sent_bytes` counts them."""
         return sum(self.sizes) if self.kind == "alltoall" else self.sizes[0 if self.kind == "allreduce" else rank]
