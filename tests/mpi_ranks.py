@@ -467,8 +467,10 @@ def run_scenario(function):
 
 
 def write_outcome(outcome):
-    with open(f"{sys.argv[1]}.{servers.job.MPI.COMM_WORLD.rank}", "w") as file:
+    path = f"{sys.argv[1]}.{servers.job.MPI.COMM_WORLD.rank}"
+    with open(f"{path}.part", "w") as file:
         json.dump(outcome, file)
+    os.replace(f"{path}.part", path)  # the launcher may end this rank amid it
 
 
 def main():

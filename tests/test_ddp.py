@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ranks
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of four ranks."""
     out = tmp_path_factory.mktemp("ddp") / "outcomes.json"
-    _, output = launch_ddp(4, "-m", "tests.ddp_ranks", out)
+    _, output = launch_ddp(4, "-m", "tests.ddp_ranks", out, timeout=400)
     if not out.exists():
         pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
     return json.loads(out.read_text())
