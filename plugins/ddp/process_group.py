@@ -1,6 +1,8 @@
 """torch.distributed as an engine (gcompress/exchange/engine.py)."""
 
+import atexit
 import json
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -70,6 +72,7 @@ class ProcessGroupEngine(ProcessGroupRanks):
         timeout = self._wait_for(everyone)
         groups = _groups_of(everyone, self.group)
         self._lanes = [self._new_lane(groups, timeout) for _ in range(LANES)]
+        atexit.register(_let_go, weakref.ref(self))
 
     @staticmethod
     def _new_lane(groups, timeout):
@@ -130,6 +133,13 @@ class GroupOperation:
     def wait(self):
         self._work.wait()
         return self._result
+
+
+def _let_go(reference):
+    """Drop an engine's groups while Python runs: Gloo's threads that outlive it may abort the process at its end."""
+    made = reference()
+    if made is not None:
+        made.group, made._lanes = None, []
 
 
 def _groups_of(everyone, group):
