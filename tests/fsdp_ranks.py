@@ -311,6 +311,17 @@ def rules_see_the_names_and_the_shapes_of_shards():
     assert pieces == [(16, 40), (16, 40), (16, 40), (13, 40)]
 
 
+@scenario
+def auto_is_decided_by_those_that_exchange():
+    for pair in meshes():
+        model, state, optimizer = applied(pair, "auto:link=1mbit")
+        chosen = gathered((dist.get_process_group_ranks(state.exchange.engine.group), str(state.exchange.policy)))
+        assert not state.exchange.policy.undecided
+        assert all(policy == str(state.exchange.policy) for ranks, policy in chosen if dist.get_rank() in ranks)
+        train(model, optimizer, steps=2)
+        assert state.exchange.steps == 2 and state.report.ratio > 4
+
+
 def entries_of(state):
     return state.exchange.plan.entries.items()
 

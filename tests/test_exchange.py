@@ -324,3 +324,16 @@ def test_a_steady_step_allocates_nothing_of_the_gradients_size(spec, exchange):
         assert result.data_ptr() == gradient.data_ptr()
         # Two steps begin the residuals, applied and proposed; two-phase has an owner's besides.
         assert step < 2 or allocations.peak < 0.6 * 4 * gradient.numel(), step
+
+
+def test_a_gradient_that_no_compressor_takes_is_refused_by_name():
+    def run(rank, exchange):
+        exchange.prepare({"w": (40, 50), "b": (50,)})
+        with pytest.raises(ConfigError, match="'b': got one that the policy leaves alone"):
+            exchange.start("b", torch.ones(50))
+        finish = exchange.start("w", torch.ones(40, 50))
+        assert not exchange.open_names - {"w"}
+        return finish()
+
+    for result in run_ranks(World(2), Policy("topk:sparsity=0"), run):
+        assert torch.equal(result, torch.ones(40, 50))

@@ -15,7 +15,7 @@ import torch
 
 from .. import packing
 from ..compressors import Compressor, Context
-from ..errors import ExchangeError
+from ..errors import ConfigError, ExchangeError
 from ..feedback import EstimateFeedback, new_memory, second_memory
 from ..memory import Memory
 from ..policy import Policy, as_policy
@@ -157,8 +157,16 @@ class GradientExchange(Results):
         Returns a function that waits and returns the mean (or sum) over ranks of what each
         rank encoded, with the gradient's shape and type and the same bits on every rank. It
         must not be called before all gradients of the step were started.
+
+        Raises:
+            ConfigError: the policy has no compressor for it.
         """
         entry, task = self._entry(name, gradient.shape), None
+        if entry.compressor is None:
+            raise ConfigError(
+                f"gradient {name!r}: got one that the policy leaves alone, expected one that it has a compressor for: "
+                "the engine's own all-reduce is for the others"
+            )
         scale = self._opened(name, absent)
         values = unscaled(gradient, scale)
         if entry.exchange == "summed":

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from .. import packing
-from ..compressors import Context
+from ..compressors import Compressor, Context
 from ..errors import ConfigError
 from ..policy import as_policy
 from .exchange import Bucket, GradientExchange, place_of
@@ -185,6 +185,6 @@ def _checked(policy):
     if policy.mean != "ranks":
         raise ConfigError(f"mean: got {policy.mean!r}, expected 'ranks': owners get sums")
     for compressor in (each.compressor for each in (*policy.rules, policy)):
-        if compressor is not None and not compressor.fixed_size:
+        if isinstance(compressor, Compressor) and not compressor.fixed_size:  # "auto" takes none that is not
             raise ConfigError(f"compressor: got {compressor}, expected one whose payloads have a fixed size")
     return policy
