@@ -37,12 +37,13 @@ def a_state_made_before_its_model_exchanges_the_same():
             expect_error(gcompress.ConfigError, "planned", state.full_state_dict)
         another_around_the_same = torch.nn.parallel.DistributedDataParallel(make_model())
         model = torch.nn.parallel.DistributedDataParallel(another_around_the_same.module, find_unused_parameters=True)
+        one_more = torch.nn.parallel.DistributedDataParallel(model.module)
         if not late:
             state.bind(model)
             expect_error(gcompress.ConfigError, "another model", functools.partial(state.bind, another_around_the_same))
         model.register_comm_hook(state, ddp.compress)
         weights = trained_by(model)
-        assert state._maybe_unused
+        assert state._maybe_unused and not one_more._comm_hooks
         states.append((weights, state.state_dict()))
     (weights, saved), (late_weights, late_saved) = states
     assert all(map(torch.equal, weights, late_weights))
