@@ -27,6 +27,7 @@ from tests.fsdp_models import (
     weights_of,
     whole,
 )
+from tests.promises_of_layers import Two
 
 TOPK = "topk:sparsity=0.9; min_numel=100"
 
@@ -115,25 +116,12 @@ def accumulated_gradients_arrive_once():
             assert_nothing_is_lost(model, state, before, {name: p.grad for name, p in alone.named_parameters()})
 
 
-class Sides(torch.nn.Module):
-    """Two layers side by side, of which a pass may leave the second out."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = (torch.nn.Linear(40, 120, bias=False) for _ in range(2))
-        self.both = True
-
-    def forward(self, x):
-        return torch.cat([self.a(x), self.b(x)], 1) if self.both else self.a(x)
-
-
 def together(pair, policy):
-    """Sides in one module of FSDP."""
+    """Two layers in one module of FSDP."""
     from gcompress.plugins import fsdp
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(Sides(), mesh=pair[1])
+    model = fully_shard(Two(), mesh=pair[1])
     return model, fsdp.apply(model, policy, pair[0]), torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
 
@@ -166,7 +154,7 @@ def a_rank_that_leaves_a_layer_out_adds_nothing_to_it():
         model, state, optimizer = together(pair, TOPK)
         model.set_reduce_scatter_unused_params(True)
         train(model, optimizer, steps=1)
-        alone, before, memory = Sides(), weights_of(model), memory_of(state)
+        alone, before, memory = Two(), weights_of(model), memory_of(state)
         alone.load_state_dict({name: whole(p) for name, p in model.named_parameters()})
         model.both = alone.both = dist.get_rank() % (dist.get_world_size() // 2) > 0 or dist.get_rank() == 0
         optimizer.zero_grad()

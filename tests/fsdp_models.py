@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,8 @@ from gcompress.plugins.ddp.process_group import ProcessGroupEngine
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from tests.promises import collect
 
 # Lanes of a mesh are made once: each takes longer than the steps of a scenario.
 fsdp.sharded.ProcessGroupEngine = functools.cache(ProcessGroupEngine)
@@ -87,16 +88,8 @@ def whole(tensor):
 def memory_of(state):
     found = {}
     for kind in ("feedback", "owner_feedback", "memories"):
-        _collect(kind, state.exchange.state_dict()[kind], found)
+        collect(kind, state.exchange.state_dict()[kind], found)
     return found
-
-
-def _collect(name, value, found):
-    if isinstance(value, dict):
-        for key, each in value.items():
-            _collect(f"{name}/{key}", each, found)
-    elif isinstance(value, torch.Tensor):
-        found[name] = value.clone()
 
 
 def equal(one, other):
@@ -119,16 +112,3 @@ def refused(kind, text):
         assert text in str(error), f"{text!r} is not in {error}"
     else:
         raise AssertionError(f"expected {kind.__name__}")
-
-
-def run_scenarios(names):
-    """{scenario: "ok" or the errors of the ranks}."""
-    results = {}
-    for name in names:
-        failure = None
-        try:
-            SCENARIOS[name]()
-        except Exception:
-            failure = f"rank {dist.get_rank()}:\n{traceback.format_exc()}"
-        results[name] = "\n".join(filter(None, gathered(failure))) or "ok"
-    return results

@@ -7,7 +7,6 @@ Each scenario trains a few steps with FSDP2 or HSDP on Gloo and checks on every 
 import contextlib
 import datetime
 import functools
-import json
 import sys
 import zlib
 from unittest import mock
@@ -26,6 +25,7 @@ from gcompress.exchange.plan import Plan
 from gcompress.exchange.reduce_scatter import ScatterPlan
 from gcompress.feedback import ErrorFeedback
 from tests.ddp_ranks import check_steps
+from tests.ddp_tools import run_scenarios
 from tests.fsdp_models import (
     SCENARIOS,
     applied,
@@ -37,7 +37,6 @@ from tests.fsdp_models import (
     mesh_of,
     meshes,
     refused,
-    run_scenarios,
     scenario,
     sharded,
     train,
@@ -413,10 +412,7 @@ def main():
     out, names = sys.argv[1], sys.argv[2:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
-    results = run_scenarios(names or SCENARIOS)
-    if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+    run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out)
     dist.destroy_process_group()
 
 

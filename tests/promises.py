@@ -85,14 +85,15 @@ class Trainer:
         state = self.exchange.state_dict() if self.remembers else {}
         found = {}
         for kind in ("feedback", "owner_feedback", "memories", "servers"):
-            _collect(kind, state.get(kind, {}), found)
+            collect(kind, state.get(kind, {}), found)
         return found
 
 
-def _collect(name, value, found):
+def collect(name, value, found):
+    """Put copies of the tensors of nested dicts into `found`, by path."""
     if isinstance(value, dict):
         for key, each in value.items():
-            _collect(f"{name}/{key}", each, found)
+            collect(f"{name}/{key}", each, found)
     elif isinstance(value, torch.Tensor):
         found[name] = value.clone()
 
