@@ -24,7 +24,7 @@ import torch
 from . import backends
 from .compressors import Compressor, Context
 from .errors import ConfigError
-from .memory import Scratch
+from .memory import Scratch, check_same
 from .packing import to_type
 from .residual_types import PackedMemory, made_memory
 
@@ -126,7 +126,6 @@ class ErrorFeedback:
 
     def opened(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(The residual to add to values, 1-D float32, or None; where the new one is to be written) until `closed`."""
-        self._check_entries(name, values)
         return self._residuals.opened(name, values)
 
     @property
@@ -145,16 +144,20 @@ class ErrorFeedback:
     def corrected(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient plus the residual of `name`: a 1-D float32 tensor for `keep`."""
         values = self._input(name, flat_values(gradient))
-        self._check_entries(name, values)
         residual, fresh = self._residuals.get(name), self._residuals.spare(name, values)
-        return fresh.copy_(values) if residual is None else torch.add(values, residual.to(values.device), out=fresh)
+        if residual is None:
+            return fresh.copy_(values)
+        check_same(name, residual.numel(), values)
+        return torch.add(values, residual.to(values.device), out=fresh)
 
     def preview(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """What `corrected` would return now, in a new tensor; nothing changes."""
         values = self._preview_input(name, flat_values(gradient))
-        self._check_entries(name, values)
         residual = self._residuals.get(name)
-        return values.clone() if residual is None else values + residual.to(values.device)
+        if residual is None:
+            return values.clone()
+        check_same(name, residual.numel(), values)
+        return values + residual.to(values.device)
 
     def _preview_input(self, name, values):
         """What `_input` would return now; nothing changes."""
@@ -163,11 +166,6 @@ class ErrorFeedback:
     def _input(self, name, values):
         """What is added to the residual for a gradient of these 1-D float32 values."""
         return values
-
-    def _check_entries(self, name, values):
-        expected = self._residuals.numel(name)
-        if expected not in (None, values.numel()):
-            raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {expected} as before")
 
     def keep(self, name: str, corrected: torch.Tensor, sent: torch.Tensor, *, sparse: bool = False) -> None:
         """Store corrected - sent as the residual; if it is not finite, the old one stays.

@@ -57,15 +57,17 @@ class Memory:
         """What was proposed last, or else the value, or None."""
         return self._proposed.get(name, self._values.get(name))
 
-    def numel(self, name: str) -> int | None:
-        """The entries of what `get` gives, or None."""
-        found = self.get(name)
-        return None if found is None else found.numel()
-
     def opened(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(The value or None, where the next one is to be written), on the device of `like`."""
-        found = self.get(name)  # one that was loaded may lie elsewhere
-        return None if found is None else found.to(like.device), self.spare(name, like)
+        """(The value or None, where the next one is to be written), on the device of `like`.
+
+        Raises:
+            ConfigError: the value has another number of entries than `like`.
+        """
+        found = self.get(name)
+        if found is None:
+            return None, self.spare(name, like)
+        check_same(name, found.numel(), like)
+        return found.to(like.device), self.spare(name, like)  # one that was loaded may lie elsewhere
 
     def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
         """Propose a value. The one before stays as it is: do not change it in place.
@@ -176,6 +178,12 @@ def checked_copies(what, tensors, sizes=None):
         if not bool(torch.isfinite(tensor).all()):
             raise ConfigError(f"{what} {name!r}: got entries that are not finite")
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def check_same(name, numel, values):
+    """ConfigError unless a gradient has as many entries as what is remembered of it."""
+    if numel != values.numel():
+        raise ConfigError(f"gradient {name!r}: got {values.numel()} entries, expected {numel} as before")
 
 
 def check_dict(what, tensors):

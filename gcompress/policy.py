@@ -201,9 +201,9 @@ class Policy:
         return eased(compressor, step, self.warmup_steps)
 
     def _found(self, name, numel, role):
-        rule = next((rule for rule in self.rules if rule.matches(name, numel, role)), None)
-        if rule is not None:
-            return rule.compressor if numel else None
+        for rule in self.rules:
+            if rule.matches(name, numel, role):
+                return rule.compressor if numel else None
         return self.compressor if numel >= max(1, self.min_numel) else None
 
     def takes(self, name: str, numel: int) -> bool:

@@ -26,7 +26,7 @@ from .compressors import Compressor
 from .compressors.casts import BF16
 from .compressors.quantize import Quantize
 from .errors import ConfigError, PayloadError
-from .memory import Memory, Scratch, check_dict, check_entries
+from .memory import Memory, Scratch, check_dict, check_entries, check_same
 
 PACKED: dict[str, Compressor] = {
     "bf16": BF16(rounding="stochastic"),
@@ -76,10 +76,6 @@ class PackedMemory(Memory):
         super().__init__(at_once)
         self.compressor, self._scratch = compressor, scratch or Scratch()
 
-    def numel(self, name: str) -> int | None:
-        found = super().get(name)
-        return None if found is None else found.numel
-
     def get(self, name: str, default: object = None) -> object:
         """A new float32 tensor of what is kept."""
         found = super().get(name)
@@ -98,6 +94,7 @@ class PackedMemory(Memory):
         found, fresh = super().get(name), self._scratch.floats(like.numel(), like.device)
         if found is None:
             return None, fresh
+        check_same(name, found.numel, like)
         self._unpack(found, fresh)
         return fresh, fresh if like.is_cpu else torch.empty_like(
             like
@@ -224,10 +221,6 @@ class HostMemory(Memory):
         self._last: str | None = None
         self._ahead: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # {name: (value, its copy under way)}
 
-    def numel(self, name: str) -> int | None:
-        found = super().get(name)  # whose contents may be on their way
-        return None if found is None else found.numel()
-
     def get(self, name: str, default: object = None) -> object:
         """The value, on the host; valid once the GPU's copies are done, which is waited for."""
         self._wait()
@@ -257,6 +250,7 @@ class HostMemory(Memory):
         self._last, following = name, self._after.get(name)
         came = None
         if found is not None:
+            check_same(name, found.numel(), like)
             came = ahead[1] if ahead[0] is found else self._copies.begin(found, like)
             self._copies.come(came)
         if following is not None and (expected := super().get(following)) is not None:
