@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-import tests.promises_of_layers  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_auto  # noqa: F401 (adds to PROMISES)
+import tests.promises_of_layers  # noqa: F401
 import tests.promises_of_memory  # noqa: F401
 import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
