@@ -36,6 +36,7 @@ def policies(pair):
     quantize = {"min_numel": 100, "error_feedback": True, "exchange": "auto" if pair[0].ndim == 1 else "twophase"}
     found = [Policy("quantize:bits=2,rounding=stochastic", **quantize)]
     found += [Policy("topk:sparsity=0.95", min_numel=100, momentum=0.9, clip=0.02, warmup_steps=4, feedback_decay=0.9)]
+    found += [Policy("quantize:bits=3", min_numel=100, residual="int8")]
     if pair[0].ndim == 2:
         found += [Policy("lowrank:rank=2", min_numel=100, exchange="summed")]
     return found

@@ -7,7 +7,9 @@ Each scenario trains a few steps with FSDP2 or HSDP on Gloo and checks on every 
 import contextlib
 import datetime
 import functools
+import json
 import sys
+import tempfile
 import zlib
 from unittest import mock
 
@@ -308,6 +310,28 @@ def rules_see_the_names_and_the_shapes_of_shards():
         entry.shape_of(piece) for name, entry in entries_of(state) if name == "0.weight" for piece in entry.pieces
     ]
     assert pieces == [(16, 40), (16, 40), (16, 40), (13, 40)]
+
+
+@scenario
+def what_a_step_does_and_loses_is_seen_and_changes_no_bit():
+    """Times, traces and errors; each rank's error is that of what it sends."""
+    for pair in meshes():
+        for policy in (MASK, f"{MASK}; residual=int8"):
+            model, state, optimizer = applied(pair, policy)
+            expected = train(model, optimizer, steps=3)
+            model, state, optimizer = applied(pair, policy)
+            state.exchange.measure_errors(1)
+            with tempfile.TemporaryDirectory() as folder, state.exchange.trace(f"{folder}/t.json") as trace:
+                assert equal(train(model, optimizer, steps=3), expected)
+                trace.close()
+                events = json.loads(trace.path.read_text())
+            wire = [event for event in events if event.get("cat") == "wire"]
+            assert sum(event["args"]["bytes"] for event in wire) == state.report.sent_bytes
+            names = {name for name, entry in entries_of(state) if entry.compressor}
+            assert names and names <= {name for event in wire for name in event["args"]["parameters"]}
+            assert set(state.report.errors) == names and all(0 < e < 1 for e in state.report.errors.values())
+            seconds = state.report.times.total
+            assert min(seconds.encode, seconds.wire, seconds.decode) > 0
 
 
 @scenario

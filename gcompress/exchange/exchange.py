@@ -249,9 +249,13 @@ class GradientExchange(Results):
 
     def _in_bucket(self, way, members):
         """The steps of {name: Gradient} by a way of buckets."""
+        self._measure(way, members)
+        return self._ways.in_buckets[way](members)
+
+    def _measure(self, way, members):
+        """What the encodings of {name: Gradient} will lose, in a step in which that was asked for."""
         if self.report.encoding_errors.due(self.report.steps):
             add_errors(self, self._ways, way, members)
-        return self._ways.in_buckets[way](members)
 
     def error_taker(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
         """What is to be given what was encoded of a parameter and what of that was sent; None: nobody measures it."""

@@ -152,8 +152,9 @@ class ScatterExchange(GradientExchange):
             moving[name] = Gradient(unscaled(gradient, scale), place_of(rows[name]))
             ctx = Context(rows[name].shape, rows[name].dtype)
             results[name] = functools.partial(self._rows_result, name, ctx=ctx, scale=scale, factor=factor)
+        self._measure("scatter", moving)
         steps = self._ways.reduce_scatter(moving, factor)
-        task = self._schedule.start(self.engine, f"scatter.{next(iter(gradients))}", steps)
+        task = self._schedule.start(self.engine, f"scatter.{next(iter(gradients))}", steps, moving)
         self._schedule.advance(self.engine)
         return Bucket(self._schedule, self.engine, [task], results)
 
