@@ -30,13 +30,13 @@ from tests.processes import expect_error
 from tests.simulation import Simulation
 
 
-def check_steps(policy, steps=4, ranks=None, process_group=None):
+def check_steps(policy, steps=4, ranks=None, **options):
     """Steps of DDP, whose buckets are rebuilt after the first, against a simulation of all ranks."""
     ranks = ranks or range(dist.get_world_size())
     policy, model, alone = gcompress.as_policy(policy), make_model(), make_model()
     plan = Plan(policy, {name: p.shape for name, p in model.named_parameters()}, len(ranks))
     simulation = Simulation(plan)
-    parallel, state = wrapped(model, policy, process_group=process_group)
+    parallel, state = wrapped(model, policy, **options)
     for step in range(steps):
         gradients = []
         for rank in ranks:

@@ -22,10 +22,10 @@ def make_model():
     return torch.nn.Sequential(*layers)
 
 
-def wrapped(model, compression, **options):
+def wrapped(model, compression, every_rank=False, **options):
     """A DistributedDataParallel of buckets of at most 40 kB, and its state."""
     model = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.04, **options)
-    return model, ddp.register(model, compression)
+    return model, ddp.register(model, compression, every_rank=every_rank)
 
 
 def backward(model, step, rank):

@@ -354,15 +354,9 @@ def ddp_on_some_of_the_ranks_has_lanes_that_all_ranks_make():
     half = dist.get_world_size() // 2
     groups = [dist.new_group(range(half)), dist.new_group(range(half, 2 * half))]
     mine = dist.get_rank() // half
-    engine = ProcessGroupEngine(groups[mine], every_rank=True)
-    assert not engine._at_once and engine.world_size() == half
-    original = ddp.hook.ProcessGroupEngine
-    ddp.hook.ProcessGroupEngine = lambda group: engine
-    try:
-        ranks = range(mine * half, (mine + 1) * half)
-        check_steps(Policy("topk:sparsity=0.9", exchange="twophase"), ranks=ranks, process_group=groups[mine])
-    finally:
-        ddp.hook.ProcessGroupEngine = original
+    ranks, policy = range(mine * half, (mine + 1) * half), Policy("topk:sparsity=0.9", exchange="twophase")
+    state = check_steps(policy, ranks=ranks, process_group=groups[mine], every_rank=True)
+    assert not state.exchange.engine._at_once and state.exchange.engine.world_size() == half
     overlapping = dist.new_group([0, 3])
     with refused(gcompress.ConfigError, "share no rank"):
         ProcessGroupEngine(overlapping if dist.get_rank() == 0 else groups[mine], every_rank=True)

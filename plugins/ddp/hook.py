@@ -27,10 +27,11 @@ class GradientState:
 
     Args:
         compression: what `gcompress.as_policy` takes.
-        scaler: see `register`.
+        scaler, every_rank: see `register`.
     """
 
-    def __init__(self, compression, *, scaler=None):
+    def __init__(self, compression, *, scaler=None, every_rank: bool = False):
+        self._every_rank = every_rank
         self.exchange = GradientExchange(compression, scaler=scaler)
         self._gcompress = self.exchange  # where `exchange(state)` looks, as in an optimizer
         self._names = None  # by parameter, once bound
@@ -53,7 +54,7 @@ class GradientState:
         self._maybe_unused = parallel.find_unused_parameters or parallel.static_graph
         trained = {name: p for name, p in plain_names(parallel.module) if p.requires_grad}
         check_types(self.exchange.policy, trained)
-        self.exchange.engine = ProcessGroupEngine(parallel.process_group)
+        self.exchange.engine = ProcessGroupEngine(parallel.process_group, self._every_rank)
         device = next((p.device for p in trained.values()), None)
         self.exchange.prepare({name: p.shape for name, p in trained.items()}, device=device)
         self.exchange.watch(trained)
@@ -88,13 +89,14 @@ class GradientState:
 
     def __getstate__(self):
         if self.exchange is not None and self._names is None:
-            return {"made_of": (self.exchange.policy, self.exchange.scaler), "saved": self._saved}
+            made_of = self.exchange.policy, self.exchange.scaler, self._every_rank
+            return {"made_of": made_of, "saved": self._saved}
         return {"made_of": None, "saved": self.state_dict()}
 
     def __setstate__(self, state):
         if state["made_of"]:
-            compression, scaler = state["made_of"]
-            self.__init__(compression, scaler=scaler)
+            compression, scaler, every_rank = state["made_of"]
+            self.__init__(compression, scaler=scaler, every_rank=every_rank)
         else:
             self.exchange = None
         self._saved = state["saved"]
@@ -210,7 +212,7 @@ def compress(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Fut
     return state.start(bucket)
 
 
-def register(model: torch.nn.Module, compression, *, scaler=None) -> GradientState:
+def register(model: torch.nn.Module, compression, *, scaler=None, every_rank: bool = False) -> GradientState:
     """Compress the gradients of a DistributedDataParallel; returns the GradientState.
 
     Args:
@@ -219,11 +221,13 @@ def register(model: torch.nn.Module, compression, *, scaler=None) -> GradientSta
         compression: a compressor, its spec, or a `gcompress.Policy`, the same on all ranks.
         scaler: the loss scale: None finds a torch.amp.GradScaler by itself; otherwise one, a number,
             or a function that returns it (see gcompress/exchange/scaling.py).
+        every_rank: for a process group of some ranks on Gloo: every rank of the job calls this, each for its own
+            group, no rank for two. Otherwise such a group waits in every bucket (see `ProcessGroupEngine`).
 
     Every rank must call it; ExchangeError within the process group's time-out if one does not.
     """
     model = parallel_of(model)
-    state = GradientState(compression, scaler=scaler)
+    state = GradientState(compression, scaler=scaler, every_rank=every_rank)
     state.bind(model)
     model.register_comm_hook(state, compress)
     return state
