@@ -84,6 +84,8 @@ class Policy:
             outer steps: each piece of a tensor comes from one rank, in every round from another.
         bucket_bytes: float32 bytes of gradients that travel together in a two-phase exchange, where
             the engine does not form buckets itself.
+        local_size: ranks of a node, which share its link to others: what they send is summed within the node first (see
+            docs/NODES.md; Horovod and DDP). "auto": as the launcher has placed them; 1: every rank for itself.
         rules: Rules or their dicts; the first that matches decides, before `compressor` and
             `min_numel`.
         momentum, clip: of momentum correction (see gcompress/feedback.py); 0 and None: none.
@@ -111,6 +113,7 @@ class Policy:
     feedback_decay: float | None = None
     mean: str = "ranks"
     residual: str = "float32"
+    local_size: int | str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "compressor", Auto.read(self.compressor) or _compressor_or_none(self.compressor))
@@ -120,6 +123,10 @@ class Policy:
         check_choice("mean", self.mean, ("ranks", "senders"))
         check_choice("residual", self.residual, RESIDUALS)
         check_integer("bucket_bytes", self.bucket_bytes, 1)
+        if self.local_size != "auto":
+            if isinstance(self.local_size, str):
+                raise ConfigError(f"local_size: got {self.local_size!r}, expected 'auto' or a number of ranks")
+            check_integer("local_size", self.local_size, 1)
         if not isinstance(self.rules, (tuple, list)) or not all(isinstance(rule, (Rule, dict)) for rule in self.rules):
             raise ConfigError(f"rules: got {self.rules!r}, expected a list of gcompress.Rule")
         object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _made(Rule, r) for r in self.rules))

@@ -13,6 +13,7 @@ import torch
 
 from gcompress.exchange.engine import wait_until
 from gcompress.exchange.exchange import GradientExchange
+from gcompress.exchange.node_engine import NodeEngine, Topology
 
 TIMEOUT_SECONDS = 60
 
@@ -40,6 +41,22 @@ class World:
             if len(meeting) == self.size:
                 del self.posted[key]  # the name may be used again
             return ThreadOperation(self, meeting, rank, self.random.randint(0, self.delays))
+
+
+class PartOfWorld(World):
+    """Where some of the ranks meet; it fails with the world."""
+
+    def __init__(self, world, size):
+        self._world = world
+        super().__init__(size, world.in_order, world.random.random(), world.delays)
+
+    @property
+    def failed(self):
+        return self._world.failed
+
+    @failed.setter
+    def failed(self, value):
+        self._world.failed = value
 
 
 class ThreadOperation:
@@ -107,13 +124,27 @@ class ThreadEngine:
         return self.world.post(self._rank, name, lane, "allreduce", tensor, op)
 
 
-def run_ranks(world, policy, function):
+def engines_of_nodes(world, local_size):
+    """(A function that makes a rank's engine by nodes, [where peers meet]) of a world's ranks."""
+    topology = Topology(world.size // local_size, local_size, "a test says so")
+    nodes = [PartOfWorld(world, local_size) for _ in range(topology.nodes)]
+    peers = [PartOfWorld(world, topology.nodes) for _ in range(local_size)]
+
+    def make(world, rank):
+        node, local = divmod(rank, local_size)
+        own = ThreadEngine(nodes[node], local), ThreadEngine(peers[local], node)
+        return NodeEngine(ThreadEngine(world, rank), *own, topology)
+
+    return make, peers
+
+
+def run_ranks(world, policy, function, make_engine=ThreadEngine):
     """[function(rank, exchange) of every rank], each in a thread; the first error of any rank is raised."""
     results, errors = [None] * world.size, []
 
     def run(rank):
         try:
-            results[rank] = function(rank, GradientExchange(policy, ThreadEngine(world, rank)))
+            results[rank] = function(rank, GradientExchange(policy, make_engine(world, rank)))
         except BaseException as error:
             errors.append(error)
             world.failed = True  # which ends the others

@@ -6,6 +6,7 @@ Every rank writes {promise: "ok" or its error} to OUT.RANK.
 import contextlib
 import itertools
 import json
+import os
 import sys
 import traceback
 
@@ -18,6 +19,7 @@ import tests.promises_of_memory  # noqa: F401
 import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
 import tests.promises_of_times  # noqa: F401
+from gcompress.feedback import EstimateFeedback
 from tests.promises import PROMISES, Trainer, sgd
 
 
@@ -49,6 +51,36 @@ class Ddp(Trainer):
         from gcompress.plugins import ddp
 
         yield ddp.engine(), dist.get_rank(), dist.get_world_size()
+
+
+class DdpByNodes(Ddp):
+    """Four ranks that are told that they are on two nodes; what a rank remembers of its shares is shown as a whole."""
+
+    local_size = 2
+
+    def __init__(self, *arguments, **options):
+        node, local = divmod(dist.get_rank(), self.local_size)
+        os.environ.update(GROUP_RANK=str(node), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(self.local_size))
+        super().__init__(*arguments, **options)
+
+    def memory(self):
+        found, shares = super().memory(), self.exchange.state_dict().get("shares", {})
+        for name, (start, stop) in shares.items():
+            numel = self.exchange.plan.entries[name].numel
+            for key in [f"feedback/{kind}{name}" for kind in ("", "residual/", "velocity/", "delivered/")]:
+                if key in found:
+                    # A node's mean was encoded, as if each of its ranks had had it.
+                    whole = torch.zeros(numel)
+                    whole[start:stop] = found[key]
+                    found[key] = whole * self.local_size
+        if isinstance(self.exchange.feedback, EstimateFeedback):
+            for name, entry in self.exchange.plan.entries.items():
+                if entry.compressor:  # a rank may have no share of it
+                    for kind in ("residual", "delivered"):
+                        found.setdefault(f"feedback/{kind}/{name}", torch.zeros(entry.numel))
+                    # Each rank of a node has delivered its share.
+                    found[f"feedback/delivered/{name}"] = self.mean(found[f"feedback/delivered/{name}"])
+        return found
 
 
 class Horovod(Trainer):
@@ -154,13 +186,13 @@ class Byteps(Trainer):
         return [row.view(tensor.shape) for row in table]
 
 
-TRAINERS = {each.engine: each for each in (Ddp, Horovod, Mpi, Byteps)}
+TRAINERS = {"ddp_by_nodes": DdpByNodes, **{each.engine: each for each in (Ddp, Horovod, Mpi, Byteps)}}
 
 
 def start(engine):
     """Start the engine; returns this rank, or None on a server that has served all trainers."""
     global dist, hvd, bps, byteps_plugin, servers, world
-    if engine == "ddp":
+    if engine in ("ddp", "ddp_by_nodes"):
         import datetime
 
         import torch.distributed as dist
@@ -174,6 +206,7 @@ def start(engine):
         return hvd.rank()
     if engine == "byteps":
         import byteps.torch as bps
+
         import gcompress.plugins.byteps as byteps_plugin
 
         byteps_plugin.init()
@@ -204,7 +237,7 @@ def main():
 
     new.trainer, new.rank = trainer, rank
     for name, (function, engines) in PROMISES.items():
-        if (names and name not in names) or (engines and engine not in engines):
+        if (names and name not in names) or (engines and trainer.engine not in engines):
             continue
         try:
             function(new)
@@ -215,7 +248,7 @@ def main():
             json.dump(results, file)
     if engine == "mpi":
         world.bcast(False, root=0)
-    if engine == "ddp":
+    if trainer.engine == "ddp":
         dist.destroy_process_group()
 
 

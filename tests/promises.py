@@ -37,6 +37,7 @@ class Trainer:
     """
 
     engine = None  # its name
+    local_size = 1  # how many ranks encode their mean together
     remembers = True  # whether the exchange can tell what is remembered
     random = True  # whether a tensor has the same seeds in every trainer
 

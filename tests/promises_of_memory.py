@@ -23,8 +23,16 @@ def gradient(step, rank):
     return torch.randn(2048, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def by_hand(compressor, decay, size, second):
-    """The sum of all means that are delivered; second: whether a mean is encoded again, with memory of its own."""
+def by_hand(compressor, decay, size, second, local_size=1):
+    """The sum of all means that are delivered; second: whether a mean is encoded again, with memory of its own.
+
+    local_size: how many ranks encode their mean together.
+    """
+    size //= local_size
+
+    def mean_gradient(step, node):
+        return sum(gradient(step, local_size * node + local) for local in range(local_size)) / local_size
+
     memories, memory, total = [torch.zeros(2048) for _ in range(size)], torch.zeros(2048), torch.zeros(2048)
 
     def sent(remembered, values):
@@ -34,7 +42,7 @@ def by_hand(compressor, decay, size, second):
         return decoded
 
     for step in range(STEPS):
-        mean = sum(sent(each, gradient(step, rank)) for rank, each in enumerate(memories)) / size
+        mean = sum(sent(each, mean_gradient(step, node)) for node, each in enumerate(memories)) / size
         total += sent(memory, mean) if second else mean
     return total
 
@@ -53,7 +61,7 @@ def residuals_decay_by_the_policys_factor(new):
                     trainer.synchronize()
                     trainer.step()
                 second = way != "allgather"
-                expected = by_hand(compressor, decay, trainer.size, second)
+                expected = by_hand(compressor, decay, trainer.size, second, trainer.local_size)
                 torch.testing.assert_close(-trainer.model.w.detach() / LEARNING_RATE, expected, atol=1e-4, rtol=1e-4)
 
 

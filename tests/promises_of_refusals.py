@@ -5,7 +5,7 @@ import torch
 import gcompress
 from gcompress import Policy
 from gcompress.exchange import engine
-from tests.promises import batch, promise, refused
+from tests.promises import batch, make_model, promise, refused
 
 
 def refused_on_all(new, name, compression, *words):
@@ -59,3 +59,11 @@ def a_rank_that_does_not_compress_is_refused_on_all(new):
 
     compression = hvd.Compression.none if new.rank == 1 else "topk:sparsity=0.9"
     refused_on_all(new, "compressed", compression, "NoneCompressor")
+
+
+@promise("mpi", "byteps")
+def what_only_ranks_among_themselves_can_is_refused_by_servers(new):
+    for argument, value in (("exchange", "turns"), ("mean", "senders"), ("local_size", 2)):
+        policy = Policy("topk:sparsity=0.9", **{argument: value})
+        with refused(gcompress.ConfigError, f"{argument}: got ", str(value)), new(make_model(), policy):
+            pass

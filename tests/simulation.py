@@ -48,12 +48,15 @@ class Simulation:
             if remembers:
                 self.memories[rank].keep(name, values, decoded, sparse=compressor.sparse)
             mean = decoded.clone() if rank == 0 else mean + decoded
-        if self.average:
-            mean *= 1.0 / len(gradients)
+        mean *= self.factor(len(gradients))
         if entry.exchange == "twophase":
             parts = [self.again(compressor, remembers, name, mean[p.start : p.stop], p, entry) for p in entry.pieces]
             mean = torch.cat([part.view(-1) for part in parts])
         return mean.view(gradients[0].shape)
+
+    def factor(self, ranks):
+        """What makes the result of the sum over ranks."""
+        return 1.0 / ranks if self.average else 1.0
 
     def again(self, compressor, remembers, name, mean, piece, entry):
         corrected = (mean + self.residuals.get((name, piece), 0.0)).view(entry.shape_of(piece))
@@ -62,6 +65,56 @@ class Simulation:
             self.residuals[name, piece] = (corrected - decoded).view(-1)
         return decoded
 
+    def place(self, name):
+        """What else enters the seeds of a parameter."""
+        return ()
+
     def code(self, compressor, values, name, *what):
-        seed = zlib.crc32("/".join(map(str, (name, self.step, *what))).encode())
+        seed = zlib.crc32("/".join(map(str, (name, self.step, *what, *self.place(name)))).encode())
         return compressor.decompress(*compressor.compress(values, seed=seed))
+
+
+class NodeSimulation:
+    """The means of successive steps of an exchange by nodes.
+
+    Args:
+        plan: a gcompress NodePlan.
+        average: see `Simulation`.
+    """
+
+    def __init__(self, plan, average=True):
+        self.plan, self.local_size = plan, plan.topology.local_size
+        self.of_local = [OfPeers(peers, average, self.local_size) for peers in plan.of_local]
+
+    def means(self, gradients):
+        """{name: mean} of [{name: gradient} of each rank]."""
+        return {name: self.mean_of(name, [rank[name] for rank in gradients]) for name in gradients[0]}
+
+    def mean_of(self, name, gradients):
+        flat, size = [gradient.reshape(-1).float() for gradient in gradients], self.local_size
+        nodes = [sum(flat[first + 1 : first + size], flat[first]) * (1.0 / size) for first in range(0, len(flat), size)]
+        mean = torch.full_like(flat[0], float("nan"))
+        for piece in self.plan.entries[name].pieces:
+            peers = self.of_local[piece.owner]
+            shape = peers.plan.entries[name].shape
+            part = peers.mean_of(name, [node[piece.start : piece.stop].view(shape) for node in nodes])
+            mean[piece.start : piece.stop] = part.reshape(-1)
+        return mean.view(gradients[0].shape)
+
+    def end_step(self):
+        for peers in self.of_local:
+            peers.step += 1
+
+
+class OfPeers(Simulation):
+    """The means of one local rank's shares."""
+
+    def __init__(self, plan, average, local_size):
+        super().__init__(plan, average)
+        self.local_size = local_size
+
+    def factor(self, ranks):
+        return 1.0 / ranks if self.average else float(self.local_size)
+
+    def place(self, name):
+        return (f"from {self.plan.offsets[name]}",)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ranks
 
 RANKS = "-m", "tests.promise_ranks"
 LAUNCHES = {
+    "ddp_by_nodes": lambda out: launch_ddp(4, *RANKS, "ddp_by_nodes", out, timeout=500),
     "ddp": lambda out: launch_ddp(3, *RANKS, "ddp", out, timeout=400),
     # Of two: Horovod adds the floats of three in an order that follows what it happens to fuse.
     "horovod": lambda out: launch_horovod(2, *RANKS, "horovod", out, timeout=400),
@@ -28,7 +29,9 @@ LAUNCHES = {
 
 def missing(engine):
     """Why an engine's ranks cannot be started here, or None."""
-    module = {"ddp": "torch", "horovod": "horovod.torch", "mpi": "mpi4py", "byteps": "byteps"}[engine]
+    module = {"ddp": "torch", "ddp_by_nodes": "torch", "horovod": "horovod.torch", "mpi": "mpi4py", "byteps": "byteps"}[
+        engine
+    ]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{module} is not installed"
     built = REPOSITORY / "plugins" / "byteps" / "_server.so"
@@ -51,12 +54,18 @@ def outcomes(tmp_path_factory):
     return of
 
 
-MARKS = {"ddp": (), "horovod": pytest.mark.horovod, "mpi": pytest.mark.mpi, "byteps": pytest.mark.byteps}
+MARKS = {
+    "ddp": (),
+    "ddp_by_nodes": (),
+    "horovod": pytest.mark.horovod,
+    "mpi": pytest.mark.mpi,
+    "byteps": pytest.mark.byteps,
+}
 CASES = [
     pytest.param(engine, name, marks=marks, id=f"{engine}-{name}")
     for engine, marks in MARKS.items()
     for name, (_, engines) in PROMISES.items()
-    if not engines or engine in engines
+    if not engines or engine.removesuffix("_by_nodes") in engines
 ]
 
 

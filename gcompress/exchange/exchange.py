@@ -21,6 +21,8 @@ from ..memory import Memory
 from ..policy import Policy, as_policy
 from . import saved_state
 from .encoding_errors import add_errors
+from .node_plan import NodePlan
+from .node_ways import NodeWays
 from .plan import Plan
 from .results import Results
 from .scaling import unscaled
@@ -83,8 +85,8 @@ class GradientExchange(Results):
 
     def _memories_of(self, names):
         """[(memory, its keys)] of parameters."""
-        entries = self.plan.entries if self.plan else {}
-        pieces = [piece.key(name) for name in names if name in entries for piece in entries[name].summed_pieces]
+        owned = self.plan.owned(self.engine.rank()) if self.plan else {}
+        pieces = [piece.key(name) for name in names for piece in owned.get(name, ())]
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
@@ -102,7 +104,7 @@ class GradientExchange(Results):
             self._take(decide(self.policy, self.engine, shapes, device))
             self.chosen = True
         self._alone = [name for name in alone if name in shapes]
-        self.plan = self._plan_type(self.policy, shapes, self.engine.world_size(), self._alone)
+        self._make_plan(shapes)
         owned = self.owned_pieces()
         if self.feedback:
             self.feedback.of_rank(self.engine.rank())
@@ -111,6 +113,18 @@ class GradientExchange(Results):
             log.info("gradients travel by\n%s", self.plan)
             for rule in self.plan.unused_rules():
                 log.warning("policy: the rule %s matches none of the %d parameters", rule, len(shapes))
+
+    def _make_plan(self, shapes):
+        topology = getattr(self.engine, "topology", None)
+        if topology is not None and topology.by_nodes:
+            self.plan, self._ways = NodePlan(self.policy, shapes, topology, self._alone), NodeWays(self)
+            return
+        if topology is None and self.policy.local_size not in ("auto", 1):
+            raise ConfigError(
+                f"local_size: got {self.policy.local_size}, expected 'auto' or 1: this engine has no exchange by nodes"
+            )
+        self.plan = self._plan_type(self.policy, shapes, self.engine.world_size(), self._alone)
+        self.plan.topology = topology
 
     def _take(self, policy):
         self.policy = policy
@@ -126,13 +140,8 @@ class GradientExchange(Results):
 
     def owned_pieces(self) -> dict[str, int]:
         """{key in the owner's feedback: entries} of the pieces that are this rank's."""
-        rank = self.engine.rank()
-        return {
-            piece.key(name): piece.numel
-            for name, entry in self.plan.entries.items()
-            for piece in entry.summed_pieces
-            if piece.owner == rank
-        }
+        owned = self.plan.owned(self.engine.rank())
+        return {piece.key(name): piece.numel for name, pieces in owned.items() for piece in pieces}
 
     def _entry(self, name, shape):
         """The parameter's entry in a plan for as many ranks as there are now."""
@@ -223,11 +232,17 @@ class GradientExchange(Results):
         (self.absent.add if absent else self.absent.discard)(name)
         return self.loss_scale()
 
-    def _result(self, name, mean, ctx, scale):
-        """The result of an exchange in the gradient's type, shape and scale."""
+    def deliver(self, name: str, mean: torch.Tensor) -> None:
+        """Make of the mean (or sum) of what was sent that of the ranks' estimates, where they are remembered."""
         compressor = self.plan.entries[name].compressor
         if compressor and isinstance(self.feedback, EstimateFeedback) and self.policy.feedback_for(compressor):
             self.feedback.deliver(name, mean)
+
+    def _result(self, name, mean, ctx, scale):
+        """The result of an exchange in the gradient's type, shape and scale."""
+        compressor = self.plan.entries[name].compressor
+        if self.plan.whole:
+            self.deliver(name, mean)
         if scale != 1.0:
             mean.mul_(scale)
         if ctx.dtype.is_complex:
@@ -236,7 +251,9 @@ class GradientExchange(Results):
             self._note_empty(name, mean)
         result, beyond = packing.saturated(mean, ctx.dtype)
         if beyond is not None and compressor and self._ways.remembers(compressor, name):
-            self.feedback.add(name, beyond / (scale if self.average else scale * self.engine.world_size()))
+            start, stop = self.plan.share(name, self.engine.rank())
+            factor = scale if self.average else scale * self.engine.world_size()
+            self.feedback.add(name, beyond[start:stop] / factor)
         return result.view(ctx.shape)
 
     def _fill_bucket(self, name, gradient, entry):
@@ -254,13 +271,17 @@ class GradientExchange(Results):
 
     def _measure(self, way, members):
         """What the encodings of {name: Gradient} will lose, in a step in which that was asked for."""
-        if self.report.encoding_errors.due(self.report.steps):
+        if self.plan.whole and self.measures_errors():  # otherwise each rank's share is measured (node_ways.py)
             add_errors(self, self._ways, way, members)
+
+    def measures_errors(self) -> bool:
+        """Whether what encodings lose is to be measured in this step."""
+        return self.report.encoding_errors.due(self.report.steps)
 
     def error_taker(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
         """What is to be given what was encoded of a parameter and what of that was sent; None: nobody measures it."""
         found = self.report.encoding_errors
-        return functools.partial(found.add, name) if found.due(self.report.steps) and name not in self.absent else None
+        return functools.partial(found.add, name) if self.measures_errors() and name not in self.absent else None
 
     def _whose(self):
         return (self.engine.rank(), self.engine.world_size()) if self.engine else (0, 1)

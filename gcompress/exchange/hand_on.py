@@ -24,10 +24,10 @@ def memory_sums(exchange, saved):
 
 def sums_of(policy, sizes, saved):
     """`memory_sums` for a policy and {parameter: entries}."""
-    feedback = new_memory(policy)
-    tensors = {}
+    feedback, shares = new_memory(policy), shares_of(saved, sizes) if saved is not None else {}
+    own, tensors = {name: stop - start for name, (start, stop) in shares.items()}, {}
     if feedback and saved is not None:
-        tensors = feedback.vectors_of(feedback.checked(saved["feedback"], sizes))
+        tensors = feedback.vectors_of(feedback.checked(saved["feedback"], own))
     device = next((tensor.device for values in tensors.values() for tensor in values.values()), None)
     vectors, kinds = {}, (*(feedback.kinds if feedback else ()), "owner")
     for name, numel in sizes.items():
@@ -37,7 +37,8 @@ def sums_of(policy, sizes, saved):
     if saved is None:
         return vectors
     for kind, values in tensors.items():
-        vectors.update({f"{kind}/{name}": tensor for name, tensor in values.items()})
+        for name, tensor in values.items():
+            vectors[f"{kind}/{name}"] = _whole(tensor, shares[name], sizes[name], saved.get("local_size", 1))
     owners = second_memory(policy).memories["residual"]
     for key, residual in owners.vectors_of(owners.checked("owner's residual", saved["owner_feedback"])).items():
         name, start, stop = _piece_of(key)
@@ -45,6 +46,29 @@ def sums_of(policy, sizes, saved):
             raise ConfigError(f"owner's residual: got {key!r}, expected a piece of one of the policy's parameters")
         vectors[f"owner/{name}"][start:stop] = residual
     return vectors
+
+
+def _whole(tensor, share, numel, local_size):
+    """What is remembered of a share stands for as much on each rank of the node, whose mean was encoded."""
+    if tensor.numel() == numel and local_size == 1:
+        return tensor
+    vector = tensor.new_zeros(numel)
+    torch.mul(tensor, local_size, out=vector[slice(*share)])
+    return vector
+
+
+def shares_of(saved, sizes):
+    """{parameter: (start, stop)} of what a rank's state is about; ConfigError if they are none of {name: entries}."""
+    shares, local_size = saved.get("shares"), saved.get("local_size", 1)
+    if shares is None:
+        return {name: (0, numel) for name, numel in sizes.items()}
+    if type(local_size) is not int or local_size < 1 or not isinstance(shares, dict):
+        raise ConfigError(f"state: got shares {type(shares).__name__} of local_size={local_size!r}")
+    for name, share in shares.items():
+        fine = isinstance(share, (list, tuple)) and len(share) == 2 and all(type(edge) is int for edge in share)
+        if not fine or not 0 <= share[0] < share[1] <= sizes.get(name, 0):
+            raise ConfigError(f"state: got the share {share!r} of {name!r}, expected (start, stop) of a parameter")
+    return {name: tuple(share) for name, share in shares.items()}
 
 
 def _piece_of(key):
@@ -64,13 +88,13 @@ def take_over(exchange, sums, ranks, memories, steps):
         ranks: how many ranks' sum that is.
         memories, steps: what all had alike.
     """
-    shares = ranks if exchange.average else exchange.engine.world_size()
+    parts = ranks if exchange.average else exchange.engine.world_size()
     kinds = {kind: {} for kind in (exchange.feedback.kinds if exchange.feedback else ())}
     pieces = {}
     for key, vector in sums.items():
         kind, _, name = key.partition("/")
         if kind in kinds:
-            kinds[kind][name] = vector / shares
+            kinds[kind][name] = vector / parts
     for name, entry in exchange.plan.entries.items():
         owner = sums.get(f"owner/{name}")
         if owner is None:
@@ -79,12 +103,15 @@ def take_over(exchange, sums, ranks, memories, steps):
             total = sums[f"residual/{name}"] / (-ranks if exchange.average else -1)
             kinds["delivered"][name] = total - owner if entry.summed_pieces else total
         elif not entry.summed_pieces:  # it no longer travels by two phases
-            kinds["residual"][name] += owner if exchange.average else owner / shares
+            kinds["residual"][name] += owner if exchange.average else owner / parts
         pieces.update(_own_pieces(exchange, name, owner))
+    shares = own_shares(exchange)
+    for kind, vectors in kinds.items():
+        kinds[kind] = {name: vectors[name][slice(*share)].clone() for name, share in shares.items() if name in vectors}
     if exchange.feedback:
         exchange.feedback.load_vectors(kinds)
     exchange.owner_feedback.load_vectors({"residual": pieces})
-    exchange.memories.load({name: dict(memory) for name, memory in memories.items()})
+    exchange.memories.load({name: dict(memory) for name, memory in memories.items() if name in shares})
     exchange.steps = steps
 
 
@@ -104,6 +131,12 @@ def replan(exchange, shapes):
 
 def _own_pieces(exchange, name, owner):
     """{key: residual} of this rank's pieces, from the residuals of all owners of a parameter."""
-    rank = exchange.engine.rank()
-    pieces = exchange.plan.entries[name].summed_pieces
-    return {piece.key(name): owner[piece.start : piece.stop].clone() for piece in pieces if piece.owner == rank}
+    pieces = exchange.plan.owned(exchange.engine.rank()).get(name, ())
+    return {piece.key(name): owner[piece.start : piece.stop].clone() for piece in pieces}
+
+
+def own_shares(exchange):
+    """{parameter: (start, stop)} of the entries that this rank encodes and remembers; of a flat exchange all."""
+    rank = exchange.engine.rank() if exchange.engine else 0
+    shares = {name: exchange.plan.share(name, rank) for name in (exchange.plan.entries if exchange.plan else ())}
+    return {name: (start, stop) for name, (start, stop) in shares.items() if start < stop}

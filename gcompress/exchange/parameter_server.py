@@ -14,10 +14,23 @@ import torch
 from ..checks import check_integer
 from ..errors import ConfigError, ExchangeError, PayloadError
 from ..packing import bytes_to_float
+from ..policy import Policy
 from .partition import PartitionCodec
 from .server_rounds import BoundedStaleness, SynchronousRounds, memory_of
 
 HEAD = 24  # bytes before the vectors of a memory: a round number and two flags, int64
+
+
+def check_for_servers(policy: Policy | None) -> None:
+    """ConfigError if a policy asks for what only an exchange among ranks has."""
+    if policy is None:
+        return
+    if policy.exchange == "turns":
+        raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
+    if policy.mean != "ranks":
+        raise ConfigError(f"mean: got {policy.mean!r}, expected 'ranks' with parameter servers")
+    if policy.local_size not in ("auto", 1):
+        raise ConfigError(f"local_size: got {policy.local_size}, expected 'auto' or 1 with parameter servers")
 
 
 class Answer(NamedTuple):

@@ -18,6 +18,7 @@ from ..compressors import Compressor
 from ..feedback import new_memory
 from ..policy import Rule
 from ..residual_types import PACKED, held_nbytes
+from .node_engine import Topology
 
 # A piece is a multiple of this (but a parameter's last one), so that quantization's buckets stay whole;
 # of whole rows for compressors that look at the shape.
@@ -90,6 +91,8 @@ class Plan:
     """
 
     reference, reference_rounds = "all-reduce", 2  # what uncompressed gradients would take
+    whole = True  # whether each rank exchanges whole parameters; of a NodePlan its shares of them
+    topology: Topology | None = None  # where the engine knows it
 
     def __init__(self, policy, shapes, world_size, alone=()):
         self.world_size, self.policy = world_size, policy
@@ -111,13 +114,8 @@ class Plan:
         for entry in self.entries.values():
             if entry.exchange not in ("twophase", "turns"):
                 continue
-            cuts, pieces = borders(entry.compressor, entry.shape, self.world_size), []
-            # A rank has one piece of a parameter at most: who is next does not depend on the sizes of its pieces.
-            owners = heapq.nsmallest(len(cuts), range(self.world_size), key=lambda rank: (load[rank], rank))
-            for owner, (start, stop) in zip(owners, cuts, strict=True):
-                load[owner] += entry.compressor.nbytes(stop - start)
-                pieces.append(Piece(owner, start, stop))
-            entry.pieces = tuple(pieces)
+            cuts = borders(entry.compressor, entry.shape, self.world_size)
+            entry.pieces = dealt({(a, b): entry.compressor.nbytes(b - a) for a, b in cuts}, load)
 
     def _fill_buckets(self, alone):
         filled: dict[str, int] = {}  # {exchange: bytes in its last bucket}
@@ -132,6 +130,17 @@ class Plan:
             entry.bucket = last[way]
             self.buckets[entry.bucket].append(name)
             filled[way] += 4 * entry.numel
+
+    def share(self, name: str, rank: int) -> tuple[int, int]:
+        """(start, stop): the entries of a parameter that a rank encodes and remembers; (0, 0) if none."""
+        return 0, self.entries[name].numel
+
+    def owned(self, rank: int) -> dict[str, list[Piece]]:
+        """{name: pieces} of which a rank sums all payloads, and remembers what its encoding lost."""
+        return {
+            name: [piece for piece in entry.summed_pieces if piece.owner == rank]
+            for name, entry in self.entries.items()
+        }
 
     def unused_rules(self) -> list[Rule]:
         """The policy's rules for gradients that match none of the parameters."""
@@ -200,6 +209,8 @@ class Plan:
             f"{self.world_size} ranks send {total:,} bytes each per step; "
             f"a float16 {self.reference} would send {uncompressed:,}"
         )
+        if self.topology is not None:
+            lines.append(str(self.topology))
         return "\n".join(lines)
 
 
@@ -223,6 +234,17 @@ def choose(policy, compressor, numels, world_size):
     if not policy.feedback_for(compressor) and gathered <= 2 * (world_size - 1) * 2 * sum(numels) / world_size:
         return "allgather"
     return "twophase"
+
+
+def dealt(sizes, load):
+    """Pieces of {(start, stop): bytes}, the next always to a rank that has the fewest bytes, which `load` counts.
+
+    A rank has one piece of a parameter at most: so who is next does not depend on the sizes of its pieces.
+    """
+    owners = heapq.nsmallest(len(sizes), range(len(load)), key=lambda rank: (load[rank], rank))
+    for owner, nbytes in zip(owners, sizes.values(), strict=True):
+        load[owner] += nbytes
+    return tuple(Piece(owner, *border) for owner, border in zip(owners, sizes, strict=True))
 
 
 def borders(compressor, shape, world_size):

@@ -11,12 +11,14 @@ A state is a dict. Of one rank:
     feedback            `ErrorFeedback.state_dict()`
     owner_feedback      {"NAME[START:STOP]": residual of a piece that this rank owns}
     memories            {parameter: {key: number or tensor}} of summable compressors
+    shares, local_size  of an exchange by nodes alone: {parameter: [start, stop]} that feedback is of, ranks of a node
 Where a policy's `residual` is packed, a vector is uint8: entries and how often it was written (int64), and a payload.
 Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", …: float32 vector}.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,10 @@ import torch
 
 from ..errors import ConfigError
 from ..memory import checked_copies
+from ..packing import u32_bytes, unpack_bits
 from ..policy import as_policy
 from .engine import result
-from .hand_on import memory_sums, sums_of, take_over
+from .hand_on import memory_sums, own_shares, shares_of, sums_of, take_over
 
 if TYPE_CHECKING:
     from .exchange import GradientExchange
@@ -37,13 +40,21 @@ MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "sums", "mem
 
 def of_rank(exchange: GradientExchange) -> dict:
     """A rank's own state: tensors (copies), numbers and strings."""
+    shares = {name: list(share) for name, share in own_shares(exchange).items()}
+    by_nodes = exchange.plan is not None and not exchange.plan.whole
     return {
         "rank": exchange.engine.rank() if exchange.engine else 0,
         "world_size": exchange.engine.world_size() if exchange.engine else 1,
         **_of_any_rank(exchange),
         "feedback": exchange.feedback.state_dict() if exchange.feedback else {},
         "owner_feedback": exchange.owner_feedback.state_dict(),
+        **({"shares": shares, "local_size": _local_size(exchange)} if by_nodes else {}),
     }
+
+
+def _local_size(exchange):
+    topology = exchange.plan.topology if exchange.plan else None
+    return topology.local_size if topology else 1
 
 
 def _of_any_rank(exchange):
@@ -63,7 +74,24 @@ def of_all_ranks(exchange: GradientExchange) -> dict:
     sums = memory_sums(exchange, of_rank(exchange))
     for name, vector in sums.items():
         sums[name] = result(exchange.engine.allreduce(f"state.{name}", 0, vector, "sum"), f"the ranks' sum of {name}")
-    return {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "sums": sums}
+    state = {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "sums": sums}
+    if exchange.plan.whole:
+        return state
+    device = next((vector.device for vector in sums.values()), torch.device("cpu"))
+    return {**state, "memories": _memories_of_node(exchange, state["memories"], device)}
+
+
+def _memories_of_node(exchange, memories, device):
+    """What all ranks of this node have learned: each has it of other parameters, and as its peers do."""
+    file = io.BytesIO()
+    torch.save(memories, file)
+    own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
+    engine, what = exchange.engine.local, "what the ranks of this node remember"
+    length, four = u32_bytes(own.numel(), device), [4] * engine.world_size()
+    sizes = unpack_bits(result(engine.allgather("state.sizes", 0, length, four), what), len(four), 32).tolist()
+    parts = result(engine.allgather("state.memories", 0, own, sizes), what).split(sizes)
+    loaded = [torch.load(io.BytesIO(bytes(part.tolist())), weights_only=True) for part in parts]
+    return {name: memory for each in loaded for name, memory in each.items()}
 
 
 class AllRanks:
@@ -113,18 +141,19 @@ def merge_states(states: Iterable[dict]) -> dict:
     for saved in states:
         for name, vector in sums_of(policy, sizes, saved).items():
             sums[name] = sums[name] + vector if name in sums else vector
-    shared = {key: first[key] for key in ("world_size", "policy", "shapes", "report", "steps", "memories")}
-    return {**shared, "sums": sums}
+    shared = {key: first[key] for key in ("world_size", "policy", "shapes", "report", "steps")}
+    memories = {name: memory for saved in states for name, memory in saved["memories"].items()}
+    return {**shared, "sums": sums, "memories": memories}
 
 
 def load(exchange: GradientExchange, saved: dict) -> None:
     """`GradientExchange.load_state_dict`: everything is checked before anything changes."""
     merged = isinstance(saved, dict) and "sums" in saved
     _check_keys(saved, MERGED_KEYS if merged else KEYS)
-    policy = exchange.policy.to_dict() if exchange.policy else None
-    if (as_policy(saved["policy"]).to_dict() if saved["policy"] else None) != policy:
+    if _compared(saved["policy"]) != _compared(exchange.policy):
         if exchange.chosen and exchange.report.steps == exchange.steps == 0 and saved["policy"]:
             return _load_as_saved(exchange, saved)
+        policy = exchange.policy.to_dict() if exchange.policy else None
         raise ConfigError(f"policy: the saved state is of {saved['policy']}, this run uses {policy}")
     check_counts(saved)
     _check_shapes(exchange, saved["shapes"])
@@ -149,6 +178,11 @@ def _load_as_saved(exchange, saved):
     except ConfigError:
         exchange.adopt(chosen)
         raise
+
+
+def _compared(policy):
+    """What of a policy a state must have in common with a run: how ranks lie on nodes may change."""
+    return {**as_policy(policy).to_dict(), "local_size": None} if policy else None
 
 
 def put_back(exchange: GradientExchange, saved: dict) -> None:
@@ -212,8 +246,16 @@ def _checked_own(exchange, saved):
             f"state: got that of rank {saved['rank']} of {saved['world_size']}, expected one that rank {rank} of "
             f"{world_size} saved; for another number of ranks merge those of all: gcompress.merge_states"
         )
-    entries = exchange.plan.entries if exchange.plan else {}
-    sizes = {name: entry.numel for name, entry in entries.items() if entry.compressor}
+    entries, shares = exchange.plan.entries if exchange.plan else {}, own_shares(exchange)
+    numels = {name: entry.numel for name, entry in entries.items()}
+    if exchange.plan and {n: s for n, s in shares_of(saved, numels).items() if entries[n].compressor} != {
+        n: s for n, s in shares.items() if entries[n].compressor
+    }:
+        raise ConfigError(
+            f"state: got that of a rank of nodes of {saved.get('local_size', 1)}, expected of {_local_size(exchange)}; "
+            "for another topology merge those of all ranks: gcompress.merge_states"
+        )
+    sizes = {name: stop - start for name, (start, stop) in shares.items() if entries[name].compressor}
     tensors = exchange.feedback.checked(saved["feedback"], sizes) if exchange.feedback else {}
     owned = exchange.owned_pieces() if exchange.plan else {}
     pieces = exchange.owner_feedback.memories["residual"]

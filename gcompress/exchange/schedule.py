@@ -1,7 +1,8 @@
 """Exchanges of several rounds side by side: none waits for another, and no order of waiting can deadlock.
 
 An exchange is a generator. It yields the collective operation that it wants next, as the name of
-an engine's method and its arguments (see engine.py), and is sent the result. `Schedule` starts each
+an engine's method and its arguments, a tensor first (see engine.py; "local.alltoall" is that of a part of an engine,
+node_engine.py), and is sent the result. `Schedule` starts each
 operation. Whenever it is called, it moves every exchange whose operation has ended on to its next
 one. So a rank that waits for one exchange still takes part in all the others.
 
@@ -12,6 +13,7 @@ All that an exchange does passes through here, so here the clock is read (times.
 it encodes, after its last one it decodes, and between two it does both.
 """
 
+import operator
 import time
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -46,7 +48,7 @@ class Task:
         self._times.departed(self.group, nbytes, now)
         self._sent = method, nbytes, now
         name = f"{self.name}.{self._rounds}" if self._rounds else self.name
-        self._operation = getattr(engine, method)(name, self._rounds, *arguments)
+        self._operation = operator.attrgetter(method)(engine)(name, self._rounds, *arguments)
         self._rounds += 1
 
     def _take(self, engine: Engine):

@@ -205,9 +205,13 @@ class Ways:
             self._factor(),
             self._scratch.floats(longest, rows[0].device),
             self._owner_memory_of,
-            lambda item: Piece(0, item.start, item.stop).key(item.name),
+            self._key_of,
             lambda item: self._seed(item.name, "mean", item.start),
         )
+
+    def _key_of(self, item):
+        """An item's name in its owner's memory."""
+        return Piece(0, item.start, item.stop).key(item.name)
 
     def _owner_memory_of(self, item, total):
         # The residual waits if no rank had a gradient; this one having had one is enough to know otherwise.

@@ -12,6 +12,7 @@ from gcompress.compressors import Compressor
 from gcompress.errors import ConfigError
 from gcompress.exchange.applied import holds_nothing
 from gcompress.exchange.engine import agree, name_of
+from gcompress.exchange.parameter_server import check_for_servers
 from gcompress.exchange.results import Results
 from gcompress.exchange.scaling import unscaled
 from gcompress.forecast.decide import decide
@@ -144,10 +145,7 @@ class PushPullExchange(Results):
     def _declare(self, named):
         if self.policy.momentum or self.policy.clip or self.policy.warmup_steps:
             raise ConfigError("momentum, clip, warmup_steps: BytePS's C++ compressors have none of them, expected 0")
-        if self.policy.exchange == "turns":
-            raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
-        if self.policy.mean != "ranks":
-            raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
+        check_for_servers(self.policy)
         if self.policy.error_feedback == "ef21":
             raise ConfigError("error_feedback: got 'ef21', which BytePS's C++ compressors have not, expected another")
         if self.policy.residual != "float32":

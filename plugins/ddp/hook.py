@@ -12,7 +12,7 @@ from gcompress.exchange.engine import agree
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.policy import check_types
 
-from .process_group import ProcessGroupEngine
+from .node_groups import engine_for
 from .unwrap import parallel_of, parallel_with, plain_names
 
 
@@ -54,7 +54,7 @@ class GradientState:
         self._maybe_unused = parallel.find_unused_parameters or parallel.static_graph
         trained = {name: p for name, p in plain_names(parallel.module) if p.requires_grad}
         check_types(self.exchange.policy, trained)
-        self.exchange.engine = ProcessGroupEngine(parallel.process_group, self._every_rank)
+        self.exchange.engine = engine_for(parallel.process_group, self.exchange.policy, self._every_rank)
         device = next((p.device for p in trained.values()), None)
         self.exchange.prepare({name: p.shape for name, p in trained.items()}, device=device)
         self.exchange.watch(trained)
@@ -124,6 +124,8 @@ class GradientState:
             future = self._start_dense(bucket, buffer)
         if bucket.is_last():
             self.exchange.end_step()
+            if _has_joined() and not self.exchange.plan.whole:
+                self.exchange.applied()  # by the ranks that go on, for which this one encodes its node's shares
         return future
 
     def _start_dense(self, bucket, buffer):
@@ -166,7 +168,7 @@ class GradientState:
 
     def _absent(self, gradients):
         """The names of those of which this rank has no gradient."""
-        if torch._C._current_graph_task_id() < 0:  # outside of a backward pass: this rank has joined (model.join())
+        if _has_joined():
             return list(gradients)
         return [name for name, g in gradients.items() if holds_nothing(g)] if self._maybe_unused else ()
 
@@ -200,6 +202,11 @@ class GradientState:
         self._stream = self._stream or torch.cuda.Stream(buffer.device)
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         return torch.cuda.stream(self._stream)
+
+
+def _has_joined():
+    """Whether this is no backward pass: the rank has none any more, but takes part in others' (model.join())."""
+    return torch._C._current_graph_task_id() < 0
 
 
 def _is_dense(parameter):

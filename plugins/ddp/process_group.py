@@ -1,6 +1,7 @@
 """torch.distributed as an engine (gcompress/exchange/engine.py)."""
 
 import atexit
+import datetime
 import json
 import weakref
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gcompress.errors import ConfigError, ExchangeError
+from gcompress.exchange.node_engine import Topology
 
 # Rounds of the longest exchange: two-phase has two, summed methods up to three.
 LANES = 3
@@ -53,45 +55,33 @@ class ProcessGroupEngine(ProcessGroupRanks):
             ExchangeError within the group's time-out if one does not.
         every_rank: every rank of the job makes an engine at this moment, each of its own group, as of one
             dimension of a DeviceMesh. No rank is in two of these groups.
+        lanes: process groups of the same ranks, one for each lane that will be used; None: new ones where needed.
         device_type: of the tensors, "cpu" or "cuda", for groups that have a backend for each; None: by the backend.
     """
 
     in_order = True
+    topology: Topology | None = None  # why it is flat, where that was looked at
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, every_rank: bool = False, device_type: str | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        every_rank: bool = False,
+        device_type: str | None = None,
+        lanes: list[dist.ProcessGroup] | None = None,
     ):
         super().__init__(group)
         self._on_device = self._on_device if device_type is None else device_type != "cpu"
         of_all = self.world_size() == dist.get_world_size()
-        self._at_once = self._on_device or not (of_all or every_rank)
+        self._at_once = self._on_device or not (lanes or of_all or every_rank)
         if self._at_once:
             self._lanes = [self.group] * LANES
             return
-        everyone = self.group if of_all else dist.group.WORLD
-        timeout = self._wait_for(everyone)
-        groups = _groups_of(everyone, self.group)
-        self._lanes = [self._new_lane(groups, timeout) for _ in range(LANES)]
+        self._lanes = lanes or self._new_lanes(self.group if of_all else dist.group.WORLD)
         atexit.register(_let_go, weakref.ref(self))
 
-    @staticmethod
-    def _new_lane(groups, timeout):
-        return dist.new_subgroups_by_enumeration(groups, timeout, "gloo")[0]
-
-    def _wait_for(self, everyone):
-        """Wait until every rank of the job makes its engine; returns their time-out."""
-        has_barrier = dist.get_backend(everyone) == "gloo"
-        timed = everyone if has_barrier else self.group
-        timeout = timed._get_backend(torch.device("cpu")).options._timeout
-        if not has_barrier:
-            return timeout
-        try:
-            dist.monitored_barrier(everyone, timeout=timeout)
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"register or engine: not every rank called it within the process group's time-out, {timeout}: {error}"
-            ) from error
-        return timeout
+    def _new_lanes(self, everyone):
+        timeout = wait_for(everyone, self.group)
+        return new_groups(_groups_of(everyone, self.group), LANES, timeout)
 
     def allgather(self, name, lane, payload, sizes):
         if min(sizes) < max(sizes):  # which an all-gather of torch's cannot
@@ -113,8 +103,8 @@ class ProcessGroupEngine(ProcessGroupRanks):
         return self._operation(dist.all_reduce(result, operation, self._lane(lane), async_op=True), result)
 
     def _lane(self, lane):
-        if lane >= LANES:
-            raise ExchangeError(f"an exchange of more than {LANES} rounds cannot run on torch.distributed")
+        if lane >= len(self._lanes):
+            raise ExchangeError(f"an exchange of more than {len(self._lanes)} rounds cannot run here")
         return self._lanes[lane]
 
     def _operation(self, work, result, *used):
@@ -133,6 +123,35 @@ class GroupOperation:
     def wait(self):
         self._work.wait()
         return self._result
+
+
+def wait_for(everyone: dist.ProcessGroup, group: dist.ProcessGroup) -> datetime.timedelta:
+    """Wait until every rank of the job makes its engine; returns how long that may take.
+
+    Args:
+        everyone: all ranks; without Gloo, which alone has such a barrier, nothing is waited for.
+        group: this rank's, whose time-out counts then.
+
+    Raises:
+        ExchangeError: a rank did not come in that time.
+    """
+    has_barrier = dist.get_backend(everyone) == "gloo"
+    timed = everyone if has_barrier else group
+    timeout = timed._get_backend(torch.device("cpu")).options._timeout
+    if not has_barrier:
+        return timeout
+    try:
+        dist.monitored_barrier(everyone, timeout=timeout)
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"register or engine: not every rank called it within the process group's time-out, {timeout}: {error}"
+        ) from error
+    return timeout
+
+
+def new_groups(groups: list[list[int]], count: int, timeout: datetime.timedelta, backend: str = "gloo"):
+    """`count` new process groups of this rank's one of [[ranks], …]; every rank calls it, with the same lists."""
+    return [dist.new_subgroups_by_enumeration(groups, timeout, backend)[0] for _ in range(count)]
 
 
 def _let_go(reference):

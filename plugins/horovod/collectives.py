@@ -9,6 +9,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from gcompress.errors import ExchangeError
 from gcompress.exchange.engine import wait_until
+from gcompress.exchange.node_engine import Topology
 
 
 class MismatchedExchangeError(ExchangeError, HorovodInternalError):
@@ -50,6 +51,7 @@ class HorovodEngine:
         started: a set to which what begins an exchange is added, as (function, name, process set); see patch.join.
     """
 
+    topology: Topology | None = None  # why it is flat, where that was looked at
     in_order = False  # Horovod pairs operations by name, whatever the order in which a rank starts them
 
     def __init__(self, process_set: hvd.ProcessSet, number: int, prefix: str = "gcompress", started: set | None = None):

@@ -15,6 +15,7 @@ from gcompress.exchange.applied import holds_nothing
 from gcompress.exchange.engine import agree, name_of
 from gcompress.exchange.exchange import GradientExchange
 from gcompress.exchange.hand_on import replan
+from gcompress.exchange.node_engine import NodeEngine
 from gcompress.policy import Policy, check_momentum, check_types
 
 from .collectives import (
@@ -27,6 +28,7 @@ from .collectives import (
 )
 from .elastic import enter_world
 from .elastic import register as register_elastic
+from .node_sets import engine_for
 
 Stock = hvd_optimizer._DistributedOptimizer
 StockAdasum = hvd_optimizer._DistributedAdasumOptimizer
@@ -75,13 +77,17 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
     if ours:
         check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
         check_types(self._gcompress.policy, {name: p for p, name in self._parameter_names.items()})
-    self._gcompress.engine = HorovodEngine(self.process_set, next(_numbers))
+    number, included = next(_numbers), self.process_set.included()
+    policy = self._gcompress.policy if included else None
+    self._gcompress.engine = (
+        engine_for(self.process_set, number, policy) if policy else HorovodEngine(self.process_set, number)
+    )
     self._gcompress.average = self.op == hvd.Average
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)
     self._gcompress_agreed = None
     self._gcompress_world, self._gcompress_ranks = None, None  # see elastic.py
-    if ours and self.process_set.included():
+    if ours and included:
         trained = _trained(self)
         device = next((p.device for p in trained.values()), None)
         self._gcompress.prepare({name: p.shape for name, p in trained.items()}, device=device)
@@ -238,11 +244,13 @@ def agree_once(self):
     agree(exchange.engine, configuration, self.process_set.ranks)
     self._gcompress_agreed = mpi_ops._handle_map
     _names.discard((hvd.allgather_async, exchange.engine.texts_name(), self.process_set))
+    by_nodes = isinstance(exchange.engine, NodeEngine)
     for p in self._requires_update:
         name = self._parameter_names.get(p)
         if exchange.compressor_for(name, p.numel()):
-            operation = STARTS[exchange.plan.entries[name].exchange]
-            _names.add((operation, f"gcompress.{exchange.first_name(name)}", self.process_set))
+            operation = alltoall_token_async if by_nodes else STARTS[exchange.plan.entries[name].exchange]
+            members = exchange.engine.local.process_set if by_nodes else self.process_set
+            _names.add((operation, f"gcompress.{exchange.first_name(name)}", members))
         else:
             _names.add((hvd.allreduce_async, name, self.process_set))
 

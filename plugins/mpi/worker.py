@@ -9,7 +9,7 @@ from mpi4py import MPI
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.engine import agree
-from gcompress.exchange.parameter_server import memory_sizes
+from gcompress.exchange.parameter_server import check_for_servers, memory_sizes
 from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
@@ -62,10 +62,7 @@ class Worker(Results):
                 "error_feedback: got 'ef21', which needs the same means on all workers, without staleness or momentum "
                 "on the servers, and workers that all stay"
             )
-        if self.policy and self.policy.exchange == "turns":
-            raise ConfigError("exchange: got 'turns', which parameter servers have not, expected another one")
-        if self.policy and self.policy.mean != "ranks":
-            raise ConfigError(f"mean: got {self.policy.mean!r}, expected 'ranks' with parameter servers")
+        check_for_servers(self.policy)
         if self.policy and self.policy.undecided:
             self.policy = decide(self.policy, job.all_workers, {name: torch.Size([n]) for name, n in sizes.items()})
         self.job = job

@@ -1,0 +1,226 @@
+"""How gradients travel by nodes: summed within the node, in shares among peers, gathered within the node.
+
+1. Within the node: an all-to-all in float32. Every local rank gets its shares from all, and makes their mean.
+2. Among peers: a share is a gradient like any other, which travels by the ways of ways.py among as many ranks as there
+   are nodes. Only that leaves the node, and only that is compressed. What an encoding loses is remembered by the rank
+   that has the share, in the units of a rank's gradient.
+3. Within the node: an all-gather of the results in float32.
+
+So a node is to the others what a single rank with its mean gradient would be. What is not compressed goes the same way,
+with an all-reduce among peers, where the engine leaves it to us.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..feedback import flat_values
+from .encoding_errors import add_errors
+from .node_engine import PEER_ROUNDS
+from .pieces import joined
+from .plan import Piece
+from .report import Report
+from .ways import Gradient, Ways, places_of, split_rows
+
+
+NOTHING = torch.empty(0)
+
+
+class BetweenNodes(Report):
+    """Counts for another report what a rank sends to its peers."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self._report, self.encoding_errors = report, report.encoding_errors
+
+    def add(self, numel, sent, wire, world_size):
+        self._report.add_between_nodes(sent, wire)
+
+
+class PeersView:
+    """A rank's exchange as its ways among peers see it: shares for parameters, nodes for ranks.
+
+    Attributes:
+        absent: names of which no rank of this node has a gradient in this step.
+        report: counts what leaves the node.
+    """
+
+    def __init__(self, exchange):
+        self._exchange, self.absent = exchange, set()
+        self.report = BetweenNodes(exchange.report)
+
+    def __getattr__(self, name):
+        return getattr(self._exchange, name)  # policy, memory and counts are the exchange's
+
+    @property
+    def engine(self):
+        """That of the peers."""
+        return self._exchange.engine.peers
+
+    @property
+    def plan(self):
+        """That of this rank's shares."""
+        return self._exchange.plan.of_local[self._exchange.engine.local.rank()]
+
+    @property
+    def local_size(self):
+        """How many ranks a node has."""
+        return self._exchange.engine.topology.local_size
+
+    def compressor_for(self, name, numel):
+        """The whole parameter's: a policy does not know of shares."""
+        return self._exchange.compressor_for(name, self._exchange.plan.entries[name].numel)
+
+
+class PeerWays(Ways):
+    """The ways of a rank's shares among its peers; view: of its exchange."""
+
+    def __init__(self, view: PeersView):
+        super().__init__(view)
+        self.view = view
+
+    def _factor(self):
+        """What makes the wanted result of the nodes' sum of means."""
+        return 1.0 / self._exchange.engine.world_size() if self._exchange.average else float(self._exchange.local_size)
+
+    def _key_of(self, item):
+        start = self._exchange.plan.offsets[item.name]
+        return Piece(0, start + item.start, start + item.stop).key(item.name)
+
+    def _seed(self, name, *what):
+        return super()._seed(name, *what, f"from {self._exchange.plan.offsets[name]}")
+
+
+class NodeWays(Ways):
+    """The ways of one rank's exchange by nodes.
+
+    Args:
+        exchange: the GradientExchange, with a NodePlan and a NodeEngine.
+    """
+
+    def __init__(self, exchange):
+        super().__init__(exchange)
+        self._peers = PeerWays(PeersView(exchange))
+        self.in_buckets = {way: functools.partial(self._by_nodes, way) for way in ("allgather", "twophase")}
+
+    def remembers(self, compressor, name):
+        start, stop = self._exchange.plan.share(name, self._exchange.engine.rank())
+        return start < stop and self._peers.remembers(compressor, name)
+
+    def summed(self, name, gradient):
+        place = torch.empty(gradient.numel(), device=gradient.device)
+        return (yield from self._by_nodes("summed", {name: Gradient(gradient, place)}))
+
+    def all_reduce(self, gradients):
+        steps = super().all_reduce(gradients)
+        _, flat, _ = next(steps)  # counted as a ring's; what each rank sends in all is as much by nodes
+        total = yield from self._sum_by_nodes(flat, f"gradients {', '.join(gradients)}")
+        try:
+            steps.send(total)
+        except StopIteration as stop:
+            return stop.value
+
+    def _sum_by_nodes(self, flat, what):
+        """The ranks' sum of a 1-D tensor, the same bits on all."""
+        engine, report = self._exchange.engine, self._exchange.report
+        local_size, nodes = engine.topology.local_size, engine.topology.nodes
+        sizes = [len(part) for part in torch.tensor_split(torch.empty(flat.numel(), device="meta"), local_size)]
+        own = yield from self._summed_within_node(flat, sizes, what)
+        sent = own.numel() * own.element_size()
+        report.add(0, 2 * sent, 0, 1)
+        report.between_nodes_bytes += 2 * (nodes - 1) * sent // nodes
+        own = yield from self._among_peers(_all_reduced(own))
+        rows = yield from self._gathered(own, sizes, what)
+        return torch.cat(rows)
+
+    def _by_nodes(self, way, gradients):
+        """The exchange of {name: Gradient}; returns {name: mean}, in their places."""
+        what, places = f"gradients {', '.join(gradients)}", places_of(gradients)
+        plan, local = self._exchange.plan, self._exchange.engine.local.rank()
+        spans = plan.spans(gradients)
+        own = yield from self._shares(gradients, spans, what)
+        shapes = plan.of_local[local].entries
+        shares = {name: Gradient(values.view(shapes[name].shape), values) for name, values in own.items()}
+        results = (yield from self._among_peers(self._steps(way, shares))) or {}
+        for name, mean in results.items():
+            self._exchange.deliver(name, mean)
+        own = [results[name] for name, _, _ in spans[local]]
+        sizes = [sum(stop - start for _, start, stop in each) for each in spans]
+        payload = joined(own, next(iter(places.values())))
+        self._exchange.report.add(0, 4 * payload.numel(), 4 * payload.numel() * (len(spans) - 1), 1)
+        rows = yield from self._gathered(payload, sizes, what)
+        for row, each in zip(rows, spans, strict=True):
+            parts = row.split([stop - start for _, start, stop in each])
+            for (name, start, stop), part in zip(each, parts, strict=True):
+                places[name][start:stop].copy_(part)
+        return places
+
+    def _steps(self, way, shares):
+        """The exchange of this rank's shares, {name: Gradient}, among its peers."""
+        if not shares:
+            return iter(())
+        if way == "summed":
+            ((name, share),) = shares.items()
+            return self._peers.summed(name, share.values)
+        if self._exchange.measures_errors():
+            add_errors(self._peers.view, self._peers, way, shares)
+        return self._peers.in_buckets[way](shares)
+
+    def _shares(self, gradients, spans, what):
+        """Within the node: {name: mean over its ranks of this rank's share, 1-D float32}."""
+        local_size, absent, view = len(spans), self._exchange.absent, self._peers.view
+        values = {name: flat_values(each.values) for name, each in gradients.items()}
+        device = next(iter(values.values())).device
+        missing = torch.tensor([float(name in absent) for name in gradients], device=device)
+        parts = [[*(values[name][start:stop] for name, start, stop in each), missing] for each in spans]
+        sizes = [sum(map(len, each)) for each in parts]
+        local = self._exchange.engine.local.rank()
+        numel, sent = sum(map(len, values.values())), 4 * sum(sizes)
+        self._exchange.report.add(numel, sent, sent - 4 * sizes[local], self._exchange.engine.world_size())
+        flat = torch.cat([part for each in parts for part in each])
+        total = yield from self._summed_within_node(flat, sizes, what)
+        counts = total[len(total) - len(gradients) :].tolist()
+        view.absent.difference_update(gradients)
+        view.absent.update(name for name, count in zip(gradients, counts, strict=True) if count == local_size)
+        total.mul_(1.0 / local_size)
+        shares = total.split([*(stop - start for _, start, stop in spans[local]), len(gradients)])
+        return {name: share for (name, _, _), share in zip(spans[local], shares, strict=False)}
+
+    def _summed_within_node(self, flat, sizes, what):
+        """The sum over the node's ranks, in their order, of this rank's part of a 1-D tensor; sizes: of all parts."""
+        width, own = flat.element_size(), sizes[self._exchange.engine.local.rank()]
+        to, back = [width * size for size in sizes], [width * own] * len(sizes)
+        received = yield "local.alltoall", flat.view(torch.uint8), to, back
+        first, *others = (row.view(flat.dtype) for row in split_rows(received, back, what))
+        total = first.clone()  # not all that was received needs to stay
+        for other in others:
+            total.add_(other)
+        return total
+
+    def _gathered(self, own, sizes, what):
+        """Within the node: every rank's 1-D tensor of these sizes, of one type."""
+        sizes = [own.element_size() * size for size in sizes]
+        gathered = yield "local.allgather", own.contiguous().view(torch.uint8), sizes
+        return [row.view(own.dtype) for row in split_rows(gathered, sizes, what)]
+
+    def _among_peers(self, steps):
+        """Run steps of an exchange among peers, and pause in the rounds that it does not need; returns its result."""
+        rounds, result, done = 0, None, None
+        while True:
+            try:
+                method, *arguments = next(steps) if result is None else steps.send(result)
+            except StopIteration as stop:
+                done = stop.value
+                break
+            result = yield f"peers.{method}", *arguments
+            rounds += 1
+        for _ in range(rounds, PEER_ROUNDS):
+            yield "pause", NOTHING
+        return done
+
+
+def _all_reduced(tensor):
+    """The peers' sum of a tensor."""
+    return (yield "allreduce", tensor, "sum")

@@ -1,0 +1,73 @@
+"""The exchange by nodes on real ranks of two nodes; see node_ranks.py for what each rank does."""
+
+import json
+
+import pytest
+
+import slow_link
+import two_nodes
+from tests.launching import launch_ddp, launch_horovod
+from tests.node_ranks import SCENARIOS
+
+pytestmark = pytest.mark.ranks
+RANKS = "-m", "tests.node_ranks"
+LAUNCHES = {
+    "ddp": lambda out: launch_ddp(4, *RANKS, "ddp", out, timeout=240),
+    "horovod": lambda out: launch_horovod(4, *RANKS, "horovod", out, HOROVOD_DYNAMIC_PROCESS_SETS="1"),
+}
+MARKS = {"ddp": (), "horovod": pytest.mark.horovod}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{engine: ([{scenario: its outcome} of each rank], output)}, each engine's in one launch."""
+    found = {}
+
+    def of(engine):
+        if engine not in found:
+            if engine == "horovod":
+                pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+            out = tmp_path_factory.mktemp(engine) / "outcomes"
+            _, output = LAUNCHES[engine](out)
+            found[engine] = [json.loads(path.read_text()) for path in sorted(out.parent.glob("outcomes.*"))], output
+        return found[engine]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "engine, name",
+    [
+        pytest.param(engine, name, marks=marks, id=f"{engine}-{name}")
+        for engine, marks in MARKS.items()
+        for name, (_, engines) in SCENARIOS.items()
+        if not engines or engine in engines
+    ],
+)
+def test_scenario(outcomes, engine, name):
+    ranks, output = outcomes(engine)
+    assert len(ranks) == 4, output[-4000:]
+    for rank, found in enumerate(ranks):
+        assert found.get(name) == "ok", f"rank {rank}:\n{found.get(name, output[-4000:])}"
+
+
+@pytest.mark.horovod
+def test_horovod_without_process_sets_stays_flat_and_says_how_to_change_it(tmp_path):
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make setup`")
+    out = tmp_path / "outcomes"
+    _, output = launch_horovod(4, *RANKS, "horovod", out, "no_process_sets", HOROVOD_DYNAMIC_PROCESS_SETS="0")
+    assert "flat, not by nodes: to sum within the 2 nodes first, set HOROVOD_DYNAMIC_PROCESS_SETS=1" in output
+    assert json.loads(out.with_name("outcomes.0").read_text())["no_process_sets"] == "ok"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(slow_link.missing() is not None, reason=str(slow_link.missing()))
+def test_two_nodes_joined_by_one_link(tmp_path):
+    """torchrun's own places, to the bit of a simulation; the link counts what the reports say, less than flat."""
+    out, names = tmp_path / "outcomes", ["bytes_on_the_link", "every_exchange_gives_what_a_simulation_gives"]
+    with two_nodes.joined_nodes() as nodes:
+        ended = two_nodes.torchrun(nodes, 2, [*RANKS, "ddp", out, *names], 200)
+    assert all(code == 0 for code, _ in ended), "\n".join(output[-3000:] for _, output in ended)
+    for rank in range(4):
+        found = json.loads(out.with_name(f"outcomes.{rank}").read_text())
+        assert found == dict.fromkeys(names, "ok"), "\n".join(found.values())
