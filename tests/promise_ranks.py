@@ -64,15 +64,18 @@ class DdpByNodes(Ddp):
         super().__init__(*arguments, **options)
 
     def memory(self):
-        found, shares = super().memory(), self.exchange.state_dict().get("shares", {})
-        for name, (start, stop) in shares.items():
-            numel = self.exchange.plan.entries[name].numel
-            for key in [f"feedback/{kind}{name}" for kind in ("", "residual/", "velocity/", "delivered/")]:
-                if key in found:
-                    # A node's mean was encoded, as if each of its ranks had had it.
-                    whole = torch.zeros(numel)
-                    whole[start:stop] = found[key]
-                    found[key] = whole * self.local_size
+        found, feedback = super().memory(), self.exchange.feedback
+        state = self.exchange.state_dict()
+        if "shares" not in state:  # flat: of a policy whose exchange cannot be by nodes
+            return found
+        shares = state["shares"]
+        sizes = {name: stop - start for name, (start, stop) in shares.items()}
+        for kind, vectors in feedback.vectors_of(feedback.checked(state["feedback"], sizes)).items():
+            for name, vector in vectors.items():
+                key = f"feedback/{kind}/{name}" if f"feedback/{kind}/{name}" in found else f"feedback/{name}"
+                # A node's mean was encoded, as if each of its ranks had had it.
+                found[key] = torch.zeros(self.exchange.plan.entries[name].numel)
+                found[key][slice(*shares[name])] = vector * self.local_size
         if isinstance(self.exchange.feedback, EstimateFeedback):
             for name, entry in self.exchange.plan.entries.items():
                 if entry.compressor:  # a rank may have no share of it

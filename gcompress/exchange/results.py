@@ -75,8 +75,9 @@ class Results:
         """Measure in the next step, and every so many steps after it, what this rank's encodings lose; 0: no more.
 
         `report.errors` is then {parameter: relative squared error} of the last step in which that was done, of all
-        parameters that were compressed and had a gradient on this rank. Such a step takes one more encoding and
-        decoding; results and memory are the same to the bit. See encoding_errors.py for what is measured.
+        parameters that were compressed and had a gradient on this rank; by nodes, of those of which it has a share.
+        Such a step takes one more encoding and decoding; results and memory are the same to the bit. See
+        encoding_errors.py for what is measured.
         """
         self.report.encoding_errors.measure(every, self.report.steps)
 
