@@ -17,9 +17,9 @@ import functools
 import torch
 
 from ..feedback import flat_values
+from ..memory import Scratch
 from .encoding_errors import add_errors
 from .node_engine import PEER_ROUNDS
-from .pieces import joined
 from .plan import Piece
 from .report import Report
 from .ways import Gradient, Ways, places_of, split_rows
@@ -103,6 +103,7 @@ class NodeWays(Ways):
     def __init__(self, exchange):
         super().__init__(exchange)
         self._peers = PeerWays(PeersView(exchange))
+        self._sent: dict[str, Scratch] = {}  # what goes to others of the node, by a bucket's first name
         self.in_buckets = {way: functools.partial(self._by_nodes, way) for way in ("allgather", "twophase")}
 
     def remembers(self, compressor, name):
@@ -141,19 +142,19 @@ class NodeWays(Ways):
         plan, local = self._exchange.plan, self._exchange.engine.local.rank()
         spans = plan.spans(gradients)
         own = yield from self._shares(gradients, spans, what)
+        values = dict(zip((name for name, _, _ in spans[local]), own.split(_lengths(spans[local])), strict=True))
         shapes = plan.of_local[local].entries
-        shares = {name: Gradient(values.view(shapes[name].shape), values) for name, values in own.items()}
+        shares = {name: Gradient(share.view(shapes[name].shape), share) for name, share in values.items()}
         results = (yield from self._among_peers(self._steps(way, shares))) or {}
         for name, mean in results.items():
             self._exchange.deliver(name, mean)
-        own = [results[name] for name, _, _ in spans[local]]
-        sizes = [sum(stop - start for _, start, stop in each) for each in spans]
-        payload = joined(own, next(iter(places.values())))
-        self._exchange.report.add(0, 4 * payload.numel(), 4 * payload.numel() * (len(spans) - 1), 1)
-        rows = yield from self._gathered(payload, sizes, what)
+            if mean.data_ptr() != values[name].data_ptr():  # else it was decoded to its place
+                values[name].copy_(mean)
+        self._exchange.report.add(0, 4 * own.numel(), 4 * own.numel() * (len(spans) - 1), 1)
+        sizes = [sum(_lengths(each)) for each in spans]
+        rows = yield from self._gathered(own, sizes, what)
         for row, each in zip(rows, spans, strict=True):
-            parts = row.split([stop - start for _, start, stop in each])
-            for (name, start, stop), part in zip(each, parts, strict=True):
+            for (name, start, stop), part in zip(each, row.split(_lengths(each)), strict=True):
                 places[name][start:stop].copy_(part)
         return places
 
@@ -169,7 +170,7 @@ class NodeWays(Ways):
         return self._peers.in_buckets[way](shares)
 
     def _shares(self, gradients, spans, what):
-        """Within the node: {name: mean over its ranks of this rank's share, 1-D float32}."""
+        """Within the node: the means over its ranks of this rank's shares, one after the other, 1-D float32."""
         local_size, absent, view = len(spans), self._exchange.absent, self._peers.view
         values = {name: flat_values(each.values) for name, each in gradients.items()}
         device = next(iter(values.values())).device
@@ -179,22 +180,21 @@ class NodeWays(Ways):
         local = self._exchange.engine.local.rank()
         numel, sent = sum(map(len, values.values())), 4 * sum(sizes)
         self._exchange.report.add(numel, sent, sent - 4 * sizes[local], self._exchange.engine.world_size())
-        flat = torch.cat([part for each in parts for part in each])
+        flat = self._sent.setdefault(next(iter(gradients)), Scratch()).floats(sum(sizes), device)
+        torch.cat([part for each in parts for part in each], out=flat)
         total = yield from self._summed_within_node(flat, sizes, what)
         counts = total[len(total) - len(gradients) :].tolist()
         view.absent.difference_update(gradients)
         view.absent.update(name for name, count in zip(gradients, counts, strict=True) if count == local_size)
         total.mul_(1.0 / local_size)
-        shares = total.split([*(stop - start for _, start, stop in spans[local]), len(gradients)])
-        return {name: share for (name, _, _), share in zip(spans[local], shares, strict=False)}
+        return total[: len(total) - len(gradients)]
 
     def _summed_within_node(self, flat, sizes, what):
         """The sum over the node's ranks, in their order, of this rank's part of a 1-D tensor; sizes: of all parts."""
         width, own = flat.element_size(), sizes[self._exchange.engine.local.rank()]
         to, back = [width * size for size in sizes], [width * own] * len(sizes)
         received = yield "local.alltoall", flat.view(torch.uint8), to, back
-        first, *others = (row.view(flat.dtype) for row in split_rows(received, back, what))
-        total = first.clone()  # not all that was received needs to stay
+        total, *others = (row.view(flat.dtype) for row in split_rows(received, back, what))
         for other in others:
             total.add_(other)
         return total
@@ -219,6 +219,10 @@ class NodeWays(Ways):
         for _ in range(rounds, PEER_ROUNDS):
             yield "pause", NOTHING
         return done
+
+
+def _lengths(spans):
+    return [stop - start for _, start, stop in spans]
 
 
 def _all_reduced(tensor):
