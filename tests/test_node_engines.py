@@ -1,6 +1,7 @@
 """The exchange by nodes on real ranks of two nodes; see node_ranks.py for what each rank does."""
 
 import json
+import os
 
 import pytest
 
@@ -12,8 +13,12 @@ from tests.node_ranks import SCENARIOS
 pytestmark = pytest.mark.ranks
 RANKS = "-m", "tests.node_ranks"
 LAUNCHES = {
-    "ddp": lambda out: launch_ddp(4, *RANKS, "ddp", out, timeout=240),
-    "horovod": lambda out: launch_horovod(4, *RANKS, "horovod", out, HOROVOD_DYNAMIC_PROCESS_SETS="1"),
+    "ddp": lambda out, *names, ranks=4, **environment: launch_ddp(
+        ranks, *RANKS, "ddp", out, *names, timeout=240, **environment
+    ),
+    "horovod": lambda out, *names, ranks=4, **environment: launch_horovod(
+        ranks, *RANKS, "horovod", out, *names, HOROVOD_DYNAMIC_PROCESS_SETS="1", **environment
+    ),
 }
 MARKS = {"ddp": (), "horovod": pytest.mark.horovod}
 
@@ -58,6 +63,16 @@ def test_horovod_without_process_sets_stays_flat_and_says_how_to_change_it(tmp_p
     _, output = launch_horovod(4, *RANKS, "horovod", out, "no_process_sets", HOROVOD_DYNAMIC_PROCESS_SETS="0")
     assert "flat, not by nodes: to sum within the 2 nodes first, set HOROVOD_DYNAMIC_PROCESS_SETS=1" in output
     assert json.loads(out.with_name("outcomes.0").read_text())["no_process_sets"] == "ok"
+
+
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=marks) for engine, marks in MARKS.items()])
+@pytest.mark.skipif(os.environ.get("GCOMPRESS_LONG") != "1", reason="sixteen ranks want cores: GCOMPRESS_LONG=1")
+def test_sixteen_ranks_give_what_a_simulation_gives(engine, tmp_path):
+    out, name = tmp_path / "outcomes", "every_exchange_gives_what_a_simulation_gives"
+    _, output = LAUNCHES[engine](out, name, ranks=16, TEST_LOCAL_SIZE="4")
+    for rank in range(16):
+        found = out.with_name(f"outcomes.{rank}")
+        assert found.exists() and json.loads(found.read_text()) == {name: "ok"}, output[-4000:]
 
 
 @pytest.mark.root
