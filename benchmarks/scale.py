@@ -10,8 +10,7 @@ node are --local ranks. Times of computing differ between ranks by --jitter, and
 
 ring      float16 in an all-reduce: a ring through all ranks, which leaves a node once.
 flat      every rank exchanges with every other; a node's ranks share its link.
-levels    the ranks of a node add up their gradients in float32 and share the result out; each exchanges its part,
-          compressed, with the ranks of the same place on other nodes; then the node's ranks hand each other the means.
+levels    by nodes (docs/NODES.md), as DistributedDataParallel's and Horovod's ranks of several nodes do.
 
 Beside step times: what grows. The table's columns are of the flat two-phase exchange of --method: bytes that a rank
 sends; the owners' fan-in, the payloads that one rank receives and adds up; pieces in the plan and the seconds it takes
@@ -31,8 +30,9 @@ import time
 import plan_check
 import torch
 
+from gcompress.exchange.engine import FORMAT_VERSION
 from gcompress.exchange.plan import Plan
-from gcompress.forecast.advice import Bench, Situation, forecast, method_policy
+from gcompress.forecast.advice import Bench, Situation, forecast, forecast_of, method_policy
 from gcompress.forecast.gloo_costs import NO_COSTS
 from gcompress.forecast.model_shapes import shapes_named
 from gcompress.forecast.network import Network
@@ -69,31 +69,19 @@ class RanksOfMachines(Bench):
         return NO_COSTS
 
 
-def local_shapes(shapes, local):
-    """What a rank of a node of so many has of each tensor once they have shared them out."""
-    return {name: torch.Size((-(-shape.numel() // local),)) for name, shape in shapes.items()}
-
-
 def step_times(arguments, shapes, ranks):
     """{(way, method): Forecast} among so many ranks."""
-    local = min(arguments.local, ranks)
-    network = Network(link_rate(arguments.link), duration(arguments.latency), local=local)
+    within = link_rate(arguments.local_rate)
+    network = Network(link_rate(arguments.link), duration(arguments.latency), local=arguments.local, within=within)
     computing = Computing(duration(arguments.step), 0.0, arguments.jitter)
     computing = computing._replace(share=1 / 8)  # cores enough for each rank
-    flat, bench = Situation(shapes, ranks, network, computing), RanksOfMachines(shapes, ranks, repeat=2)
-    found = {("ring", "fp16"): forecast("fp16", flat, bench)}
+    there, bench = Situation(shapes, ranks, network, computing), RanksOfMachines(shapes, ranks, repeat=2)
+    found = {("ring", "fp16"): forecast("fp16", there, bench)}
     for method in arguments.methods:
-        found["flat", method] = forecast(method, flat, bench)
-    if ranks <= local:
-        return found
-    nodes, parts = ranks // local, local_shapes(shapes, local)
-    entries = sum(shape.numel() for shape in shapes.values())
-    inside = 2 * 8 * 4 * entries * (local - 1) / local / link_rate(arguments.local_rate)  # both ways through the node
-    share = Network(network.rate / local, network.latency)
-    levels, bench = Situation(parts, nodes, share, computing), RanksOfMachines(parts, nodes, repeat=2)
-    for method in arguments.methods:
-        each = forecast(method, levels, bench)
-        found["levels", method] = each._replace(seconds=each.seconds + inside)
+        policy = method_policy(method)
+        found["flat", method] = forecast_of(method, dataclasses.replace(policy, local_size=1), there, bench)
+        if there.topology(policy).by_nodes:
+            found["levels", method] = forecast_of(method, policy, there, bench)
     return found
 
 
@@ -108,7 +96,7 @@ def growth(arguments, shapes, ranks):
     for entry in plan.entries.values():
         for piece in entry.pieces:
             owned[piece.owner] += piece.numel
-    text = json.dumps({"format": 3, "compression": policy.to_dict(), "plan": plan.digest(), "step": 0})
+    text = json.dumps({"format": FORMAT_VERSION, "compression": policy.to_dict(), "plan": plan.digest(), "step": 0})
     return {
         "sent": step_bytes(policy, shapes, ranks)[1],
         "fan_in": (ranks - 1) * sum(1 for count in owned if count) / ranks,

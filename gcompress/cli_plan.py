@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from .forecast.model_shapes import BUILT_IN, shapes_listed, shapes_named
 from .forecast.network import EFFICIENCY, Network
 from .forecast.step_bytes import BUCKET_BYTES
 from .forecast.timeline import AFTER, BACKWARD, Computing
+from .policy import Policy
 from .units import byte_count, duration, in_bits, in_seconds, link_rate
 
 DESCRIPTION = """\
@@ -214,10 +216,12 @@ def assumed(options: argparse.Namespace, situation: Situation) -> list[str]:
     cores = f"{share:g} ranks for each core" if share > 1 else "a core for each rank"
     where = "that all ranks share" if network.shared else f"for each machine of {options.ranks_per_machine} rank(s)"
     step = in_seconds(situation.computing.seconds)
+    by_nodes = situation.topology(Policy("sign")).by_nodes
     return [
         f"Assumed: {len(situation.shapes)} tensors, {entries:,} entries; {situation.ranks} ranks; a link of "
         f"{in_bits(network.rate)} {where}, {network.efficiency:.0%} of it for data, "
         f"{in_seconds(network.latency)} one way;",
+        *(["compressed gradients summed within each machine first (docs/NODES.md);"] if by_nodes else []),
         f"a step of {step} without exchange, {BACKWARD:.0%} of it the backward pass, in which gradients come evenly, "
         f"{AFTER:.0%} the optimizer; {cores};",
         f"DistributedDataParallel's buckets of {situation.bucket_bytes / 2**20:g} MiB on Gloo. Encoders, decoders and "
@@ -263,4 +267,4 @@ def draw(path: str, methods: Sequence[str], situation: Situation, bench: Bench, 
 
 
 def _faster(network, rate):
-    return Network(rate, network.latency, network.shared, network.local, network.efficiency, network.burst)
+    return dataclasses.replace(network, rate=rate)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from gcompress import ConfigError, Policy, as_policy
+from gcompress.exchange.node_engine import Topology
+from gcompress.exchange.node_plan import NodePlan
 from gcompress.forecast import path_costs
 from gcompress.forecast.advice import (
     ADVISED,
@@ -17,6 +19,7 @@ from gcompress.forecast.advice import (
     code_line,
     every_method,
     forecast,
+    forecast_of,
     method_policy,
     truest,
 )
@@ -53,7 +56,7 @@ class QuickBench:
     def __init__(self, shapes=None, ranks=None, device=None, nanoseconds=2.0):
         self.nanoseconds = nanoseconds
 
-    def path(self, policy):
+    def path(self, policy, ranks=None):
         ways = ("allgather", "twophase", "summed", "allreduce", "turns")
         return PathCosts({way: (self.nanoseconds * 1e-9,) * 2 for way in ways}, dict.fromkeys(ways, 1e-9))
 
@@ -173,6 +176,27 @@ def test_loads_of_rings_and_direct_messages():
     assert pairs.load("alltoall", (100,) * 4, 4) == 400  # two ranks with two others each
     for kind, sizes in (("allreduce", (800,)), ("allgather", (100,) * 2), ("alltoall", (100,) * 2)):
         assert pairs.load(kind, sizes, 2) == 0  # within one machine
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["quantize:bits=4; exchange=twophase", "topk:sparsity=0.99; exchange=allgather", "randomk; name=d -> none"],
+)
+def test_by_nodes_what_leaves_a_machine_is_what_its_plan_says(text):
+    policy = as_policy(text)
+    there = situation(1e8, ranks=8, local=2)
+    found = forecast_of("", policy, there, QuickBench())
+    plan = NodePlan(policy, SHAPES, Topology(4, 2, ""))
+    plain = sum(4 * entry.numel for entry in plan.entries.values() if not entry.compressor) * 2 * 3 / 4
+    most = max(sum(each.wire_bytes().values()) for each in plan.of_local)  # of a machine's two ranks
+    assert found.wire_bytes == pytest.approx(most + plain / 2, rel=0.03, abs=40)
+    flat = forecast_of("", dataclasses.replace(policy, local_size=1), there, QuickBench())
+    # A ring of ranks that are numbered machine by machine leaves a machine once, with 7 / 8 of the bytes; now 3 / 4.
+    assert found.link_seconds < (0.9 if "randomk" in text else 0.7) * flat.link_seconds
+    # What joins the ranks of a machine takes time, too.
+    slowly = forecast_of("", policy, situation(1e8, ranks=8, local=2, within=1e8), QuickBench())
+    assert slowly.seconds > found.seconds and slowly.link_seconds == pytest.approx(found.link_seconds)
+    assert not situation(ranks=7, local=2).topology(policy).by_nodes
 
 
 def test_the_slowest_of_many_is_later_than_of_few():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a command with torchrun on two nodes that are network namespaces, joined by one link (Linux, root).
 
-    python tools/two_nodes.py --rate 100mbit --ranks 2 -- -m examples.train --engine ddp
+    python tools/two_nodes.py --rate 100mbit --ranks 2 -- examples/train.py --engine ddp
 
 Ranks of a node reach each other without that link. /sys/class/net/LINK/statistics/tx_bytes, where LINK is what a
 rank finds in GLOO_SOCKET_IFNAME, counts exactly what leaves its node. Without --rate only the counting is had.
@@ -63,13 +63,14 @@ def joined_nodes(rate=None):
             subprocess.run(["ip", "netns", "delete", node.name], check=True)
 
 
-def torchrun(nodes, ranks, arguments, seconds, **environment):
+def torchrun(nodes, ranks, arguments, seconds, *, capture=True, **environment):
     """Run a Python script or module on `ranks` ranks of each node; returns [(exit code, output) of each node].
 
     Args:
         nodes: from `joined_nodes`.
         arguments: of torchrun's: what to run.
         seconds: after which all is ended.
+        capture: False: show the output as it comes instead of returning it.
         environment: further variables.
     """
     running = []
@@ -78,7 +79,8 @@ def torchrun(nodes, ranks, arguments, seconds, **environment):
         command += [f"--node-rank={node.number}", f"--nproc-per-node={ranks}", f"--master-addr={nodes[0].address}"]
         command += [f"--master-port={PORT}", f"--local-addr={node.address}", *map(str, arguments)]
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.link, "TP_SOCKET_IFNAME": node.link}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        streams = {"stdout": subprocess.PIPE if capture else None, "stderr": subprocess.STDOUT if capture else None}
+        streams |= {"text": True, "errors": "replace"}
         cwd = pathlib.Path(__file__).resolve().parent.parent
         running.append(subprocess.Popen(command, env={**os.environ, **own, **environment}, cwd=cwd, **streams))
     deadline, ended = time.monotonic() + seconds, []
@@ -87,7 +89,7 @@ def torchrun(nodes, ranks, arguments, seconds, **environment):
             output, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # at which torchrun ends its ranks
-            output = process.communicate(timeout=60)[0] + f"\nended after {seconds} s"
+            output = f"{process.communicate(timeout=60)[0]}\nended after {seconds} s"
         ended.append((process.returncode, output))
     return ended
 
@@ -105,10 +107,9 @@ def main():
     if slow_link.missing():
         sys.exit(f"two_nodes.py: error: {slow_link.missing()}")
     with joined_nodes(arguments.rate) as nodes:
-        ended = torchrun(nodes, arguments.ranks, command, arguments.seconds)
-        for node, (_, output) in zip(nodes, ended, strict=True):
-            print(f"node {node.number}:\n{output}")
-            print(f"{node.counted():,} bytes left it")
+        ended = torchrun(nodes, arguments.ranks, command, arguments.seconds, capture=False)
+        for node in nodes:
+            print(f"{node.counted():,} bytes left node {node.number}")
     sys.exit(max(abs(code) for code, _ in ended))
 
 

@@ -11,12 +11,14 @@ import torch
 from ..checks import check_integer
 from ..compressors import methods
 from ..errors import ConfigError
+from ..exchange.node_engine import Place, Topology, topology_of
+from ..exchange.node_plan import NodePlan
 from ..exchange.plan import Plan
 from ..policy import Policy, as_policy
 from .gloo_costs import GlooCosts, measure_gloo
 from .network import Network
 from .path_costs import PathCosts, TorchCosts, measure_path, measure_torch
-from .step_bytes import BUCKET_BYTES, Transfer, buckets_of, parcels_of
+from .step_bytes import BUCKET_BYTES, WITHIN, Transfer, buckets_of, parcels_of
 from .timeline import Computing, Errand, Outcome, play
 
 # The engine's own all-reduce: {name: bytes of an entry, -2 for bfloat16 (see TorchCosts)}.
@@ -68,15 +70,16 @@ class Bench:
     ):
         self._shapes, self._ranks, self._device = shapes, ranks, device
         self._how = how
-        self._paths: dict[Policy, PathCosts] = {}
+        self._paths: dict[tuple[Policy, int], PathCosts] = {}
         self._torch: TorchCosts | None = None
         self._gloo: GlooCosts | None = None
 
-    def path(self, policy: Policy) -> PathCosts:
-        """Of a policy, see `measure_path`."""
-        if policy not in self._paths:
-            self._paths[policy] = measure_path(policy, self._shapes, self._ranks, self._device, **self._how)
-        return self._paths[policy]
+    def path(self, policy: Policy, ranks: int | None = None) -> PathCosts:
+        """Of a policy among so many ranks (None: all), see `measure_path`."""
+        key = policy, ranks or self._ranks
+        if key not in self._paths:
+            self._paths[key] = measure_path(policy, self._shapes, key[1], self._device, **self._how)
+        return self._paths[key]
 
     def torch(self) -> TorchCosts:
         """Of torch's own copies and casts."""
@@ -111,13 +114,21 @@ class Situation:
         check_integer("ranks", self.ranks, 1)
         check_integer("bucket_bytes", self.bucket_bytes, 1)
 
+    def topology(self, policy: Policy) -> Topology:
+        """Whether ranks that a launcher has placed on machines exchange by nodes, see docs/NODES.md."""
+        local = self.network.local
+        return topology_of([Place(*divmod(rank, local), local) for rank in range(self.ranks)], policy)
+
     def on(self, network: Network) -> Situation:
         """The same over another link."""
         return dataclasses.replace(self, network=network)
 
 
 class Forecast(NamedTuple):
-    """Of one method: seconds of a step, bytes that leave the rank in it, and what link and processor are busy."""
+    """Of one method: seconds of a step, bytes that leave the rank in it, and what link and processor are busy.
+
+    By nodes, bytes are those for other machines.
+    """
 
     method: str
     seconds: float
@@ -136,13 +147,23 @@ def forecast_of(label: str, policy: Policy | None, situation: Situation, bench: 
     """The Forecast of a decided policy; None: of the engine's own all-reduce that the label names."""
     names = buckets_of(situation.shapes, situation.bucket_bytes)
     entries = [sum(torch.Size(situation.shapes[name]).numel() for name in bucket) for bucket in names]
+    network, ranks = situation.network, situation.ranks
     if policy is None:
-        buckets = [[_plain(PLAIN[label], count, situation.ranks, bench)] for count in entries]
+        buckets = [[_plain(PLAIN[label], count, ranks, bench)] for count in entries]
+    elif (topology := situation.topology(policy)).by_nodes:
+        plan = NodePlan(policy, situation.shapes, topology)
+        costs = bench.path(_anywhere(policy), topology.nodes)
+        sent = [sum(peers.wire_bytes().values()) for peers in plan.of_local]
+        peers = plan.of_local[sent.index(max(sent))]  # the rank of a machine that has most to send
+        buckets = [_errands_by_nodes(plan, peers, bucket, costs, bench) for bucket in names]
+        # It has as many peers as there are other machines, and of its machine's link what the others leave.
+        share = max(sent) / sum(sent) if any(sent) else 1 / topology.local_size
+        network, ranks = dataclasses.replace(network, rate=share * network.rate, local=1), topology.nodes
     else:
-        plan, costs = Plan(policy, situation.shapes, situation.ranks), bench.path(policy)
+        plan, costs = Plan(policy, situation.shapes, ranks), bench.path(_anywhere(policy), ranks)
         buckets = [_errands(plan, bucket, costs, bench) for bucket in names]
-    outcome: Outcome = play(buckets, entries, situation.network, situation.computing, situation.ranks)
-    wire = sum(t.wire(0, situation.ranks) for errands in buckets for errand in errands for t in errand.transfers)
+    outcome: Outcome = play(buckets, entries, network, situation.computing, ranks)
+    wire = sum(t.wire(0, ranks) for errands in buckets for errand in errands for t in errand.transfers)
     return Forecast(label, outcome.step, wire, outcome.link, outcome.codec)
 
 
@@ -170,6 +191,35 @@ def _errands(plan, names, costs, bench):
         after = parcel.entries * costs.after.get(parcel.way, 0.0) + copies
         errands.append(Errand(transfers, tuple(before[:count]), carrying, after))
     return errands
+
+
+def _anywhere(policy):
+    """What is measured on one machine, whatever the policy says of machines."""
+    return dataclasses.replace(policy, local_size="auto")
+
+
+def _errands_by_nodes(plan, peers, names, costs, bench):
+    """One bucket's, of a NodePlan and a PeersPlan of it."""
+    local_size, numel = plan.topology.local_size, sum(plan.entries[name].numel for name in names)
+    errands = _errands(peers, [name for name in names if name in peers.entries], costs, bench)
+    plain = sum(plan.entries[name].numel for name in names if plan.entries[name].compressor is None)
+    if plain or not errands:
+        errands.append(_plain(PLAIN["none"], plain // local_size, plan.topology.nodes, bench))
+    return [_within(errand, numel / len(errands), local_size, bench) for errand in errands]
+
+
+def _within(errand, entries, local_size, bench):
+    """An errand among peers between an all-to-all and an all-gather of that many float32 entries within a machine."""
+    copy, others = bench.torch().copies / 2 * entries, 4 * entries * (local_size - 1) / local_size
+    transfer = Transfer(WITHIN, (round(others),))
+    # Into what is sent and DistributedDataParallel's bucket; the sum over the machine's ranks; and back.
+    first, *before = errand.before
+    return Errand(
+        (transfer, *errand.transfers, transfer),
+        (2 * copy, copy + first, *before, errand.after),
+        (bench.gloo().of("alltoall") * others, *errand.carrying, bench.gloo().of("allgather") * others),
+        2 * copy,
+    )
 
 
 def truest(forecasts: Iterable[Forecast], order: Sequence[str] = ADVISED) -> Forecast:

@@ -75,6 +75,9 @@ def decide(
         return dataclasses.replace(policy, compressor=None)
     bench = bench or Bench(shapes, ranks.world_size(), device, sample=SAMPLE_ENTRIES, beside_others=True)
     network = _given(auto) if auto.link else measure_link(ranks, device)
+    topology = getattr(ranks, "topology", None)
+    if topology is not None and not network.shared:
+        network = dataclasses.replace(network, local=topology.local_size)
     step = Computing(duration(auto.step))
     found = candidates(policy, Situation(dict(shapes), ranks.world_size(), network, step), bench)
     return _told(policy, ranks, found, network)

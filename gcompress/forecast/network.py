@@ -23,6 +23,8 @@ class Network:
         local: ranks on a machine, which share its link. What they send each other takes none.
         efficiency: the part of `rate` that is left for payloads.
         burst: bytes that pass at once after a pause, as through the token bucket of Linux' tc.
+        within: bits per second, in each direction, that a rank has to the others of its machine; None: nothing but
+            processors limits that.
     """
 
     rate: float
@@ -31,6 +33,7 @@ class Network:
     local: int = 1
     efficiency: float = EFFICIENCY
     burst: int = 0
+    within: float | None = None
 
     def __post_init__(self):
         check_positive("rate", self.rate)
@@ -38,10 +41,16 @@ class Network:
         check_integer("local", self.local, 1)
         check_number("efficiency", self.efficiency, 0.01, 1)
         check_integer("burst", self.burst, 0)
+        if self.within is not None:
+            check_positive("within", self.within)
 
     def seconds_of(self, nbytes: float) -> float:
         """What that many bytes take on a link."""
         return 8 * nbytes / (self.rate * self.efficiency)
+
+    def seconds_within(self, nbytes: float) -> float:
+        """What that many bytes from a rank to others of its machine take."""
+        return 8 * nbytes / self.within if self.within else 0.0
 
     def load(self, kind: str, sizes: tuple[int, ...], ranks: int) -> float:
         """Bytes that the busiest link carries in one direction.

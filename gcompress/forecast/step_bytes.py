@@ -15,11 +15,15 @@ from ..policy import Policy
 
 FIRST_BUCKET_BYTES = 1 << 20  # DistributedDataParallel's: its first bucket is small, to begin early
 BUCKET_BYTES = 25 << 20
+WITHIN = "within a machine"
 LENGTH_BYTES = 4  # of a payload whose size is known late
 
 
 class Transfer(NamedTuple):
-    """A collective operation of one task; `sizes` as in `Network.load`."""
+    """A collective operation of one task; `sizes` as in `Network.load`.
+
+    Of kind WITHIN it is one among the ranks of a machine, and sizes are the bytes that a rank sends.
+    """
 
     kind: str
     sizes: tuple[int, ...]
@@ -34,7 +38,9 @@ class Transfer(NamedTuple):
         return sum(self.sizes) if self.kind == "alltoall" else self.sizes[0 if self.kind == "allreduce" else rank]
 
     def wire(self, rank: int, ranks: int) -> int:
-        """Bytes that then leave the rank, as `Report.wire_bytes` counts them."""
+        """Bytes that then leave the rank, as `Report.wire_bytes` counts them, for other machines."""
+        if self.kind == WITHIN:
+            return 0
         if self.kind == "alltoall":
             return sum(self.sizes) - self.sizes[rank]
         return 2 * (ranks - 1) * self.sizes[0] // ranks if self.kind == "allreduce" else (ranks - 1) * self.sizes[rank]

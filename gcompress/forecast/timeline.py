@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..exchange.schedule import Schedule
 from .network import Network
-from .step_bytes import Transfer
+from .step_bytes import WITHIN, Transfer
 
 BACKWARD = 0.6  # of a step's computation: the backward pass, beside which buckets are exchanged
 AFTER = 0.05  # of it: the optimizer, after the exchange
@@ -75,19 +75,24 @@ class Wire:
 
     def __init__(self, clock, network, ranks, slower):
         self._clock, self._network, self._ranks, self._slower = clock, network, ranks, slower
-        self._free = 0.0
+        self._free = self._free_within = 0.0
         self.busy = 0.0
         self.ends: list[float] = []
 
     def carry(self, name, lane, transfer, carrying):
         network = self._network
+        self._clock.busy += carrying
+        if transfer.kind == WITHIN:
+            seconds = max(network.seconds_within(transfer.nbytes), carrying * self._slower)
+            self._free_within = max(self._clock.now, self._free_within) + seconds
+            self.ends.append(self._free_within)
+            return Passing(self._clock, self.ends[-1])
         start = max(self._clock.now, self._free)
         load = network.load(transfer.kind, transfer.sizes, self._ranks)
         at_once = min(network.burst, (start - self._free) * network.rate / 8)  # the bucket fills in pauses
         seconds = network.seconds_of(max(0.0, load - at_once))
         self.busy += seconds
         self._free = start + max(seconds, carrying * self._slower)
-        self._clock.busy += carrying
         self.ends.append(self._free + network.delay(transfer.kind, transfer.sizes, self._ranks))
         return Passing(self._clock, self.ends[-1])
 
