@@ -63,11 +63,11 @@ def launch(arguments):
 
 def make_step(method, topology, arguments):
     """(A function that trains one step, one that tells the bytes between nodes that this rank's report has)."""
+    import gcompress.plugins.ddp
     import torch
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
     import gcompress
-    import gcompress.plugins.ddp
 
     width = max(8, round((arguments.parameters * 1e6 / arguments.layers) ** 0.5))
     torch.manual_seed(0)

@@ -28,7 +28,6 @@ import sys
 import time
 
 import plan_check
-import torch
 
 from gcompress.exchange.engine import FORMAT_VERSION
 from gcompress.exchange.plan import Plan

@@ -209,7 +209,6 @@ def start(engine):
         return hvd.rank()
     if engine == "byteps":
         import byteps.torch as bps
-
         import gcompress.plugins.byteps as byteps_plugin
 
         byteps_plugin.init()

@@ -24,7 +24,6 @@ from .plan import Piece
 from .report import Report
 from .ways import Gradient, Ways, places_of, split_rows
 
-
 NOTHING = torch.empty(0)
 
 

@@ -5,7 +5,15 @@ import os
 
 import torch.distributed as dist
 
-from gcompress.exchange.node_engine import LOCAL_ROUNDS, PEER_ROUNDS, NodeEngine, Place, Topology, groups_of, topology_of
+from gcompress.exchange.node_engine import (
+    LOCAL_ROUNDS,
+    PEER_ROUNDS,
+    NodeEngine,
+    Place,
+    Topology,
+    groups_of,
+    topology_of,
+)
 from gcompress.policy import Policy
 
 from .process_group import ProcessGroupEngine, ProcessGroupRanks, new_groups, wait_for
