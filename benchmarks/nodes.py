@@ -88,7 +88,7 @@ def make_step(method, topology, arguments):
         parallel(torch.randn(4, width)).square().mean().backward()
         optimizer.step()
 
-    return step, lambda: report.between_nodes_bytes if report else 0
+    return step, lambda: report.wire_bytes if report else 0
 
 
 def left_the_node():

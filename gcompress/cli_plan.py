@@ -216,7 +216,7 @@ def assumed(options: argparse.Namespace, situation: Situation) -> list[str]:
     cores = f"{share:g} ranks for each core" if share > 1 else "a core for each rank"
     where = "that all ranks share" if network.shared else f"for each machine of {options.ranks_per_machine} rank(s)"
     step = in_seconds(situation.computing.seconds)
-    by_nodes = situation.topology(Policy("sign")).by_nodes
+    by_nodes = situation.topology(Policy(None)).by_nodes
     return [
         f"Assumed: {len(situation.shapes)} tensors, {entries:,} entries; {situation.ranks} ranks; a link of "
         f"{in_bits(network.rate)} {where}, {network.efficiency:.0%} of it for data, "

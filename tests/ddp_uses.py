@@ -1,6 +1,8 @@
 """Scenarios of what training loops do around the hook: clip, accumulate, freeze, compile."""
 
 import copy
+import gc
+import os
 import shutil
 
 import torch
@@ -100,3 +102,29 @@ def inductors_training_is_training():
     parallel = DistributedDataParallel(make_model(), process_group=pair)
     weights, _, _ = trained(parallel, torch.compile(parallel))
     torch.testing.assert_close(weights, expected, atol=1e-4, rtol=1e-3)
+
+
+@scenario
+def process_groups_are_used_again_when_their_model_is_gone():
+    """But not those in which a rank did not see the end of an operation."""
+
+    def threads(models):
+        for _ in range(models):
+            trained(DistributedDataParallel(make_model()))
+            gc.collect()
+            dist.barrier()
+        return len(os.listdir("/proc/self/task"))
+
+    few = threads(2)
+    assert threads(5) <= few
+    engine = ddp.engine()
+    lost = engine.allreduce("x", 0, torch.ones(1), "sum")
+    kept = engine.allreduce("x", 1, torch.ones(1), "sum")
+    assert float(kept.wait()) == dist.get_world_size()
+    if dist.get_rank() != 1:
+        lost.wait()
+    groups = engine._lanes
+    del engine
+    other = ddp.engine()
+    assert other._lanes is not groups
+    assert float(other.allreduce("x", 0, torch.ones(1), "sum").wait()) == dist.get_world_size()

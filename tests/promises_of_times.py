@@ -38,7 +38,8 @@ def a_step_shows_where_its_time_goes(new):
             assert trainer.engine == "byteps" or min(seconds["encode"], seconds["decode"]) > 0, seconds
             assert report.times.steps == report.steps == STEPS
             wire = [event for event in found if event["cat"] == "wire"]
-            assert sum(event["args"]["bytes"] for event in wire) == report.sent_bytes
+            handed = report.sent_bytes + report.within_node_bytes
+            assert sum(event["args"]["bytes"] for event in wire) == handed
             assert len({name for event in wire for name in event["args"]["parameters"]}) == 6
             assert {event["args"]["step"] for event in wire} == set(range(STEPS))
             assert sum(event["cat"] == "step" for event in found) == STEPS

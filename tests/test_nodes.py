@@ -260,13 +260,15 @@ def test_counted_bytes_are_those_of_the_report_and_of_the_plan(size, exchange):
     policy = Policy("randomk:sparsity=0.9" if exchange == "summed" else "quantize:bits=4", exchange=exchange)
     ranks, peers = train(policy, size, steps=2, shapes=shapes)
     nodes, local_size = size
-    plan = ranks[0][1].plan
+    plan, numel = ranks[0][1].plan, sum(torch.Size(shape).numel() for shape in shapes.values())
     for rank, (_, made) in enumerate(ranks):
-        assert made.report.between_nodes_bytes == peers[rank % local_size].sent_bytes[rank // local_size]
-        assert made.report.fp32_bytes == 2 * 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+        assert made.report.wire_bytes == peers[rank % local_size].sent_bytes[rank // local_size]
+        flags = 4 * local_size * len(shapes)  # of every parameter, whether a rank has its gradient
+        assert made.report.within_node_bytes == 2 * (4 * numel + flags) + made.report.fp32_bytes
     sent = sum(sum(each.sent_bytes) for each in peers) / nodes / 2
     assert sent == pytest.approx(plan.between_nodes_bytes(), abs=2 * len(shapes) * local_size)
     assert sent <= 1.02 * sum(Plan(policy, shapes, nodes).wire_bytes().values())
+    assert sum(made.report.fp32_bytes for _, made in ranks) == 2 * 4 * numel * nodes  # each rank has its share
     wire = sum(made.report.wire_bytes for _, made in ranks) / len(ranks) / 2
     assert wire == pytest.approx(sum(plan.wire_bytes().values()), abs=8 * len(shapes) * local_size)
     assert str(round(plan.between_nodes_bytes())) in str(plan).replace(",", "")
@@ -391,8 +393,8 @@ def test_what_the_engine_adds_up_is_one_ranks_share_and_its_memory():
 def test_what_is_not_compressed_leaves_a_node_once(in_order):
     ranks, peers = train(Policy(None), (2, 4), 1, in_order=in_order, buckets=True)
     numel = sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    assert sum(sum(each.sent_bytes) for each in peers) == sum(made.report.between_nodes_bytes for _, made in ranks)
-    assert sum(made.report.between_nodes_bytes for _, made in ranks) == pytest.approx(2 * 4 * numel, abs=100)
+    assert sum(sum(each.sent_bytes) for each in peers) == sum(made.report.wire_bytes for _, made in ranks)
+    assert sum(made.report.wire_bytes for _, made in ranks) == pytest.approx(2 * 4 * numel, abs=100)
     for name in SHAPES:
         expected = sum(gradients(0, rank)[name] for rank in range(8)) / 8
         torch.testing.assert_close(ranks[0][0][0][name].view(SHAPES[name]), expected)

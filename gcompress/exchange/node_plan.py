@@ -40,7 +40,7 @@ class NodePlan(Plan):
         topology: by nodes; others: see `Plan`.
     """
 
-    whole = False
+    whole, where = False, "to other nodes "
     topology: Topology
 
     def __init__(self, policy, shapes, topology: Topology, alone=()):
@@ -94,17 +94,21 @@ class NodePlan(Plan):
         return sum(sum(peers.wire_bytes().values()) for peers in self.of_local)
 
     def wire_bytes(self) -> dict[str, float]:
-        local_size = self.topology.local_size
+        local_size, nodes = self.topology.local_size, self.topology.nodes
         total = {way: 0.0 for way in (entry.exchange for entry in self.entries.values())}
-        for entry in self.entries.values():
-            if entry.compressor:  # float32 to its owner and back
-                total[entry.exchange] += 8 * entry.numel * (local_size - 1) / local_size
-            else:
-                total[entry.exchange] += 8 * entry.numel * (self.world_size - 1) / self.world_size
         for peers in self.of_local:
             for way, sent in peers.wire_bytes().items():
                 total[way] += sent / local_size
+        plain = sum(entry.numel for entry in self.entries.values() if entry.compressor is None)
+        if plain:
+            total["allreduce"] += 8 * plain / local_size * (nodes - 1) / nodes
         return total
+
+    def reference_bytes(self) -> int:
+        return super().reference_bytes() // self.topology.local_size  # a ring of all ranks leaves a node once
+
+    def scratch_bytes(self) -> int:
+        return max(peers.scratch_bytes() for peers in self.of_local)
 
     def memory_bytes(self) -> int:
         return sum(peers.memory_bytes() for peers in self.of_local) // self.topology.local_size

@@ -21,21 +21,9 @@ from ..memory import Scratch
 from .encoding_errors import add_errors
 from .node_engine import PEER_ROUNDS
 from .plan import Piece
-from .report import Report
 from .ways import Gradient, Ways, places_of, split_rows
 
 NOTHING = torch.empty(0)
-
-
-class BetweenNodes(Report):
-    """Counts for another report what a rank sends to its peers."""
-
-    def __init__(self, report: Report):
-        super().__init__()
-        self._report, self.encoding_errors = report, report.encoding_errors
-
-    def add(self, numel, sent, wire, world_size):
-        self._report.add_between_nodes(sent, wire)
 
 
 class PeersView:
@@ -43,12 +31,10 @@ class PeersView:
 
     Attributes:
         absent: names of which no rank of this node has a gradient in this step.
-        report: counts what leaves the node.
     """
 
     def __init__(self, exchange):
         self._exchange, self.absent = exchange, set()
-        self.report = BetweenNodes(exchange.report)
 
     def __getattr__(self, name):
         return getattr(self._exchange, name)  # policy, memory and counts are the exchange's
@@ -113,25 +99,11 @@ class NodeWays(Ways):
         place = torch.empty(gradient.numel(), device=gradient.device)
         return (yield from self._by_nodes("summed", {name: Gradient(gradient, place)}))
 
-    def all_reduce(self, gradients):
-        steps = super().all_reduce(gradients)
-        _, flat, _ = next(steps)  # counted as a ring's; what each rank sends in all is as much by nodes
-        total = yield from self._sum_by_nodes(flat, f"gradients {', '.join(gradients)}")
-        try:
-            steps.send(total)
-        except StopIteration as stop:
-            return stop.value
-
-    def _sum_by_nodes(self, flat, what):
-        """The ranks' sum of a 1-D tensor, the same bits on all."""
-        engine, report = self._exchange.engine, self._exchange.report
-        local_size, nodes = engine.topology.local_size, engine.topology.nodes
+    def _sum(self, flat):
+        local_size, what = self._exchange.engine.topology.local_size, "uncompressed gradients"
         sizes = [len(part) for part in torch.tensor_split(torch.empty(flat.numel(), device="meta"), local_size)]
         own = yield from self._summed_within_node(flat, sizes, what)
-        sent = own.numel() * own.element_size()
-        report.add(0, 2 * sent, 0, 1)
-        report.between_nodes_bytes += 2 * (nodes - 1) * sent // nodes
-        own = yield from self._among_peers(_all_reduced(own))
+        own = yield from self._among_peers(self._peers._sum(own))
         rows = yield from self._gathered(own, sizes, what)
         return torch.cat(rows)
 
@@ -149,7 +121,6 @@ class NodeWays(Ways):
             self._exchange.deliver(name, mean)
             if mean.data_ptr() != values[name].data_ptr():  # else it was decoded to its place
                 values[name].copy_(mean)
-        self._exchange.report.add(0, 4 * own.numel(), 4 * own.numel() * (len(spans) - 1), 1)
         sizes = [sum(_lengths(each)) for each in spans]
         rows = yield from self._gathered(own, sizes, what)
         for row, each in zip(rows, spans, strict=True):
@@ -176,9 +147,6 @@ class NodeWays(Ways):
         missing = torch.tensor([float(name in absent) for name in gradients], device=device)
         parts = [[*(values[name][start:stop] for name, start, stop in each), missing] for each in spans]
         sizes = [sum(map(len, each)) for each in parts]
-        local = self._exchange.engine.local.rank()
-        numel, sent = sum(map(len, values.values())), 4 * sum(sizes)
-        self._exchange.report.add(numel, sent, sent - 4 * sizes[local], self._exchange.engine.world_size())
         flat = self._sent.setdefault(next(iter(gradients)), Scratch()).floats(sum(sizes), device)
         torch.cat([part for each in parts for part in each], out=flat)
         total = yield from self._summed_within_node(flat, sizes, what)
@@ -192,6 +160,7 @@ class NodeWays(Ways):
         """The sum over the node's ranks, in their order, of this rank's part of a 1-D tensor; sizes: of all parts."""
         width, own = flat.element_size(), sizes[self._exchange.engine.local.rank()]
         to, back = [width * size for size in sizes], [width * own] * len(sizes)
+        self._exchange.report.within_node_bytes += flat.nbytes
         received = yield "local.alltoall", flat.view(torch.uint8), to, back
         total, *others = (row.view(flat.dtype) for row in split_rows(received, back, what))
         for other in others:
@@ -200,6 +169,7 @@ class NodeWays(Ways):
 
     def _gathered(self, own, sizes, what):
         """Within the node: every rank's 1-D tensor of these sizes, of one type."""
+        self._exchange.report.within_node_bytes += own.nbytes
         sizes = [own.element_size() * size for size in sizes]
         gathered = yield "local.allgather", own.contiguous().view(torch.uint8), sizes
         return [row.view(own.dtype) for row in split_rows(gathered, sizes, what)]
@@ -222,8 +192,3 @@ class NodeWays(Ways):
 
 def _lengths(spans):
     return [stop - start for _, start, stop in spans]
-
-
-def _all_reduced(tensor):
-    """The peers' sum of a tensor."""
-    return (yield "allreduce", tensor, "sum")

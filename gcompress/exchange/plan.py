@@ -91,6 +91,7 @@ class Plan:
     """
 
     reference, reference_rounds = "all-reduce", 2  # what uncompressed gradients would take
+    where = ""  # what a rank sends goes to
     whole = True  # whether each rank exchanges whole parameters; of a NodePlan its shares of them
     topology: Topology | None = None  # where the engine knows it
 
@@ -164,6 +165,11 @@ class Plan:
             total[entry.exchange] = total.get(entry.exchange, 0) + wire_bytes(entry, self.world_size)
         return total
 
+    def reference_bytes(self) -> int:
+        """What a rank would send of uncompressed float16 gradients."""
+        half = 2 * sum(entry.numel for entry in self.entries.values())
+        return self.reference_rounds * (self.world_size - 1) * half // self.world_size
+
     def memory_bytes(self) -> int:
         """The mean over ranks of the bytes that error feedback holds between steps."""
         kinds = len(memory.kinds) if (memory := new_memory(self.policy)) else 0
@@ -195,8 +201,6 @@ class Plan:
                 f"{exchange} ({compressors}): {_counted(len(members), 'tensor')}, {numel:,} entries"
                 f"{buckets}, {round(sent):,} bytes per rank and step"
             )
-        half = 2 * sum(entry.numel for entry in self.entries.values())
-        uncompressed = self.reference_rounds * (self.world_size - 1) * half // self.world_size
         total = round(sum(self.wire_bytes().values()))
         if remembered := self.memory_bytes():
             kept = "" if self.policy.residual == "float32" else f" ({self.policy.residual})"
@@ -206,8 +210,8 @@ class Plan:
                 f"proposed{scratch}"
             )
         lines.append(
-            f"{self.world_size} ranks send {total:,} bytes each per step; "
-            f"a float16 {self.reference} would send {uncompressed:,}"
+            f"{self.world_size} ranks send {total:,} bytes each {self.where}per step; "
+            f"a float16 {self.reference} would send {self.reference_bytes():,}"
         )
         if self.topology is not None:
             lines.append(str(self.topology))

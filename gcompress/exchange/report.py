@@ -17,8 +17,8 @@ class Report:
         protocol headers: (N - 1) times the payload for an all-gather among N ranks, what is
         for others in an all-to-all, 2 (N - 1) / N times the tensor for an all-reduce,
         and for parameter servers the payload once.
-    between_nodes_bytes: those of wire_bytes that leave this rank's node, of an exchange by nodes (docs/NODES.md);
-        0 of a flat one, which does not know.
+    within_node_bytes: of an exchange by nodes (docs/NODES.md), handed over for ranks of the same node; all the others
+        are then of this rank's share of the gradients, and of what it sends to other nodes.
     pulled_bytes: received from parameter servers; with other exchanges it is not counted.
     fp32_bytes, fp16_bytes: the same gradients as float32 and float16 handed over whole;
     fp32_wire_bytes: and all-reduced as float32.
@@ -36,7 +36,7 @@ class Report:
     last_step_bytes: int = 0
     pulled_bytes: int = 0
     last_step_fp32_bytes: int = 0
-    between_nodes_bytes: float = 0
+    within_node_bytes: int = 0
     _step_bytes: int = dataclasses.field(default=0, repr=False)
     _step_fp32_bytes: int = dataclasses.field(default=0, repr=False)
 
@@ -79,11 +79,6 @@ class Report:
         """Count a payload that goes to a parameter server and the one that comes back."""
         self.pulled_bytes += pulled
         self.add(numel, pushed, pushed, world_size)
-
-    def add_between_nodes(self, sent: int, wire: float) -> None:
-        """Count what goes to peers on other nodes, of gradients that are counted already."""
-        self.add(0, sent, wire, 1)
-        self.between_nodes_bytes += wire
 
     def add(self, numel: int, sent: int, wire: float, world_size: int) -> None:
         """Count `sent` bytes handed over for `numel` entries, for which `wire` bytes leave this rank."""
@@ -128,11 +123,11 @@ class Report:
                 setattr(self, field.name, figures[field.name])
 
     def __str__(self):
-        between = f", {self.between_nodes_bytes:,} of them to other nodes" if self.between_nodes_bytes else ""
+        within = f"; {self.within_node_bytes:,} handed over within its node" if self.within_node_bytes else ""
         return (
             f"{self.steps} steps, {self.sent_bytes:,} bytes handed over by this rank "
             f"({self.ratio:.2f}x fewer than float32, {self.ratio / 2:.2f}x fewer than float16), "
-            f"{self.wire_bytes:,} on the wire{between} (float32 all-reduce: {self.fp32_wire_bytes:,})"
+            f"{self.wire_bytes:,} on the wire (float32 all-reduce: {self.fp32_wire_bytes:,}){within}"
         )
 
 

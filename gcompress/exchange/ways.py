@@ -108,17 +108,18 @@ class Ways:
         """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
         parts = [_as_real(gradient.detach()).reshape(-1) for gradient in gradients.values()]
         exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        flat = torch.cat([part.to(exact) for part in parts])
-        self._exchange.report.add_all_reduce(
-            flat.numel(), flat.numel() * flat.element_size(), self._exchange.engine.world_size()
-        )
-        total = yield "allreduce", flat, "sum"
+        total = yield from self._sum(torch.cat([part.to(exact) for part in parts]))
         total.mul_(self._factor())
         totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
         return {
             name: torch.view_as_complex(part.view(-1, 2)) if gradient.is_complex() else part
             for (name, gradient), part in totals
         }
+
+    def _sum(self, flat):
+        """All-reduce of a 1-D tensor."""
+        self._exchange.report.add_all_reduce(flat.numel(), flat.nbytes, self._exchange.engine.world_size())
+        return (yield "allreduce", flat, "sum")
 
     def summed(self, name, gradient):
         world_size, compressor = (

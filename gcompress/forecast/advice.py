@@ -151,11 +151,11 @@ def forecast_of(label: str, policy: Policy | None, situation: Situation, bench: 
     if policy is None:
         buckets = [[_plain(PLAIN[label], count, ranks, bench)] for count in entries]
     elif (topology := situation.topology(policy)).by_nodes:
-        plan = NodePlan(policy, situation.shapes, topology)
+        nodes = NodePlan(policy, situation.shapes, topology)
         costs = bench.path(_anywhere(policy), topology.nodes)
-        sent = [sum(peers.wire_bytes().values()) for peers in plan.of_local]
-        peers = plan.of_local[sent.index(max(sent))]  # the rank of a machine that has most to send
-        buckets = [_errands_by_nodes(plan, peers, bucket, costs, bench) for bucket in names]
+        sent = [sum(peers.wire_bytes().values()) for peers in nodes.of_local]
+        peers = nodes.of_local[sent.index(max(sent))]  # the rank of a machine that has most to send
+        buckets = [_errands_by_nodes(nodes, peers, bucket, costs, bench) for bucket in names]
         # It has as many peers as there are other machines, and of its machine's link what the others leave.
         share = max(sent) / sum(sent) if any(sent) else 1 / topology.local_size
         network, ranks = dataclasses.replace(network, rate=share * network.rate, local=1), topology.nodes

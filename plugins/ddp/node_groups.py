@@ -16,7 +16,9 @@ from gcompress.exchange.node_engine import (
 )
 from gcompress.policy import Policy
 
-from .process_group import ProcessGroupEngine, ProcessGroupRanks, new_groups, wait_for
+from .lanes import Lanes, take
+from .process_group import ProcessGroupEngine, wait_for
+from .process_group_ranks import ProcessGroupRanks
 
 
 def engine_for(
@@ -45,9 +47,9 @@ def engine_for(
         return engine
     backend, parts = dist.get_backend(ranks.group), []
     for groups, rounds in zip(groups_of(topology), (LOCAL_ROUNDS, PEER_ROUNDS), strict=True):
-        lanes = new_groups(groups, rounds if backend == "gloo" else 1, timeout, backend)
-        parts.append(ProcessGroupEngine(lanes[0], lanes=lanes))
-    return NodeEngine(ProcessGroupEngine(group, lanes=[ranks.group]), *parts, topology)
+        lanes = take(ranks.group, groups, rounds if backend == "gloo" else 1, timeout, backend)
+        parts.append(ProcessGroupEngine(lanes.groups[0], lanes=lanes))
+    return NodeEngine(ProcessGroupEngine(group, lanes=Lanes([ranks.group])), *parts, topology)
 
 
 def _topology(ranks, policy):

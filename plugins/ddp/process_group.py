@@ -11,33 +11,11 @@ import torch.distributed as dist
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.node_engine import Topology
 
+from .lanes import Lanes, take
+from .process_group_ranks import ProcessGroupRanks
+
 # Rounds of the longest exchange: two-phase has two, summed methods up to three.
 LANES = 3
-
-
-class ProcessGroupRanks:
-    """The ranks of a process group (`Ranks`); None: all ranks."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = dist.group.WORLD if group is None else group
-        self._on_device = dist.get_backend(self.group) == "nccl"
-
-    def world_size(self):
-        return dist.get_world_size(self.group)
-
-    def rank(self):
-        return dist.get_rank(self.group)
-
-    def gather_texts(self, text: str) -> list[str]:
-        """See `Ranks`; the time-out is the process group's."""
-        device = torch.device("cuda", torch.cuda.current_device()) if self._on_device else torch.device("cpu")
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size())]
-        dist.all_gather(lengths, torch.tensor([own.numel()], device=device), group=self.group)
-        longest = max(int(length) for length in lengths)
-        rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
-        dist.all_gather(rows, torch.nn.functional.pad(own, (0, longest - own.numel())), group=self.group)
-        return [bytes(row[: int(length)].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 class ProcessGroupEngine(ProcessGroupRanks):
@@ -55,7 +33,8 @@ class ProcessGroupEngine(ProcessGroupRanks):
             ExchangeError within the group's time-out if one does not.
         every_rank: every rank of the job makes an engine at this moment, each of its own group, as of one
             dimension of a DeviceMesh. No rank is in two of these groups.
-        lanes: process groups of the same ranks, one for each lane that will be used; None: new ones where needed.
+        lanes: process groups of the same ranks, one for each lane that will be used; None: as many as an exchange may
+            need, where it needs any.
         device_type: of the tensors, "cpu" or "cuda", for groups that have a backend for each; None: by the backend.
     """
 
@@ -67,21 +46,22 @@ class ProcessGroupEngine(ProcessGroupRanks):
         group: dist.ProcessGroup | None = None,
         every_rank: bool = False,
         device_type: str | None = None,
-        lanes: list[dist.ProcessGroup] | None = None,
+        lanes: Lanes | None = None,
     ):
         super().__init__(group)
         self._on_device = self._on_device if device_type is None else device_type != "cpu"
         of_all = self.world_size() == dist.get_world_size()
         self._at_once = self._on_device or not (lanes or of_all or every_rank)
         if self._at_once:
-            self._lanes = [self.group] * LANES
+            self._lanes = Lanes([self.group] * LANES)
             return
-        self._lanes = lanes or self._new_lanes(self.group if of_all else dist.group.WORLD)
+        self._lanes = lanes or self._take_lanes(self.group if of_all else dist.group.WORLD)
+        weakref.finalize(self, self._lanes.release).atexit = False
         atexit.register(_let_go, weakref.ref(self))
 
-    def _new_lanes(self, everyone):
+    def _take_lanes(self, everyone):
         timeout = wait_for(everyone, self.group)
-        return new_groups(_groups_of(everyone, self.group), LANES, timeout)
+        return take(everyone, _groups_of(everyone, self.group), LANES, timeout)
 
     def allgather(self, name, lane, payload, sizes):
         if min(sizes) < max(sizes):  # which an all-gather of torch's cannot
@@ -103,25 +83,27 @@ class ProcessGroupEngine(ProcessGroupRanks):
         return self._operation(dist.all_reduce(result, operation, self._lane(lane), async_op=True), result)
 
     def _lane(self, lane):
-        if lane >= len(self._lanes):
-            raise ExchangeError(f"an exchange of more than {len(self._lanes)} rounds cannot run here")
-        return self._lanes[lane]
+        if lane >= len(self._lanes.groups):
+            raise ExchangeError(f"an exchange of more than {len(self._lanes.groups)} rounds cannot run here")
+        return self._lanes.groups[lane]
 
     def _operation(self, work, result, *used):
-        return GroupOperation(work, result, used, self._at_once)
+        self._lanes.under_way += 1
+        return GroupOperation(work, result, used, self._at_once, self._lanes)
 
 
 class GroupOperation:
     """An operation under way; keeps the tensors that it uses."""
 
-    def __init__(self, work, result, used, at_once):
-        self._work, self._result, self._used, self._at_once = work, result, used, at_once
+    def __init__(self, work, result, used, at_once, lanes):
+        self._work, self._result, self._used, self._at_once, self._lanes = work, result, used, at_once, lanes
 
     def ready(self):
         return self._at_once or self._work.is_completed()
 
     def wait(self):
         self._work.wait()
+        self._lanes.under_way -= 1
         return self._result
 
 
@@ -149,16 +131,11 @@ def wait_for(everyone: dist.ProcessGroup, group: dist.ProcessGroup) -> datetime.
     return timeout
 
 
-def new_groups(groups: list[list[int]], count: int, timeout: datetime.timedelta, backend: str = "gloo"):
-    """`count` new process groups of this rank's one of [[ranks], …]; every rank calls it, with the same lists."""
-    return [dist.new_subgroups_by_enumeration(groups, timeout, backend)[0] for _ in range(count)]
-
-
 def _let_go(reference):
-    """Drop an engine's groups while Python runs: Gloo's threads that outlive it may abort the process at its end."""
+    """Drop an engine's group while Python runs, as lanes.py does those of its lanes."""
     made = reference()
     if made is not None:
-        made.group, made._lanes = None, []
+        made.group = None
 
 
 def _groups_of(everyone, group):

@@ -3,7 +3,7 @@
 import json
 
 import torch.distributed as dist
-from gcompress.plugins.ddp.process_group import ProcessGroupRanks
+from gcompress.plugins.ddp.process_group_ranks import ProcessGroupRanks
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcompress.errors import ConfigError
