@@ -135,7 +135,10 @@ class NodeEngine:
 
     def __init__(self, everyone: Engine, local: Engine, peers: Engine, topology: Topology):
         self._everyone, self.topology = everyone, topology
-        self.local, self.peers = Part(local, lambda round_: 1 if round_ else 0), Part(peers, lambda round_: round_ - 1)
+        self.local, self.peers = (
+            PartEngine(local, lambda round_: 1 if round_ else 0),
+            PartEngine(peers, lambda round_: round_ - 1),
+        )
 
     def __getattr__(self, name):
         if name.startswith("_"):
@@ -147,7 +150,7 @@ class NodeEngine:
         return Pause(nothing)
 
 
-class Part:
+class PartEngine:
     """The engine of some ranks (`Engine`), in whose lanes only some rounds of an exchange run.
 
     Args:
