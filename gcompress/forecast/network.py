@@ -75,9 +75,14 @@ class Network:
             return members * crossing * most
         return max(members * total * crossing / ranks, min(total, members * most) * crossing)
 
-    def delay(self, kind: str, sizes: tuple[int, ...], ranks: int) -> float:
-        """Seconds of an operation that do not depend on its bytes."""
+    def hops(self, kind: str, sizes: tuple[int, ...], ranks: int) -> int:
+        """How many messages of an operation can only be sent one after the other, by rank after rank."""
         others = ranks - 1
         if kind == "alltoall" or (kind == "allgather" and min(sizes) < max(sizes)):
-            return (self.latency + others * MESSAGE_SECONDS) if others else 0.0
-        return (2 if kind == "allreduce" else 1) * others * (self.latency + MESSAGE_SECONDS)
+            return min(others, 1)
+        return (2 if kind == "allreduce" else 1) * others
+
+    def delay(self, kind: str, sizes: tuple[int, ...], ranks: int, waits: float = 0.0) -> float:
+        """Seconds of an operation that do not depend on its bytes; waits: of a message, for its receiver's core."""
+        hops = self.hops(kind, sizes, ranks)
+        return hops * (self.latency + waits) + max(hops, ranks - 1) * MESSAGE_SECONDS

@@ -16,6 +16,7 @@ from .network import Network
 from .step_bytes import WITHIN, Transfer
 
 BACKWARD = 0.6  # of a step's computation: the backward pass, beside which buckets are exchanged
+TIME_SLICE = 3e-3  # that Linux gives a process while others wait for its core
 AFTER = 0.05  # of it: the optimizer, after the exchange
 
 
@@ -76,6 +77,7 @@ class Wire:
     def __init__(self, clock, network, ranks, slower):
         self._clock, self._network, self._ranks, self._slower = clock, network, ranks, slower
         self._free = self._free_within = 0.0
+        self.waits = 0.0  # of a message, until the rank that it comes to has a core
         self.busy = 0.0
         self.ends: list[float] = []
 
@@ -93,7 +95,7 @@ class Wire:
         seconds = network.seconds_of(max(0.0, load - at_once))
         self.busy += seconds
         self._free = start + max(seconds, carrying * self._slower)
-        self.ends.append(self._free + network.delay(transfer.kind, transfer.sizes, self._ranks))
+        self.ends.append(self._free + network.delay(transfer.kind, transfer.sizes, self._ranks, self.waits))
         return Passing(self._clock, self.ends[-1])
 
 
@@ -143,7 +145,7 @@ def play(
     wire: Any = Wire(clock, network, ranks, slower)  # has what a Schedule needs of an engine
     seconds = computing.seconds * (1 + computing.jitter * slowest_of(ranks))
     begun = 0.0, 0.0, 0.0
-    for _ in range(2):  # the first fills the pauses that the second begins with
+    for _ in range(2):  # the first fills the pauses that the second begins with, and tells how busy cores are
         begun = clock.now, clock.busy, wire.busy
         schedule, tasks = Schedule(), []
         clock.now += seconds * (1 - BACKWARD - AFTER)
@@ -159,5 +161,7 @@ def play(
         clock.now += seconds * AFTER
         wire.ends.clear()
         # Cores that ranks share, and the engine's threads, have only so much to give.
-        clock.now = max(clock.now, begun[0] + seconds + computing.share * (clock.busy - begun[1]))
+        used = seconds + computing.share * (clock.busy - begun[1])
+        clock.now = max(clock.now, begun[0] + used)
+        wire.waits = TIME_SLICE * (slower - 1) * min(1.0, used / max(clock.now - begun[0], 1e-9))
     return Outcome(clock.now - begun[0], wire.busy - begun[2], clock.busy - begun[1])
