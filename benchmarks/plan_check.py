@@ -16,11 +16,9 @@ are long), and their quotient.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import pathlib
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,11 +35,11 @@ from gcompress.forecast.model_shapes import shapes_of
 from gcompress.forecast.network import MESSAGE_SECONDS, Network
 from gcompress.forecast.path_costs import PathCosts, PathMeter, measure_torch
 from gcompress.forecast.timeline import Computing
+from gcompress.plugins.launched import die_with_the_launcher
 from gcompress.units import link_rate
 from slow_link import link_tool, make_ddp, make_model, rate_of
 
 METHODS = ["none", "fp16", "quantize:bits=4", "topk:sparsity=0.99"]
-PR_SET_PDEATHSIG = 1
 LONG_STEP = 3  # seconds; of such steps two are measured
 BURST_BYTES = 512 << 10  # of tools/slow_link.py
 
@@ -67,7 +65,7 @@ def start_ranks(arguments):
         child = os.fork()
         if child == 0:
             code = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives a job that is ended
+            die_with_the_launcher()  # no rank outlives a job that is ended
             try:
                 train(arguments, rank)
                 code = 0

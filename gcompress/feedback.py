@@ -4,13 +4,13 @@ Memory of Seide et al. (2014) and Stich et al. (arXiv 1809.07599), analysed by K
 et al. (arXiv 1901.09847): with p = gradient + residual, send C(p) and keep p - D(C(p)).
 With it every contraction, however biased, converges at the rate of SGD.
 
-Very sparse compressors send an entry once in hundreds of steps; what they need besides is
-that of Deep Gradient Compression (Lin et al., arXiv 1712.01887): momentum correction, momentum
-factor masking and clipping (`MomentumCorrection`), and a warm-up (`eased`).
+A very sparse compressor sends an entry once in hundreds of steps. It also needs what Deep Gradient
+Compression has (Lin et al., arXiv 1712.01887): momentum correction, momentum factor masking and
+clipping (`MomentumCorrection`), and a warm-up (`eased`).
 
-Between outer steps (gcompress/outer/) what waits is old by H steps and more; there the residual
-decays, as in SparseLoCo (Sarfi et al., arXiv 2508.15706): `ErrorFeedback(decay=0.95)`. `EstimateFeedback`
-remembers in another way, that of EF21 (Richtárik et al., arXiv 2106.05203).
+Between outer steps (gcompress/outer/) a residual is H steps old, or older. There it decays, as in
+SparseLoCo (Sarfi et al., arXiv 2508.15706): `ErrorFeedback(decay=0.95)`. `EstimateFeedback` is another
+kind of memory, that of EF21 (Richtárik et al., arXiv 2106.05203).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Each scenario makes a Job; its servers serve and its workers check. Rank 0 write
 compressors and error feedback alone.
 """
 
+import functools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from unittest import mock
 
 import gcompress.plugins.mpi as servers
 import torch
@@ -21,14 +23,11 @@ from gcompress import MaskSparse, Policy, Quantize, TopK
 from gcompress.exchange import engine
 from gcompress.feedback import ErrorFeedback
 from tests.processes import expect_error
+from tests.scenarios import Scenarios, run_scenarios
 
-SCENARIOS = {}
+SCENARIOS = scenario = Scenarios()  # of workers
+OF_ALL = of_all = Scenarios()  # of servers, too
 SERVERS = 2
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def make_model(seed=0):
@@ -335,6 +334,21 @@ def a_worker_that_has_fewer_steps_leaves(job):
     train(job, steps=3 + 2 * job.rank)
 
 
+@of_all
+def a_server_of_another_release_is_refused_everywhere():
+    """On every rank, which then make other jobs."""
+    job = servers.Job(SERVERS)
+    other = int(job.is_server and job.rank == 0)
+    with mock.patch.object(engine, "FORMAT_VERSION", engine.FORMAT_VERSION + other):
+        try:
+            train(job)
+        except gcompress.ConfigMismatchError as error:
+            assert str(error).startswith("format: ") and "ranks [0, 1, 2, 4]" in str(error), error
+        else:
+            raise AssertionError("expected ConfigMismatchError")
+    job.close()
+
+
 # Scenarios that end badly, or should; each is run alone.
 
 
@@ -353,14 +367,6 @@ def train(job, compression="topk:sparsity=0.9", steps=5, **options):
         backward(model, step, job.rank)
         optimizer.step()
     return model
-
-
-def different_format():
-    """Of a server."""
-    job = job_of_three()
-    if job.is_server and job.rank == 0:
-        engine.FORMAT_VERSION += 1
-    train(job)
 
 
 def killed_worker(on_failure="end", steps=60):
@@ -450,20 +456,20 @@ def hanging_worker_continue():
     hanging_worker("continue")
 
 
-def run_scenario(function):
+def in_a_job(function):
+    """Run a scenario on the workers of a new Job, which its servers serve."""
     job = servers.Job(SERVERS)
-    failure = None
     if job.is_server:
-        job.serve()
-    else:
-        try:
-            function(job)
-        except Exception:
-            failure = f"worker {job.rank}:\n{traceback.format_exc()}"
-        if failure and job.connection is None:  # the servers wait for it
+        return job.serve()
+    try:
+        function(job)
+    except Exception:
+        if job.connection is None:  # the servers wait for it
+            traceback.print_exc()
             servers.job.MPI.COMM_WORLD.Abort(1)
+        raise
+    finally:
         job.close()
-    return failure
 
 
 def write_outcome(outcome):
@@ -475,7 +481,7 @@ def write_outcome(outcome):
 
 def main():
     out, names = sys.argv[1], sys.argv[2:]
-    if len(names) == 1 and names[0] not in SCENARIOS:
+    if len(names) == 1 and names[0] not in {**SCENARIOS, **OF_ALL}:
         try:
             globals()[names[0]]()
             write_outcome("finished")
@@ -483,13 +489,9 @@ def main():
             write_outcome([type(error).__name__, str(error)])
             raise
         return
-    results = {}
-    for name in names or SCENARIOS:
-        failures = servers.job.MPI.COMM_WORLD.allgather(run_scenario(SCENARIOS[name]))
-        results[name] = "\n".join(filter(None, failures)) or "ok"
-    if servers.job.MPI.COMM_WORLD.rank == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+    world = servers.job.MPI.COMM_WORLD
+    every = {**{name: functools.partial(in_a_job, function) for name, function in SCENARIOS.items()}, **OF_ALL}
+    run_scenarios({name: every[name] for name in names or every}, out, world.rank, world.allgather)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Real MPI ranks push to and pull from real servers; see mpi_ranks.py for what each rank does."""
 
-import json
 import pathlib
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launching import MPIRUN, launch_mpi
+from tests.launching import MPIRUN, launch_mpi, outcomes_of, told_by
 from tests.processes import wait_until_gone
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
@@ -16,7 +15,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.ranks]
 
 HERE = pathlib.Path(__file__).parent
 # Read, not imported: importing mpi4py in this process would start MPI here.
-SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
+SCENARIOS = re.findall(r"^@(?:scenario|of_all)\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
 if MPIRUN is None:
     pytest.skip("there is no mpirun: python tools/install_mpi.py", allow_module_level=True)
 
@@ -25,10 +24,7 @@ if MPIRUN is None:
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of three workers and two servers."""
     out = tmp_path_factory.mktemp("mpi") / "outcomes.json"
-    _, output = launch_mpi(5, "-m", "tests.mpi_ranks", out)
-    if not out.exists():
-        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-    return json.loads(out.read_text())
+    return outcomes_of(out, launch_mpi(5, "-m", "tests.mpi_ranks", out))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -44,15 +40,7 @@ def run(tmp_path, name, *options, **environment):
     out = tmp_path / "outcome"
     code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
     assert not wait_until_gone(str(out))
-    files = {rank: out.with_name(f"outcome.{rank}") for rank in range(RANKS)}
-    return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output
-
-
-def test_a_server_of_another_release_is_refused_everywhere(tmp_path):
-    code, told, _ = run(tmp_path, "different_format")
-    assert code != 0 and len(told) == 4
-    for kind, message in told.values():
-        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 1, 2]" in message
+    return code, told_by(out, RANKS), output
 
 
 def test_a_killed_worker_ends_the_job_and_is_reported(tmp_path):

@@ -25,7 +25,7 @@ LONGEST_SPEC = 1000  # characters
 
 
 class Context(NamedTuple):
-    """What the decoder must know besides the bytes: agreed between peers, never sent."""
+    """What the decoder needs besides the bytes. Peers agree on it; it is never sent."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -36,7 +36,7 @@ SumRounds = Generator[tuple[torch.Tensor, str], torch.Tensor, tuple[torch.Tensor
 
 
 class Section(NamedTuple):
-    """A part of a payload whose bytes are alike, for wrappers that code it once more.
+    """A part of a payload whose bytes are of one kind, for a compressor that codes them again.
 
     nbytes: its size. stride: byte i is of the same kind as byte i + stride. floats: whether it holds float32 values.
     """
@@ -60,8 +60,8 @@ class Compressor:
     Exchanges and feedback choose by traits:
         unbiased: the expected decoded value is the input.
         summable: an all-reduce can add what it sends. It implements `sum_rounds` and `summed_nbytes`, too.
-        fixed_size: `nbytes` is exact, not a bound. Otherwise a payload begins with what tells its size, and
-            `payload_nbytes` reads it.
+        fixed_size: `nbytes` is exact, not a bound. If it is a bound, a payload's first bytes tell its size, and
+            `payload_nbytes` reads them.
         sparse: an entry that decodes to zero was not sent.
         exact: sparse, and all other entries decode to what they were.
     """
@@ -106,7 +106,7 @@ class Compressor:
             numel: entries encoded.
 
         Returns:
-            Its size, at most `nbytes(numel)`; PayloadError if no payload begins so.
+            Its size, at most `nbytes(numel)`; PayloadError if no payload begins with these bytes.
         """
         return self.nbytes(numel)
 
@@ -122,8 +122,8 @@ class Compressor:
             seed: integer for compressors that round at random; the same seed, the same bytes.
 
         Returns:
-            (payload, ctx): a 1-D uint8 tensor of `nbytes(tensor.numel())` bytes (at most so
-            many if not `fixed_size`) on the tensor's device, and what `decompress` needs besides.
+            (payload, ctx): a 1-D uint8 tensor of `nbytes(tensor.numel())` bytes (at most
+            that many if not `fixed_size`) on the tensor's device, and the Context that `decompress` needs.
         """
         if sys._getframe(1).f_globals.get("__name__") == "horovod.torch.optimizer":  # else it would sum payloads
             raise ConfigError(
@@ -148,7 +148,7 @@ class Compressor:
         return payload if self.fixed_size else payload[:size].clone()
 
     def encode_into(self, values: torch.Tensor, payload: torch.Tensor, *, seed: int = 0) -> None:
-        """Encode contiguous 1-D float32 to a uint8 tensor of `nbytes`; if that is fixed and no shape matters."""
+        """Encode contiguous 1-D float32 to a uint8 tensor of `nbytes`; for a fixed size that depends on no shape."""
         if values.numel() == 0:
             return
         kernels = backends.kernels(values, self)
@@ -258,11 +258,11 @@ class Compressor:
         raise NotImplementedError(f"{type(self).__name__}.summed_nbytes")
 
     def check(self, payload: torch.Tensor, numel: int) -> None:
-        """PayloadError if a payload from a stranger holds a scale that no encoder writes.
+        """PayloadError if a payload holds a scale that no encoder writes.
 
-        `decode_into` is safe on any bytes and does not look; whoever takes payloads from
-        peers he does not trust calls this first. NaN scales are written, for inputs that
-        are not finite.
+        `decode_into` is safe on any bytes, but does not check scales. Call this first on payloads
+        from peers that are not trusted. Scales may be NaN: encoders write that for inputs that are
+        not finite.
         """
 
     def _encode_reference(self, values, seed):
@@ -279,7 +279,7 @@ class Compressor:
         raise NotImplementedError(f"{type(self).__name__}._decode_native")
 
     def __init_subclass__(cls, **keywords):
-        """A class with a `name` of its own is a method, and found by it."""
+        """Register a class that has a `name` of its own as a method."""
         super().__init_subclass__(**keywords)
         if "name" in vars(cls):
             other = REGISTRY.get(cls.name)
@@ -308,14 +308,14 @@ class Compressor:
 
 
 class Bucketed(Compressor):
-    """A compressor whose entries share a scale by the bucket; it has a field `bucket`, 0 for one scale of all."""
+    """A compressor with a scale for each bucket. Its field `bucket` is the bucket's entries; 0: the whole tensor."""
 
     bucket_multiple: ClassVar[int] = 1  # of entries in a bucket
 
     bucket: int
 
     def _bucket(self, numel):
-        """Entries that share a scale: `bucket`, but of a smaller tensor all, rounded up to the multiple."""
+        """Entries of a bucket: `bucket`. A smaller tensor is one bucket, rounded up to the multiple."""
         whole = max(1, -(-numel // self.bucket_multiple)) * self.bucket_multiple
         return min(self.bucket, whole) if self.bucket else whole
 

@@ -1,12 +1,12 @@
-"""Uniform bins around the mean, and for each bin the mean of what fell into it.
+"""Uniform bins around the mean, and for each bin the mean of the entries in it.
 
-The coder of SparseLoCo (Sarfi et al., arXiv 2508.15706): 2 bits for each value that is kept, from the 8-bit one of
-hivemind, whose table it shares, too. Bins are cut in units of the standard deviation, and the table makes up
-for what a uniform grid lacks: no other values of the bins err less. Together with places in chunks,
+SparseLoCo (Sarfi et al., arXiv 2508.15706) codes each value that is kept in 2 bits this way, after hivemind's
+quantizer of 8 bits. Bins are cut in units of the standard deviation. A table of the bins' means is sent, too: no
+other values for these bins err less. Together with places in chunks,
 
     chain:(topk:sparsity=0.984375,index=places,chunk=4096),(binmean:bits=2)
 
-are the bytes of that paper: 64 of 4096 entries with 12 bits of index and 2 of value, 0.21875 bits an entry.
+has the bytes of that paper: 64 of 4096 entries with 12 bits of index and 2 of value, 0.21875 bits an entry.
 
 Bytes for n entries:
     4 2^bits (the bins' means, float32) + ceil(n bits / 8)
@@ -30,11 +30,11 @@ class BinMeans(Compressor):
 
     Args:
         bits: bits per entry, 2 to 8; there are 2^bits bins.
-        range: standard deviations that all bins together are wide, from 0.1 to 100; what lies beyond is in the first or
-            the last bin.
+        range: width of all bins together, in standard deviations, from 0.1 to 100. Entries beyond it are in the
+            first or the last bin.
 
-    Biased: use error feedback. The error is never larger than that of sending nothing, and the least that these bins
-    allow. A tensor with a non-finite entry decodes to NaN.
+    Biased: use error feedback. The error is at most that of sending nothing, and the least that these bins allow.
+    A tensor with a non-finite entry decodes to NaN.
 
     >>> payload, ctx = BinMeans(bits=2).compress(torch.randn(4096))
     >>> payload.numel()

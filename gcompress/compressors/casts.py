@@ -119,7 +119,7 @@ def _bytes_integer(packed, width):
 
 @dataclasses.dataclass(frozen=True)
 class FP16(_Cast):
-    """IEEE half precision behind a power of two per bucket, so that nothing overflows or fades.
+    """IEEE half precision behind a power of two per bucket, so that nothing overflows or underflows.
 
     Args:
         bucket: entries that share a power of two, a multiple of 64; 0: the whole tensor.
@@ -193,7 +193,7 @@ class MXFP4(_Cast):
         bucket: entries that share a power of two: 16, 32 or 64.
 
     The OCP format takes the power of two by the largest magnitude's exponent. Here it is the next
-    one if that magnitude would come above 7.25 (of 6, the largest code), which errs less: any
+    one if that magnitude would come above 7.25; the largest code is 6. This errs less, and any
     MXFP4 decoder reads it. A block with an entry that is not finite decodes to NaN. Biased
     (rounds to nearest), a contraction.
 
@@ -226,8 +226,8 @@ class BF16(Compressor):
     """The upper half of every float32 (bfloat16): its range, with 8 bits of precision.
 
     Args:
-        rounding: "nearest" (ties to even; biased, a contraction) or "stochastic" (unbiased: to the larger
-            neighbour as often as the entry is near to it; the error is up to twice as large).
+        rounding: "nearest" (ties to even; biased, a contraction) or "stochastic" (unbiased: the
+            nearer neighbour is the likelier one; the error is up to twice as large).
 
     Saturating: what is finite stays finite. Not-a-number and infinity stay what they are.
 

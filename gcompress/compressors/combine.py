@@ -1,11 +1,11 @@
 """Compressors made of two others.
 
 `Chain` codes the values that one compressor sends by another, as in Qsparse-local-SGD (Basu
-et al., arXiv 1906.02367: the largest entries, quantized). `Hybrid` takes outliers apart and
+et al., arXiv 1906.02367: the largest entries, quantized). `Hybrid` sends outliers apart and
 codes the rest, as in LLM.int8() (Dettmers et al., arXiv 2208.07339) and SpQR (arXiv
-2306.03078): a quantizer whose range no outlier stretches.
+2306.03078): so no outlier stretches the quantizer's range.
 
-Bytes of a chain: those of `first` without its float32 values, then those of `then` for so
+Bytes of a chain: those of `first` without its float32 values, then those of `then` for that
 many values. Bytes of a hybrid: those of `outliers`, then those of `rest`.
 """
 

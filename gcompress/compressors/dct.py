@@ -1,12 +1,12 @@
 """The cosine transform of a matrix in blocks, whose coefficients another compressor codes.
 
-What DeMo sends of its momentum (Peng et al., arXiv 2411.19870): a layer is cut into blocks of up to 64 x 64, each is
-transformed by the orthonormal DCT-II of both sides, and of every block the largest coefficients are kept. Values
-that change slowly along rows and columns have few large ones.
+DeMo sends its momentum this way (Peng et al., arXiv 2411.19870). A layer is cut into blocks of up to 64 x 64. Each is
+transformed by the orthonormal DCT-II along rows and columns, and its largest coefficients are kept. Values that
+change slowly along rows and columns have few large coefficients.
 
-A matrix has the tensor's first dimension as rows and all others as columns; tensors of one dimension are one row. A
-block has tall x wide entries: the largest divisor of the rows that is at most `size`, and that of the columns. So
-numbers with such a divisor, multiples of 64 above all, do well, and prime ones are left as they are.
+The tensor's first dimension gives the rows of a matrix, all others give its columns; a tensor of one dimension is one
+row. A block has tall x wide entries: tall is the largest divisor of the number of rows that is at most `size`, wide
+that of the number of columns. So multiples of 64 do well, and a large prime gives blocks of 1.
 
 Bytes: 4 (columns, uint32) + those of `then` for as many entries, the coefficients, block after block.
 """
@@ -36,12 +36,12 @@ class Dct(Compressor):
 
     Args:
         then: any compressor; it sees the coefficients as a tensor of one dimension, block after block, in a block row
-            after row. With topk, chunk=4096 are the blocks of 64 x 64: DeMo keeps so many of each.
-        size: rows and columns of a block at most, 2 to 128.
+            after row. With topk, chunk=4096 makes each block of 64 x 64 a chunk, as in DeMo.
+        size: the most rows and columns of a block, 2 to 128.
 
-    Unbiased if `then` is; a contraction if `then` is one, since lengths stay what they are. A block with a non-finite
-    entry decodes to NaN. One entry takes tall + wide multiplications, there and back. An exchange cuts a parameter by
-    whole rows, so that the rows of its pieces may have other divisors than its own.
+    Unbiased if `then` is. A contraction if `then` is one, since the transform keeps lengths. A block with a non-finite
+    entry decodes to NaN. An entry takes tall + wide multiplications in each direction. An exchange cuts a parameter
+    into pieces of whole rows, whose numbers of rows may have other divisors than the parameter's.
 
     >>> slow = torch.outer(torch.linspace(0, 1, 512), torch.linspace(1, 2, 512))
     >>> coder, topk = Dct(TopK(sparsity=0.99, chunk=4096)), TopK(sparsity=0.99, chunk=4096)
@@ -150,7 +150,7 @@ class Dct(Compressor):
         return torch.cat([u32_bytes(columns, coefficients.device), coded])
 
     def _coefficients(self, payload, numel):
-        """(coefficients, 1-D float32, columns); PayloadError if so many entries have no such columns."""
+        """(coefficients, 1-D float32, columns); PayloadError if the number of columns does not fit that of entries."""
         columns = read_u32(payload)
         if columns == 0 or numel % columns:
             raise PayloadError(f"payload: says it has {columns} columns, expected a divisor of {numel}")
@@ -166,7 +166,7 @@ def _columns_of(values):
 
 @functools.lru_cache(maxsize=4096)
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is at most so large."""
+    """The largest divisor of a number that is at most `most`."""
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
 
 

@@ -1,4 +1,4 @@
-"""A random rotation, then the best scalar quantizer for what every vector looks like behind it.
+"""A random rotation, then the best scalar quantizer for the entries that any vector has after it.
 
 DRIVE (Vargaftik et al., arXiv 2105.08339) and EDEN (arXiv 2108.08842): signs at random and a
 Hadamard transform make the entries of any vector close to normal, for which the Lloyd-Max

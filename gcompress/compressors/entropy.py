@@ -2,9 +2,9 @@
 
 Asymmetric numeral systems with a range (rANS; Duda, arXiv 1311.2540), with 32 states that take
 turns (Giesen, arXiv 1402.3392) and frequencies of 12 bits. The inner payload is split into
-planes of bytes that are alike: each byte of the float32 values, and of codes those whose
-bits lie alike. A plane is coded by its own frequencies, or stays as it is where that is not
-smaller. QSGD (arXiv 1610.02132) and THC count their bits after such a coding.
+planes of bytes of the same kind: the four bytes of float32 values, and for codes the bytes in
+which codes begin at the same bits. A plane is coded by its own frequencies, or left as it is if
+coding would not make it smaller. QSGD (arXiv 1610.02132) and THC count their bits after such a coding.
 
 Bytes, of variable size, with P planes of which some are coded:
     4 (the payload's length, uint32) + P (whether each is coded) + tables + raw planes
@@ -131,7 +131,7 @@ class Entropy(Compressor):
         self.inner.decode_into(inner, out, add)
 
     def _decode_device(self, kernels, payload, inner, out, add):
-        """What is no coding becomes NaN: an error would have to wait for the device."""
+        """Bytes that no encoder writes become NaN: to raise an error, the host would have to wait for the device."""
         inner.zero_()
         sections = [section[:2] for section in self.inner.sections(out.numel())]
         wrong = kernels.entropy_inner(payload.data_ptr(), payload.numel(), sections, inner.data_ptr())

@@ -1,7 +1,7 @@
 """Powers of two by random rounding: a sign and an exponent.
 
 Natural compression (Horvath et al., arXiv 1905.10988): an entry between two neighbouring powers
-of two becomes either, so that its mean is the entry. The mantissa is the probability of the
+of two becomes one of them at random, so that the expected value is the entry. The mantissa is the probability of the
 upper one; adding a random mantissa to the bit pattern and dropping the lower bits does it.
 
 Bytes for n entries: ceil(n / 8) (signs) + n (exponents)

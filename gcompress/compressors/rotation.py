@@ -1,4 +1,4 @@
-"""The random rotation of a block: signs at random, then a Hadamard transform. Behind it any entries look Gaussian.
+"""The random rotation of a block: signs at random, then a Hadamard transform. After it, any entries look Gaussian.
 
 Rows are blocks of one size, float32 of shape [blocks, entries]; `first` is the place of the first entry of all in its
 tensor, from which the signs are drawn. A size that is no power of two takes two transforms that overlap.

@@ -41,7 +41,7 @@ def _method(name):
 
 
 def from_dict(configuration: dict) -> Compressor:
-    """The compressor behind `Compressor.to_dict()`; ConfigError if it is too deep or names what nobody knows."""
+    """The compressor that `Compressor.to_dict()` describes; ConfigError if it is too deep or names no known method."""
     if not isinstance(configuration, dict):
         raise ConfigError(f"compressor: got {shown(configuration)}, expected a dict")
     _check_depth(configuration)
@@ -58,7 +58,7 @@ def from_dict(configuration: dict) -> Compressor:
 
 
 def _check_depth(configuration):
-    """ConfigError if dicts are too deep inside one another, found out level by level."""
+    """ConfigError if dicts are nested too deep. Goes level by level, without recursion."""
     level = [configuration]
     for _ in range(LARGEST_DEPTH):
         # A dict that is met twice needs to be looked at once: identity keeps the walk linear.
@@ -69,9 +69,9 @@ def _check_depth(configuration):
 
 
 def from_spec(spec: Compressor | str | dict) -> Compressor:
-    """The compressor behind a spec such as "mask:sparsity=0.99,bits=2", its dict form, or itself.
+    """The compressor of a spec such as "mask:sparsity=0.99,bits=2", or of its dict; a compressor is returned as it is.
 
-    A spec has at most 1000 characters and compressors stand at most 8 deep in one another: ConfigError otherwise.
+    ConfigError if a spec has more than 1000 characters, or if compressors are nested more than 8 deep.
     """
     if isinstance(spec, Compressor):
         return spec

@@ -28,8 +28,8 @@ class Ternary(Bucketed):
 
     Args:
         rounding: "stochastic" (TernGrad) or "nearest" (least error: use error feedback).
-        clip: stochastic only: magnitudes are limited to that many root mean squares of the bucket; 0: not
-            at all, which is unbiased, but with large buckets errs far more.
+        clip: stochastic only: magnitudes are limited to this many times the bucket's root mean square. 0: no
+            limit, which is unbiased but errs far more in large buckets.
         bucket: entries that share a scale, a multiple of 64; 0: the whole tensor.
 
     Zeros stay zeros. A bucket with a non-finite entry decodes to NaN, one whose scale is below

@@ -31,8 +31,8 @@ class Threshold(Compressor):
         threshold: positive, in units of the gradient, or of its largest magnitude.
         relative: whether it is a fraction of the tensor's largest magnitude, then at most 1.
 
-    Biased; no contraction when absolute (a small gradient is not sent at all), and yet it
-    converges with error feedback, which holds the residual of every entry below the
+    Biased. An absolute threshold is no contraction, since a small gradient is not sent at all.
+    It converges with error feedback all the same, which holds every entry's residual below the
     threshold. A non-finite entry is always kept. `nbytes` is the size if all are.
 
     >>> payload, ctx = Threshold(threshold=2.5).compress(torch.randn(1 << 20))

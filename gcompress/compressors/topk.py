@@ -1,7 +1,7 @@
 """The largest entries by magnitude, with whichever index coding is smallest.
 
-Sparsified SGD with memory (Stich et al., arXiv 1809.07599). Chosen in every chunk for itself
-where there are chunks, as SparseLoCo does (Sarfi et al., arXiv 2508.15706). For n entries, k
+Sparsified SGD with memory (Stich et al., arXiv 1809.07599). With chunks, the
+largest of each chunk are kept, as in SparseLoCo (Sarfi et al., arXiv 2508.15706). For n entries, k
 kept and w low bits, the sizes n and k decide among these codings of the index, all of fixed size:
     bitmap   ceil(n / 8)
     fixed    ceil(k ceil(log2 n) / 8)
@@ -32,13 +32,13 @@ BITMAP, FIXED, GAPS, PLACES = range(4)
 class TopK(Compressor):
     """The largest entries by magnitude, exactly, and the smallest of some codings of their index; the rest is zero.
 
-    It keeps k = max(1, round(n (1 - sparsity))) of n, or so many of the n entries of each chunk.
+    It keeps k = max(1, round(n (1 - sparsity))) of n entries; with chunks, of each chunk's n.
 
     Args:
         sparsity: fraction set to zero, 0 <= sparsity < 1.
         index: "auto" (the smallest), "bitmap", "fixed", "gaps", or with chunks "places".
-        chunk: entries, one after the other, of which the largest are kept whatever others are: a power of two from 64
-            to 65536, of which the last chunk may have fewer; 0: the whole tensor.
+        chunk: consecutive entries of which the largest are kept, whatever other chunks hold: a power of two from 64
+            to 65536 (the last chunk may be shorter); 0: the whole tensor.
 
     Ties go to the lowest index. Biased; a contraction with delta >= k / n, in chunks with the least k / n of them, so
     it converges with error feedback. Values are float32: a float64 entry is rounded to it.

@@ -8,8 +8,8 @@
         outer.step()                                     # the inner step and, every 30th, the exchange
     outer.finish()
 
-outer_optimizer.py says what a round is, fragments.py how a model is cut into parts that are exchanged in turns, and
-means.py what outer steps need of an engine. demo.py has DeMo, which exchanges at every step, but little.
+outer_optimizer.py says what a round is. fragments.py cuts a model into parts that are exchanged in turns. means.py says
+what outer steps need of an engine. demo.py has DeMo, which exchanges a little at every step.
 """
 
 from .demo import DeMo

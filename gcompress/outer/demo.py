@@ -1,4 +1,4 @@
-"""DeMo: every rank keeps its momentum to itself, and sends only what of it moves fast.
+"""DeMo: every rank has a momentum of its own, and sends only the part of it that changes fast.
 
 Peng, Quesnelle and Kingma, "DeMo: Decoupled momentum optimization" (arXiv 2411.19870). At every step, on each rank:
 
@@ -7,8 +7,8 @@ Peng, Quesnelle and Kingma, "DeMo: Decoupled momentum optimization" (arXiv 2411.
     m = m - decode(q)
     weights = weights (1 - lr weight_decay) - lr sign(mean over ranks of decode(q))
 
-The first three lines are error feedback with a decay, so that DeMo is a policy and the last line: any compressor
-can take the transform's place.
+The first three lines are error feedback with a decay. So DeMo is a policy and the last line, and any compressor can
+take the place of the transform.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ COMPRESSION = "dct:(topk:sparsity=0.9921875,chunk=4096)"  # 32 of a block of 64 
 class DeMo(torch.optim.Optimizer):
     """Sign descent by the mean of what every rank sends of its momentum.
 
-    All ranks make one with the same arguments, of the plain model, and start from rank 0's weights. Each must call
-    `step` as often as the others, also where a loss scaler finds that a gradient has overflown.
+    All ranks create one, from the plain model and with the same arguments. They start from rank 0's weights. All must
+    call `step` equally often, even if a loss scaler finds that a gradient has overflowed.
 
     Args:
         model: a module, or `named_parameters()`; those that are frozen are left alone.

@@ -63,10 +63,10 @@ def mean_exchange(engine: Any, policy: Policy, tensors: dict[str, torch.Tensor])
 
 
 def finished(results: Results, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Let memory follow an exchange: its means, if all are finite.
+    """End an exchange: its means, with which memory changes, if all of them are finite.
 
     Raises:
-        NotFiniteError: one is not, on every rank. Memory is what it was before the exchange.
+        NotFiniteError: on every rank, if a mean is not finite. Memory is then as before the exchange.
     """
     wrong = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
     if wrong:

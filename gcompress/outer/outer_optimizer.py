@@ -1,8 +1,9 @@
 """The outer optimizer: rounds of H local steps, and what becomes of the weights between them.
 
-A round, on every rank: from the anchor, which is the same on all, H steps of the inner optimizer; then the change
-`anchor - weights` is compressed, with what earlier rounds left over, and averaged over the ranks; the anchor moves by
-the mean, and the weights are the anchor again. With momentum m and learning rate a:
+The anchor is the weights that all ranks have in common. In a round, every rank takes H steps of the inner optimizer
+from the anchor. It compresses the change `anchor - weights`, added to the residual of earlier rounds. The changes are
+averaged over the ranks, the anchor moves by their mean, and the weights are set to the anchor. With momentum m and
+learning rate a:
 
     change = mean over ranks of decode(encode(anchor - weights + residual))
     velocity = m velocity + change
@@ -13,8 +14,8 @@ DiLoCo (Douillard et al., arXiv 2311.08105) is compression None, lr 0.7, momentu
 momentum does. That is the default here, for every compressor. Streaming DiLoCo (arXiv 2501.18512) is `fragments` and
 `delay`.
 
-What was published for the overlap mixes half of the weights with half of the new anchor. Here a rank keeps all that it
-did during the exchange: its weights move by as much as the anchor's side of them did, new anchor - (weights sent).
+With `delay`, ranks go on training during an exchange. The published method then takes the mean of the weights and the
+new anchor. Here a rank keeps all the steps that it took meanwhile: it adds new anchor - (weights sent) to its weights.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ class Round:
 
 
 class OuterOptimizer:
-    """A torch optimizer whose steps are a rank's own, and an exchange of what changed after every H of them.
+    """A torch optimizer that steps on each rank alone, and exchanges the weights' change after every H steps.
 
-    All ranks make one with the same arguments, and start from rank 0's weights. Make it of the plain model, not of a
-    DistributedDataParallel, and of the plain optimizer. Every rank must take the same number of steps.
+    All ranks create one with the same arguments, from the plain optimizer and the plain model, not from a
+    DistributedDataParallel. They start from rank 0's weights. All must take the same number of steps.
 
     Args:
-        optimizer: the inner one: any torch optimizer. Its state (momentum, Adam's) stays each rank's own, and a
-            learning-rate scheduler is made of it.
+        optimizer: the inner one, any torch optimizer. Its state (momentum, Adam's) stays each rank's own. Make
+            a learning-rate scheduler from it.
         model: a module, whose floating-point buffers (BatchNorm's) are averaged, too; or `named_parameters()`.
         engine: `gcompress.plugins.horovod.engine()`, `gcompress.plugins.ddp.engine()` or a worker's
             `gcompress.plugins.mpi.Job`.
@@ -66,10 +67,10 @@ class OuterOptimizer:
             from round to round, unless the policy says otherwise (`feedback_decay`).
         every: H, the inner steps of a round.
         lr, momentum: the outer learning rate and Nesterov momentum; see above.
-        fragments: parts of the model that are exchanged in turns, every H / fragments steps one of them.
-        delay: inner steps that an exchange takes place beside; 0: the ranks wait for it. At most H / fragments.
-        anchor_device: where anchors and velocities lie and changes are encoded, such as "cpu"; None: beside the
-            parameters.
+        fragments: into how many parts the model is cut; they are exchanged in turns, one every H / fragments steps.
+        delay: inner steps that ranks take during an exchange, at most H / fragments; 0: ranks wait for it.
+        anchor_device: the device that holds anchors and velocities and encodes changes, such as "cpu"; None: the
+            parameters' own.
 
     Attributes:
         optimizer: the inner one.
@@ -147,9 +148,9 @@ class OuterOptimizer:
         return result
 
     def advance(self) -> None:
-        """One inner step is over, also one that a loss scaler skipped: exchange what is due.
+        """Count one inner step, even one that a loss scaler skipped, and exchange what is due.
 
-        To be called, instead of `step`, after an inner step of your own: `scaler.step(optimizer)`,
+        Call it instead of `step`, after an inner step of your own: `scaler.step(optimizer)`,
         `scaler.update()`, `outer.advance()`.
 
         Raises:
@@ -171,7 +172,7 @@ class OuterOptimizer:
         return [fragment * self.every // len(self.fragments) for fragment in range(len(self.fragments))]
 
     def finish(self) -> None:
-        """Exchange all that has changed since; afterwards all ranks have the same weights. On all ranks."""
+        """Exchange what has changed since the last exchange. Then all ranks have the same weights. Call it on all."""
         if self.under_way is not None:
             self._land()
         for fragment, exchanged in enumerate(self._exchanged):
@@ -207,7 +208,7 @@ class OuterOptimizer:
         return digest
 
     def receive(self) -> None:
-        """Wait for what is under way, so that its mean change is there; memory follows it."""
+        """Wait for the mean change of the exchange that is under way; memory changes with it."""
         current = self.under_way
         if current is None or current.change is not None:
             return
@@ -269,9 +270,9 @@ class OuterOptimizer:
         self.restart(self.anchors)
 
     def leave(self) -> dict[str, torch.Tensor]:
-        """Before the ranks change: let what has come move the anchors; returns them, to be given to all ranks.
+        """Before the ranks change: end the exchange under way. Returns anchors and velocities, to be given to all.
 
-        They are the weights of a rank that has not taken a step. Velocities are among them.
+        On a rank that has not taken a step, the anchors are its weights.
         """
         if self.under_way is not None:
             self._land()
@@ -282,27 +283,27 @@ class OuterOptimizer:
         return {**self.anchors, **{f"velocity/{name}": each for name, each in velocities.items()}}
 
     def state_dict(self) -> dict:
-        """What this rank needs to go on to the bit, but for the model's own state: save both for each rank.
+        """What this rank needs, besides the model's own state, to go on to the bit. Save both for each rank.
 
-        On all ranks after the same step. An exchange that is under way is waited for.
+        Call it on all ranks after the same step. It waits for an exchange that is under way.
         """
         return outer_state.of_rank(self)
 
     def full_state_dict(self) -> dict:
-        """What all ranks have in common, for any number of ranks: anchors, and the sums of what is remembered.
+        """What any number of ranks can go on from: anchors, and sums over ranks of what is remembered.
 
-        On all ranks after the same step; the same on each. A rank that loads it begins a round at the anchor; the
-        inner optimizer's state, each rank's own, is not in it. Not on parameter servers.
+        Call it on all ranks after the same step; it is the same on each. A rank that loads it begins a round at the
+        anchor. The inner optimizer's state, which is each rank's own, is not in it. Not on parameter servers.
         """
         return outer_state.of_all_ranks(self)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict()` of this rank, after the model's own, or from `full_state_dict()`.
 
-        On all ranks, before the same step; that all have loaded the same anchors is looked at before the next exchange.
+        Call it on all ranks before the same step. The next exchange checks that all have loaded the same anchors.
 
         Raises:
-            ConfigError: it is of another model, of other settings or another rank. Nothing has changed then.
+            ConfigError: the state is of another model, other settings or another rank. Nothing has changed then.
         """
         outer_state.load(self, state)
 

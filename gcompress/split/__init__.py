@@ -1,6 +1,6 @@
-"""Split learning: a client with the data and a model's first layers, a server with the rest.
+"""Split learning: a client has the data and a model's first layers, a server has the rest.
 
-The client sends activations, the server their gradients, both compressed:
+The client sends activations, and the server sends their gradients back. Both are compressed:
 
     head, tail = split.cut(model, "layer2")
 
@@ -12,7 +12,8 @@ The client sends activations, the server their gradients, both compressed:
     optimizer.step()
 
 Vepakomma et al. (arXiv 1812.00564); SplitFed: Thapa et al. (arXiv 2004.12088). Needs
-`pip install gcompress[split]`. No privacy is claimed for activations.
+`pip install gcompress[split]`. Activations are not private: the server can learn much about
+the inputs from them.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""What both sides must have configured alike: compared in the handshake, before any tensor."""
+"""The configuration that both sides must share. The handshake compares it before any tensor is sent."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class Agreement:
     """The configuration that client and server share.
 
     Args:
-        up: spec of the compressor for activations, or "none" for float32 as it is.
+        up: spec of the compressor for activations; "none" sends them as float32.
         down: the same for gradients.
         shape: of one sample's activation, without the batch.
-        labels: type in which the client sends labels to the server, one of LABEL_TYPES, or
-            None: U-shaped, labels never leave the client.
+        labels: type in which the client sends labels to the server, one of LABEL_TYPES. With
+            None the model is U-shaped: labels never leave the client.
         label_shape: of one sample's label.
         max_batch: the largest number of samples in a batch; bounds what a receiver allocates.
-        delta_samples: 0, or how many samples' activations both sides remember, so that only
-            changes are sent (AQ-SGD). Costs 4 bytes per entry and sample on both sides.
-        delta_first: spec for a sample's first activation in that mode.
+        delta_samples: how many samples' activations both sides remember; 0 for none. The client
+            then sends only what changed since a sample's last visit (AQ-SGD). Each side holds 4
+            bytes per entry and sample.
+        delta_first: spec of the compressor for a sample's first activation, with delta_samples.
     """
 
     up: str
@@ -67,7 +68,7 @@ class Agreement:
 
     @classmethod
     def from_message(cls, message: dict) -> Agreement:
-        """The agreement in a peer's handshake; PayloadError if it is none."""
+        """Read the agreement in a peer's handshake; PayloadError if it is malformed."""
         kinds = {"shape": [int], "label_shape": [int], "max_batch": int, "delta_samples": int}
         try:
             fields = {
@@ -81,11 +82,11 @@ class Agreement:
 
     @property
     def fingerprint(self) -> str:
-        """A short digest: what a checkpoint or a log says of the configuration."""
+        """A short digest of the configuration, for logs and the handshake."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def compare(self, theirs: Agreement, us: str, them: str) -> None:
-        """RefusedError that names both values of everything in which the peer's agreement differs."""
+        """Raise RefusedError if the peer's agreement differs; it names both values of each field that does."""
         ours, other = self.to_dict(), theirs.to_dict()
         different = [name for name in ours if ours[name] != other[name]]
         if different:

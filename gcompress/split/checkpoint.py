@@ -1,4 +1,4 @@
-"""One half's checkpoints, under step numbers that both halves share."""
+"""Checkpoints of one half of a model. Both halves save under the same step numbers."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from . import wire
 
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 FILE_NAME = re.compile(r"step-(\d{9})\.pt")
-LATEST = "latest"  # names the run that was saved last: clocks may be set back
-MAGIC, TRAILER = b"GCCP", struct.Struct("<4sI")  # behind torch's file, which may be followed by anything: its CRC32C
+LATEST = "latest"  # a file that names the run saved last; the files' times may be wrong: clocks can be set back
+MAGIC, TRAILER = b"GCCP", struct.Struct("<4sI")  # after torch's own file, with its CRC32C; torch ignores it
 _log = logging.getLogger(__name__)
 
 
 def new_run():
-    """A name for a training run: random, so that the halves of two runs are never taken for one."""
+    """A random name for a training run, so that halves of different runs are never put together."""
     return secrets.token_hex(16)
 
 
 class Checkpoints:
-    """A folder with a folder for each run, and in it a file for each of the last steps saved.
+    """The last steps saved: a folder for each run, and in it a file for each step.
 
-    A file counts only when it is whole: it is written under another name, synchronised
-    and renamed, and ends in a checksum. One that is damaged later is not used: the halves go
-    back to an older step. They save one after the other and each keeps two, so that after a
-    crash at any moment there is a step that both have.
+    A file is used only if it is whole. It is written under another name, flushed to the disk and
+    then renamed, and it ends with a checksum. If a file is damaged later, both halves go back to
+    an older step. The halves save one after the other, and each keeps two steps: after a crash at
+    any moment there is a step that both have.
 
     Args:
-        folder: made if it does not exist. Two halves need two.
-        keep: files kept for a run, 2 or more.
+        folder: created if it does not exist. Each half needs a folder of its own.
+        keep: how many files to keep for a run, 2 or more.
     """
 
     def __init__(self, folder, keep=2):
@@ -49,7 +49,7 @@ class Checkpoints:
         self._looked_at = {}  # path: (its size and time, whether it was whole then)
 
     def latest_run(self) -> str | None:
-        """The run that was saved last, or None; ConfigError as `newest`."""
+        """The run that was saved last, or None; ConfigError if none of its files is whole."""
         runs = [path.name for path in self.folder.iterdir() if RUN_NAME.fullmatch(path.name) and self._files(path.name)]
         run = self._named_latest()
         if run not in runs:  # lost, or from before there was such a file
@@ -59,7 +59,7 @@ class Checkpoints:
         return run
 
     def newest(self, run: str) -> int | None:
-        """The last step that is whole, or None if there are no files; ConfigError if none of them is whole."""
+        """The last step whose file is whole; None if there are no files, ConfigError if none of them is whole."""
         steps = self.steps(run)
         if not steps and self._files(run):
             raise ConfigError(
@@ -73,7 +73,7 @@ class Checkpoints:
         return [step for step in self._files(run) if self._is_whole(self._path(run, step))]
 
     def save(self, run: str, step: int, state: dict) -> None:
-        """Write a state of tensors, numbers, strings, lists and dicts; OSError, and no trace, if that fails."""
+        """Write a state of tensors, numbers, strings, lists and dicts. If that fails: OSError, and no file is left."""
         file = io.BytesIO()  # torch hides the errors of a file that it writes itself
         torch.save(state, file)
         data = file.getvalue()
@@ -85,14 +85,14 @@ class Checkpoints:
             _write(self.folder / LATEST, run.encode())
 
     def prune(self, run: str) -> None:
-        """Remove all but the last `keep`: when the other half has the newest, too."""
+        """Remove all but the last `keep` steps. Call it when the other half has saved the newest step, too."""
         kept = self.steps(run)[-self.keep :]
         for step in self._files(run):
             if kept and step < kept[0]:
                 self._remove(run, step)
 
     def discard_after(self, run: str, step: int) -> None:
-        """Remove what was saved beyond a step to which both halves went back."""
+        """Remove the steps after the one to which both halves went back."""
         for later in self._files(run):
             if later > step:
                 self._remove(run, later)
@@ -127,7 +127,7 @@ class Checkpoints:
         self._looked_at.pop(path, None)
 
     def _is_whole(self, path):
-        """Whether a file matches its checksum; read again only if it was written since."""
+        """Whether a file matches its checksum. A file that has not changed is not read again."""
         try:
             stamp = _stamp(path)
             if self._looked_at.get(path, (None,))[0] != stamp:
@@ -147,7 +147,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def fitting(which):
-    """ConfigError in place of what a model or an optimizer says of a state that is not its own."""
+    """A context that raises ConfigError where a model or an optimizer refuses a state that is not its own."""
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

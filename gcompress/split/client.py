@@ -1,4 +1,4 @@
-"""The client: the model's first layers and the data; its training loop stays as it is."""
+"""The client has the data and the model's first layers. Its training loop stays as it is."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from .link import Broken, Patience, RoundLost
 from .undo import buffers, restore_buffers
 from .wire import Frame, Kind
 
-FINISH_SECONDS = 20.0  # a server that has heard that all is done may be gone before its answer came through
+FINISH_SECONDS = 20.0  # of patience in finish(): a server that was told so may stop before its answer arrives
 
 
 class SplitClient(nn.Module):
-    """The first layers of a model whose rest is at a server; a module like any other.
+    """The first layers of a model, as a module like any other. A server has the other layers.
 
         loss = client(images, labels)   # the server's part of the step is done here
         loss.backward()                 # the activation's gradient, from the server, goes on
         optimizer.step()
 
-    U-shaped, with `end` the last layers, labels stay here and the loss is the user's:
+    U-shaped: with `end`, the model's last layers are here, too. Labels stay here, and the loss is the script's:
 
         loss = criterion(client(images), labels)
         loss.backward()                 # the server's part of the step is done here
 
     Args:
         model_head: the layers before the cut.
-        link: the way to the server.
-        up, down: specs of the compressors for activations and gradients; "none": float32.
-            The gradient goes straight through them.
-        end: layers after the server's (nn.Identity() for none); U-shaped.
-        shape: of one sample's activation; known after the first forward pass otherwise.
+        link: the connection to the server.
+        up, down: specs of the compressors for activations and for their gradients; "none" sends
+            float32. The backward pass treats a compressor as the identity (straight-through).
+        end: the layers after the server's, for a U-shaped model (nn.Identity() for none).
+        shape: of one sample's activation. Without it, the first forward pass shows it.
         labels: type in which labels are sent, see `Agreement` (not with `end`).
         label_shape, max_batch, delta_samples, delta_first: see `Agreement`.
 
     Attributes:
-        stats: of the last batch (`Stats`), where the labels are at the server.
-        step: training steps that both halves have done.
+        stats: `Stats` of the last batch, if the labels go to the server.
+        step: how many training steps both halves have taken.
     """
 
     def __init__(self, model_head, link, up="none", down="none", *, end=None, shape=None, labels="int64", **agreement):
@@ -78,10 +78,10 @@ class SplitClient(nn.Module):
         self._outputs = None
 
     def keep(self, folder: str | os.PathLike, *, resume: bool = True, **objects: object) -> SplitClient:
-        """Save this half's state in a folder, and go on from what is there; before the first step.
+        """Save this half's state in a folder, and go on from what is there. Call it before the first step.
 
         Args:
-            folder: for this half alone.
+            folder: one for this half alone.
             resume: go on with the run that was saved last; False begins a new one.
             objects: what else belongs to the state: optimizer=…, scheduler=…, anything with
                 `state_dict` and `load_state_dict`.
@@ -93,10 +93,10 @@ class SplitClient(nn.Module):
         return self
 
     def connect(self) -> int:
-        """Connect, agree, and bring both halves to the last step that both have saved; returns it.
+        """Connect, and bring both halves to the last step that both have saved. Returns that step.
 
-        Without this the first forward pass connects. With `keep`, call it first: it loads
-        what was saved, and a run's step 0 is saved by both.
+        Without this call the first forward pass connects. After `keep`, call it before training:
+        it loads what was saved. In a new run both halves save step 0.
         """
         if self.agreement is None:
             raise ConfigError("shape: got none, expected the activation's, so that connect() can come first")
@@ -116,26 +116,26 @@ class SplitClient(nn.Module):
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A training step's forward pass; in eval() mode or without gradients an evaluation.
+        """The forward pass of a training step; in eval() mode or without gradients, an evaluation.
 
-        An evaluation trains nothing at the server, whose layers are then in eval() mode. Under
-        torch.utils.checkpoint with use_reentrant=False a batch is one step, too.
+        In an evaluation the server's layers are in eval() mode, and nothing is trained. Under
+        torch.utils.checkpoint with use_reentrant=False a batch is still one step.
 
         Args:
             inputs: a batch.
-            labels: of it; not if U-shaped.
-            ids: integers that name the samples, for delta mode.
+            labels: the batch's; None if the model is U-shaped.
+            ids: an integer for each sample that names it, for delta mode.
 
         Returns:
-            The mean loss that the server found (`stats` has more); U-shaped, the outputs.
+            The mean loss that the server computed (`stats` has more). If U-shaped: the outputs.
 
         Raises:
-            RolledBack: the server was lost and came back with an older step; both halves have
-                loaded it, and the loop should go on from there.
-            LinkError, RefusedError: the server is gone for longer than the link's patience, or
-                does not want this client.
-            ServerError: its part of the step failed. Neither half has taken the step, and buffers
-                are as before: the loop may try again, or another batch.
+            RolledBack: the server was lost and came back at an older step. Both halves have
+                loaded that step, and the loop should go on from there.
+            LinkError: the server could not be reached for longer than the link's patience.
+            RefusedError: the server refuses this client.
+            ServerError: the server's part of the step failed. Neither half has taken the step,
+                and buffers are as before. The loop may try this batch again, or another one.
         """
         if not (self.training and torch.is_grad_enabled()):
             result = self._evaluate(self._run_head(inputs), labels)
@@ -169,10 +169,10 @@ class SplitClient(nn.Module):
         return [part for part in (self.head, self.end) if part is not None]
 
     def _batch_of(self, activation, labels, before):
-        """What is asked of the server for a batch: something new, or within a backward pass what was asked already.
+        """A new `Batch`, or within a backward pass the one that the server was asked about already.
 
-        Only gradient checkpointing computes a forward pass within a backward pass: again, for
-        its gradients, after the server has taken the step.
+        Only gradient checkpointing runs a forward pass within a backward pass. It computes the
+        head again, for its gradients, after the server has taken the step.
         """
         if torch._C._current_graph_task_id() == -1:
             batch = Batch(activation.detach(), labels, before)
@@ -188,11 +188,11 @@ class SplitClient(nn.Module):
         )
 
     def end_epoch(self) -> None:
-        """Step the server's schedule."""
+        """Tell the server that an epoch has ended: it steps its scheduler."""
         self._control("end_epoch")
 
     def finish(self) -> None:
-        """Tell the server that this client needs it no more, and disconnect."""
+        """Tell the server that this client has finished, and disconnect."""
         patience, self.link.patience = self.link.patience, min(self.link.patience, FINISH_SECONDS)
         try:
             self._control("finish")
@@ -205,7 +205,7 @@ class SplitClient(nn.Module):
             self.link.close()
 
     def save(self) -> None:
-        """Save both halves under the current step number; after the optimizer's step."""
+        """Save both halves under the current step number. Call it after the optimizer's step."""
         if self._checkpoints is None:
             raise ConfigError("save: no folder was given, expected keep(folder) before")
         self._checkpoints.save(self._run, self.step, self._state())
@@ -213,12 +213,12 @@ class SplitClient(nn.Module):
         self._checkpoints.prune(self._run)
 
     def run_rounds(self, train: Callable[[int], object]) -> list:
-        """Take part in all rounds of a server of many clients.
+        """Take part in all rounds of a server that has several clients.
 
         Args:
-            train: function of the round's number that trains for a round. The head has the
-                round's weights when it is called. It is called again, for a later round or the
-                same, if the round went on without this client; what it raises is raised here.
+            train: function of the round's number that trains for one round. When it is called,
+                the head has the round's weights. If a round goes on without this client, it is
+                called again, for a later round or the same. Its errors are raised here.
 
         Returns:
             The numbers of the rounds that counted.
@@ -237,7 +237,7 @@ class SplitClient(nn.Module):
 
     @property
     def traffic(self) -> dict:
-        """Bytes of frames so far: {"up", "down": of training, "evaluation", "other"}; resent ones count again."""
+        """Bytes of frames so far: "up" and "down" of training, "evaluation", "other". Resent frames count again."""
         frames = self.link.frames
         up, down = frames.total(Kind.FORWARD, Kind.BACKWARD), frames.total(Kind.GRADIENT)
         evaluation = frames.total(Kind.EVALUATE, Kind.STATISTICS)
@@ -262,7 +262,7 @@ class SplitClient(nn.Module):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
 
-    # Steps, called from the autograd functions below.
+    # Steps, called from the autograd functions of functions.py.
 
     def _train_step(self, batch, ids):
         activation = batch.activation
@@ -303,7 +303,7 @@ class SplitClient(nn.Module):
 
     @contextlib.contextmanager
     def _step_of(self, batch):
-        """A step that fails leaves buffers and the memory of activations as they were, as it does at the server."""
+        """A context for one step. If it fails, buffers and the memory of activations are put back, as at the server."""
         try:
             yield
         except RolledBack:
@@ -348,7 +348,7 @@ class SplitClient(nn.Module):
         if not self.link.open:
             self._reach_server(patience)
         while True:
-            # Made anew each time: before the first answer a new session changes nothing but its name.
+            # Built for each attempt: before the first answer, a new connection may give the session another name.
             frame = Frame(kind, self._session, self.step, self._sequence + 1, samples, body)
             try:
                 answer = self.link.exchange(frame, limits)
@@ -367,7 +367,7 @@ class SplitClient(nn.Module):
         return answer
 
     def _reach_server(self, patience):
-        """Connect and shake hands, as long as there is patience; RolledBack if the session is a new one."""
+        """Connect and shake hands, for as long as patience lasts; RolledBack if the session does not go on."""
         while True:
             try:
                 self.link.connect()
@@ -379,7 +379,7 @@ class SplitClient(nn.Module):
             raise RolledBack(self.step)
 
     def _shake_hands(self):
-        """True if this session goes on, or if it is the first and nothing was trained yet."""
+        """True if this session goes on, or if it is the first one and nothing was trained yet."""
         first = self._session == wire.NO_SESSION
         hello = {
             "agreement": self.agreement.to_dict(),
@@ -419,7 +419,7 @@ class SplitClient(nn.Module):
         return [0] if self._untouched else steps
 
     def _go_back(self, step):
-        """Load what was saved for a step; True if there was nothing to load and nothing is lost."""
+        """Load what was saved for a step. True if nothing was trained yet: then there is nothing to load."""
         if self._untouched and step == 0:
             return True
         if not self._checkpoints or step not in self._checkpoints.steps(self._run):

@@ -1,4 +1,4 @@
-"""Activations and gradients as bytes, and the memory that lets only changes be sent."""
+"""Activations and gradients as bytes; the memory of activations, of which only changes are sent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATISTICS_BYTES = 32
 
 
 class Stats(NamedTuple):
-    """Of one batch or one evaluation at the server. loss: mean over samples; top1, top5: counts."""
+    """The server's results for a batch. loss: mean over samples; top1, top5: how many samples were right."""
 
     loss: float
     top1: int
@@ -38,7 +38,7 @@ class Stats(NamedTuple):
 
 
 def seed_of(direction, step):
-    """The seed of a compressor that rounds at random: other for every tensor, and the same when a step is redone."""
+    """The seed for random rounding: another one for each tensor, and the same one when a step is done again."""
     return zlib.crc32(f"{direction}/{step}".encode())
 
 
@@ -48,7 +48,7 @@ class Codec:
     Args:
         spec: a compressor's, or "none".
         shape: of one sample.
-        max_batch: samples that a peer may send at once.
+        max_batch: how many samples a peer may send at once.
     """
 
     def __init__(self, spec, shape, max_batch):
@@ -79,7 +79,7 @@ class Codec:
         return data
 
     def decode(self, section, samples, device="cpu"):
-        """The batch behind `encode`; PayloadError on bytes that no encoder writes, or that are not finite."""
+        """The batch that `encode` took; PayloadError if no encoder writes such bytes, or an entry is not finite."""
         started = time.perf_counter()
         if not 0 <= samples <= self.max_batch or len(section) != self.nbytes(samples):
             raise PayloadError(
@@ -100,21 +100,22 @@ class Codec:
 
 
 class DeltaMemory:
-    """The last activation of every sample, as the receiver knows it, for the least recently seen to be forgotten.
+    """The last activation of each sample, as the receiver decoded it.
 
-    AQ-SGD (Wang et al., arXiv 2206.01299): both sides keep it, both update it by what was
-    decoded, so only the change since a sample's last visit has to be sent.
+    AQ-SGD (Wang et al., arXiv 2206.01299): both sides keep this memory and update it with what
+    the receiver decodes. So the client sends only the change since a sample's last visit. When
+    the memory is full, the sample used longest ago is forgotten.
 
     Args:
         samples: how many are remembered.
-        numel: entries of one.
+        numel: entries of one sample's activation.
     """
 
     def __init__(self, samples, numel):
         self.samples, self.numel = samples, numel
         self._rows = collections.OrderedDict()  # sample id: row, the least recently used first
         self._values = torch.empty(samples, numel)
-        self._latest = None  # what `remember` got last, until it is certain
+        self._latest = None  # what `remember` got last, until it is final
 
     def known(self, ids):
         """Which of the ids (a list) are remembered, as a bool tensor."""
@@ -127,19 +128,19 @@ class DeltaMemory:
         return self._values[[self._rows[sample] for sample in ids]]
 
     def remember(self, ids, values):
-        """Keep float32 values of shape (ids, numel); ids must be different and at most `samples`.
+        """Remember float32 values of shape (ids, numel), for at most `samples` different ids.
 
-        Until `commit`, or the next use, `revert` takes it back.
+        `revert` undoes this until `commit`, or until the memory is used next.
         """
         self.commit()
         self._latest = ids, values.detach()
 
     def revert(self):
-        """Take the last `remember` back."""
+        """Undo the last `remember`."""
         self._latest = None
 
     def commit(self):
-        """The last `remember` stays."""
+        """Make the last `remember` final."""
         (ids, values), self._latest = self._latest or ([], []), None
         for sample, value in zip(ids, values, strict=True):
             if sample in self._rows:
@@ -164,10 +165,10 @@ class DeltaMemory:
 
 
 class ActivationCodec:
-    """The body of FORWARD and EVALUATE: labels, sample ids (delta mode), activation. Both sides have one.
+    """Encodes and decodes the bodies of FORWARD and EVALUATE: labels, sample ids (delta mode), activation.
 
-    What a training body changes in the memory can be taken back by `revert` until `commit`: the
-    memories of both sides stay alike when a step fails.
+    Both sides have one. A training body changes the memory of activations. If its step fails,
+    `revert` undoes that change; `commit` makes it final. So both sides' memories stay equal.
     """
 
     def __init__(self, agreement):
@@ -190,12 +191,12 @@ class ActivationCodec:
             self.memory = DeltaMemory(self.memory.samples, self.memory.numel)
 
     def commit(self):
-        """The step of the last training body is taken: remember what it changed."""
+        """The last training step was taken: its change of the memory is final."""
         if self.memory:
             self.memory.commit()
 
     def revert(self):
-        """The step is not taken: do not remember it."""
+        """The last training step failed: undo its change of the memory."""
         if self.memory:
             self.memory.revert()
 
@@ -213,7 +214,7 @@ class ActivationCodec:
         return self._label_bytes(most) + payload
 
     def encode(self, activation, labels, ids, step, training):
-        """(body, samples); in delta mode and training, remembers what the server will have decoded."""
+        """(body, samples). When training in delta mode, remembers what the server will decode."""
         samples = len(activation)
         if samples == 0:
             raise ConfigError("batch: got no samples, expected 1 or more")
@@ -236,7 +237,7 @@ class ActivationCodec:
         return b"".join(parts + payloads), samples
 
     def decode(self, body, samples, training):
-        """(activation, labels or None) of a body; PayloadError on any that `encode` does not write."""
+        """(activation, labels or None) of a body; PayloadError if `encode` does not write such a body."""
         if not 1 <= samples <= self.agreement.max_batch:
             raise PayloadError(f"batch: got {samples} samples, expected 1 to {self.agreement.max_batch}")
         labels = self._label_bytes(samples)

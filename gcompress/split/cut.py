@@ -18,10 +18,10 @@ _TRACING = threading.Lock()  # torch.fx patches nn.Module for all threads while 
 
 
 class Part(nn.Module):
-    """A stretch of a model: the model's own submodules, parameters and names, in its order.
+    """One part of a cut model. It has the model's own submodules, parameters and names, in the model's order.
 
-    The model's two modes are traced apart, since what is traced under train() holds for
-    train() only (functional dropout, auxiliary outputs).
+    The model is traced twice, in train() and in eval() mode, since it may run other code in each
+    (functional dropout, auxiliary outputs).
     """
 
     def __init__(self, model, graphs):
@@ -42,25 +42,26 @@ class Part(nn.Module):
         return self._modes[self.training](value)
 
 
-def cut(model: torch.nn.Module, *at: int) -> list[Part]:
+def cut(model: torch.nn.Module, *at: int | str) -> list[Part]:
     """Cut a model after the named submodules.
 
     Args:
         model: any module that torch.fx can trace and whose forward takes one tensor: an
             nn.Sequential, torchvision's classifiers, your own.
-        at: where: the dotted name of a submodule (`"layer2"`, `"layer3.0"`, `"features.17"`,
-            `"encoder.layers.encoder_layer_3"`), or for an nn.Sequential the number of its
-            first modules that go into the first part. Several cuts give as many more parts.
+        at: where to cut: after the submodule of this dotted name (`"layer2"`, `"layer3.0"`,
+            `"features.17"`, `"encoder.layers.encoder_layer_3"`), or, in an nn.Sequential, after
+            this many modules. Each cut gives one more part.
 
-    Cut before other threads run models: torch.fx changes nn.Module for all of them while it traces.
+    Cut before other threads run models: while torch.fx traces, it changes nn.Module for all threads.
 
     Returns:
         The parts, a list of modules that share the model's parameters and their names:
         `parts[1](parts[0](x))` is `model(x)`. A state dict's names are those in the model.
 
     Raises:
-        ConfigError: no such submodule, or more than one tensor would cross there (within a
-            residual block, for instance). Of a tuple or dict, as an nn.LSTM returns, one tensor may.
+        ConfigError: there is no such submodule, or more than one tensor would cross the cut
+            (within a residual block, for instance). If the submodule returns a tuple or a dict, as
+            nn.LSTM does, the layers behind the cut may use one tensor of it.
 
     >>> from torch import nn
     >>> head, tail = cut(nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 2)), 2)
@@ -92,7 +93,7 @@ def _name(model, place):
 
 
 def _pieces(graph, names, modules):
-    """The graph's stretches between the named submodules, as graphs of one input and one output."""
+    """The graph, cut after each named submodule, as graphs of one input and one output."""
     nodes = list(graph.nodes)
     ends = [_last_node(nodes, name) for name in names]
     if ends != sorted(set(ends)):
@@ -115,7 +116,7 @@ def _last_node(nodes, name):
 
 
 def _crossing_value(nodes, end, name, modules):
-    """(where the first part ends, the one node that crosses): the submodule's output, or the one item used of it."""
+    """(where the first part ends, the node that crosses): the submodule's output, or the one item of it in use."""
     output = nodes[end]
     last, items = end, []
     while _is_item(nodes[last + 1], [output, *items]):
@@ -193,7 +194,7 @@ def activation_shape(head: torch.nn.Module, input_shape: Sequence[int], dtype: t
     Args:
         head: the client's part.
         input_shape: of one sample.
-        dtype: of the inputs; None for the parameters' own or, where the head takes integers, int64.
+        dtype: of the inputs. None: the parameters' dtype, or int64 if the head takes integers.
 
     >>> activation_shape(nn.Conv2d(3, 8, 3), (3, 10, 10))
     (8, 8, 8)

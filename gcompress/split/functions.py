@@ -1,13 +1,13 @@
-"""The server as functions of the activation, so that torch's autograd goes through it."""
+"""The server's part of the model, as functions of the activation for torch's autograd."""
 
 import torch
 
 
 class Batch:
-    """What was asked of the server for a batch, and what came: kept as long as something depends on the result.
+    """A batch that the server was asked about, and its answer. It lives as long as something needs the result.
 
-    result: the loss, or U-shaped the outputs. repeated: whether a checkpoint has computed it
-    again, and may once more.
+    result: the loss or, if U-shaped, the outputs. repeated: whether gradient checkpointing has
+    computed this batch again. It may do so once more.
     """
 
     def __init__(self, activation, labels, before):
@@ -16,12 +16,12 @@ class Batch:
         self.repeated = False
 
     def is_of(self, activation, labels):
-        """Whether the batch is this one, to the bit."""
+        """Whether these are the batch's activation and labels, to the bit."""
         pairs = (self.activation, activation), (self.labels, labels)
         return all(one is other or _equal(one, other) for one, other in pairs)
 
     def done(self):
-        """The gradient has gone on: let go of what only a repetition needs."""
+        """The gradient was handed on: drop what only a repetition needs."""
         if not self.repeated:
             self.activation = self.labels = self.result = self.gradient = None
 
@@ -43,7 +43,7 @@ class CutLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        (activation_gradient,) = ctx.saved_tensors  # here a checkpoint computes the head again
+        (activation_gradient,) = ctx.saved_tensors  # here gradient checkpointing computes the head again
         ctx.batch.done()
         return activation_gradient * gradient, None, None, None
 
@@ -61,7 +61,7 @@ class CutOutputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.saved_tensors  # noqa: B018 - here a checkpoint computes the head again
+        ctx.saved_tensors  # noqa: B018 - here gradient checkpointing computes the head again
         result = ctx.client._backward_outputs(ctx.batch, gradient)
         ctx.batch.done()
         return result, None, None, None

@@ -15,9 +15,9 @@ from .traffic import FrameCounter, SocketCounter
 from .wire import Frame, Kind
 
 METHOD = "/gcompress.Split/Stream"
-FAILED = "gcompress-failed"  # in the metadata of a status that tells of an error at the server
+FAILED = "gcompress-failed"  # in the metadata of a status that reports an error at the server
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds between attempts
-QUEUED_CHUNKS = 8  # at most that many MiB wait on either side of a slow peer
+QUEUED_CHUNKS = 8  # of at most a MiB each, that may wait for a slow peer in each direction
 REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -28,7 +28,7 @@ REFUSALS = {
 
 
 def channel_options():
-    """What both ends tell gRPC: small messages only, dead peers noticed, every attempt to connect a fresh one."""
+    """The options of both ends: small messages only, dead peers are noticed, each attempt to connect is a new one."""
     return [
         ("grpc.max_receive_message_length", wire.CHUNK_BYTES),
         ("grpc.max_send_message_length", wire.CHUNK_BYTES),
@@ -43,21 +43,21 @@ def channel_options():
 
 
 class Broken(Exception):
-    """The stream is gone, and another may do better."""
+    """The stream broke; a new one may work."""
 
 
 class Patience:
-    """How long a request is tried again: counted from when it first failed, whatever worked in between.
+    """How long a request is repeated. The time counts from its first failure, even if something worked since.
 
     Args:
-        link: its `patience` is that many seconds.
+        link: its `patience` is the time in seconds.
     """
 
     def __init__(self, link):
         self._link, self._over, self._pause = link, None, FIRST_PAUSE
 
     def wait(self, why):
-        """Pause before another attempt, each time longer; the link's LinkError if the time is over."""
+        """Pause before the next attempt, longer each time; raises the link's LinkError if the time is over."""
         now = time.monotonic()
         self._over = self._over or now + self._link.patience
         if now + self._pause > self._over:
@@ -71,18 +71,18 @@ class RoundLost(Exception):
 
 
 class Link:
-    """The way to a server.
+    """A client's connection to a server.
 
     Args:
         address: "host:port".
-        ca: file of the authority that signed the server's certificate: TLS.
-        certificate, key: this client's, for mutual TLS.
-        token: this client's, for a server that knows clients by token.
+        ca: file with the certificate of the authority that signed the server's; turns on TLS.
+        certificate, key: files with this client's certificate and its key, for mutual TLS.
+        token: this client's token, for a server that knows its clients by token.
         insecure: allow plaintext to another machine.
-        name: of this client, where no certificate or token says it.
-        server_name: in the server's certificate, if it is not the address's host.
-        deadline: seconds that the server may be silent while it owes an answer, or take over a MiB of it.
-        patience: seconds in which a request is tried again after the connection was lost, however often.
+        name: of this client, if no certificate or token says it.
+        server_name: the name in the server's certificate, if it is not the address's host.
+        deadline: seconds until the server begins its answer, and for each MiB of it.
+        patience: seconds for which a request is repeated after it lost the connection for the first time.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Link:
         return self._call is not None
 
     def connect(self) -> None:
-        """Begin a new stream; whether the server accepts it shows with the first exchange."""
+        """Begin a new stream. Whether the server accepts it shows at the first exchange."""
         self.close()
         options = channel_options()
         if self._credentials is None:
@@ -135,9 +135,9 @@ class Link:
 
         Raises:
             Broken: the connection was lost, or the deadline passed.
-            RefusedError: the server refuses for a reason that trying again does not change.
-            ServerError: it failed in carrying out the request.
-            PayloadError: the answer is not one.
+            RefusedError: the server refuses, and would refuse again.
+            ServerError: the server failed while it carried out the request.
+            PayloadError: the answer is malformed.
         """
         self._reader.limits = limits
         self.frames.add(frame)
@@ -157,7 +157,7 @@ class Link:
         except (queue.Empty, queue.Full):
             self.close()
             raise Broken(f"no word from {self.address} for {self.deadline:g} s") from None
-        except BaseException:  # an interrupt, too: the answer that is still to come is nobody's
+        except BaseException:  # an interrupt, too: a late answer would be taken for that of the next request
             self.close()
             raise
 
@@ -195,7 +195,7 @@ class Link:
 
 
 def _pump(call, incoming):
-    """Move chunks into a bounded queue: a full one stops gRPC's reading, and so the server's sending."""
+    """Move chunks into a bounded queue. While it is full, gRPC does not read, and so the server cannot send."""
     try:
         for chunk in call:
             incoming.put(chunk)

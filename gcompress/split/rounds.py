@@ -1,8 +1,8 @@
-"""Several clients: one after the other, or side by side with averages (SplitFed).
+"""Several clients: they take turns (Sequential), or train side by side and are averaged (SplitFed).
 
-A round counts for a client as a whole or not at all: the head it hands in and the tail's
-steps belong together, and if it is lost or too late, both are dropped. So one slow or lost
-client costs the others one deadline, and no more rounds until it is back.
+A client's round counts whole or not at all. The head that the client hands in and the tail's
+steps belong together: if the client is lost or late, both are dropped. A slow or lost client
+delays the others by one deadline; later rounds do not wait for it until it is back.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from .wire import Frame
 
 RUN = "0" * 32  # the name under which rounds are checkpointed
-POLL_SECONDS = 1.0  # a client that waits for its round asks again so often, which shows that it lives
+POLL_SECONDS = 1.0  # between a waiting client's requests, which show that it is alive
 
 
 class RoundOver(Exception):
-    """The round that a client works for goes on without it."""
+    """The client's round goes on without it."""
 
 
 class Rounds:
-    """What both kinds share: members, the head between rounds, the deadline.
+    """What Sequential and SplitFed share: members, the head between rounds, the deadline.
 
     Args:
-        head: the clients' part of the model: its weights begin the first round, and its
-            names and shapes are what a client may hand in.
-        clients: names of the members; only they are let in.
-        rounds: how many.
-        deadline: seconds after which a round goes on without who is missing.
+        head: the clients' part of the model. The first round begins with its weights, and what a
+            client hands in must have its names and shapes.
+        clients: names of the members; no other client is let in.
+        rounds: how many rounds there are.
+        deadline: seconds after which a round goes on without the clients that are missing.
     """
 
     def __init__(self, head, clients, rounds, deadline=300.0):
@@ -63,7 +63,7 @@ class Rounds:
         return self.number >= self.rounds
 
     def begin(self, tail: Tail, checkpoints: Checkpoints | None) -> None:
-        """Called once by the server: with its tail, which holds the weights between rounds."""
+        """Called once, by the server, with its tail, which holds the weights between rounds."""
         self.tail, self._checkpoints = tail, checkpoints
         saved = checkpoints.newest(RUN) if checkpoints else None
         if checkpoints and saved is not None:
@@ -80,13 +80,13 @@ class Rounds:
         return wire.weights_limit(self.head)
 
     def wait_turn(self, name, since):
-        """Wait for a client's next round, until POLL_SECONDS after it first asked, or not if that was long ago."""
+        """Wait until a client may join, for at most POLL_SECONDS from when it first asked."""
         with self._changed:
             left = max(0.0, since + POLL_SECONDS - time.monotonic())
             self._changed.wait_for(lambda: self.finished or self._may_join(name), left)
 
     def join(self, slot):
-        """(finished, head's bytes) for the slot's round, or None: not yet."""
+        """(finished, the head's bytes) for the client's round; None if the client must wait."""
         self._expire()
         self._missing.discard(slot.name)
         if not self.finished:
@@ -98,12 +98,12 @@ class Rounds:
         return self.finished, wire.write_weights(self.head)
 
     def leave(self, slot):
-        """A client needs nothing more; True if none of those that still take part does."""
+        """Note that a client has finished. True if all members that still take part have."""
         self._left.add(slot.name)
         return self.finished and self._left | self._missing >= set(self.members)
 
     def _close_round(self, counted, missing, head, tail):
-        """End a round with this head and this tail's state: first saved, so that a full disk ends none."""
+        """End a round with this head and this tail's state. Both are saved first; if that fails, nothing changes."""
         if self._checkpoints:
             self._checkpoints.save(RUN, self.number + 1, {"tail": tail, "head": head})
             self._checkpoints.prune(RUN)
@@ -112,26 +112,26 @@ class Rounds:
         self.number += 1
 
     def _wake(self):
-        """Let those who wait for their turn look again."""
+        """Make the clients that wait for their turn look again."""
         with self._changed:
             self._changed.notify_all()
 
     def count(self, slot: Slot, samples: int) -> None:
-        """Note samples that a step was taken on."""
+        """Note how many samples a step was taken on."""
 
     def _overdue(self):
         return self._due is not None and time.monotonic() > self._due
 
 
 class Sequential(Rounds):
-    """Clients take turns; each gets the head that the one before handed on. A round is one client's turn."""
+    """Clients take turns; each begins with the head that the one before handed in. A round is one client's turn."""
 
     def __init__(self, head, clients, rounds, deadline=300.0):
         super().__init__(head, clients, rounds, deadline)
         self._holder, self._snapshot, self._turn = None, None, 0
 
     def tail_for(self, name: str) -> Tail:
-        """One tail, whoever's turn it is."""
+        """The same tail for every client."""
         return self.tail
 
     def begin(self, tail: Tail, checkpoints: Checkpoints | None) -> None:
@@ -147,12 +147,12 @@ class Sequential(Rounds):
         return self._holder in (None, name) and self._next == name
 
     def _enter(self, slot):
-        self._drop()  # who holds the turn already begins it again
+        self._drop()  # a client that holds the turn already begins it again
         self._snapshot = copy.deepcopy(self.tail.state_dict())
         self._holder, self._due = slot.name, time.monotonic() + self.deadline
 
     def _expire(self):
-        """Who holds the turn too long, or does not take it, loses it."""
+        """A client that holds its turn too long, or does not take it, loses it."""
         if self.finished or not self._overdue():
             return
         late = self._holder or self._next
@@ -174,7 +174,7 @@ class Sequential(Rounds):
         self._wake()
 
     def restarted(self, slot: Slot) -> None:
-        """The slot's client has lost its state: its turn begins again."""
+        """The client has lost its state: its turn begins again."""
         if self._holder == slot.name:
             self._drop()
 
@@ -184,7 +184,7 @@ class Sequential(Rounds):
             raise RoundOver(f"it is not {slot.name}'s turn any more")
 
     def hand_in(self, slot: Slot, frame: Frame) -> None:
-        """End the turn with the head that the next client begins with."""
+        """End the turn; the next client begins with the head that was handed in."""
         self.check_turn(slot, training=True)
         head = wire.read_weights(frame.body, self.head)
         self._close_round([slot.name], self._missing, head, self.tail.state_dict())
@@ -193,10 +193,11 @@ class Sequential(Rounds):
 
 
 class SplitFed(Rounds):
-    """Clients train side by side, each with a tail of its own at the server; after a round both halves are averaged.
+    """Clients train side by side, each with its own tail at the server. After a round both halves are averaged.
 
-    SplitFed version 1 (Thapa et al., arXiv 2004.12088): averages are weighted by the samples
-    trained on and do not depend on who was faster. Momentum stays with its client.
+    SplitFed version 1 (Thapa et al., arXiv 2004.12088). A client's weight in the average is the
+    number of samples that it trained on; the order in which clients finish does not matter. Each
+    client keeps its own momentum.
     """
 
     def __init__(self, head, clients, rounds, deadline=300.0):
@@ -216,12 +217,12 @@ class SplitFed(Rounds):
         self._due = self._due or time.monotonic() + self.deadline
 
     def _expire(self):
-        """Once the deadline is over, those who have handed in go on without the rest."""
+        """After the deadline, the clients that have handed in go on without the others."""
         if self._overdue() and self._handed_in:
             self._average()
 
     def restarted(self, slot: Slot) -> None:
-        """The slot's client has lost its state: it joins again, with a fresh optimizer on this side too."""
+        """The client has lost its state: it must join again, and gets a new optimizer at the server, too."""
         self._working.pop(slot.name, None)
         slot.tail = self.tail_for(slot.name)
 
@@ -231,12 +232,12 @@ class SplitFed(Rounds):
             raise RoundOver(f"round {self.number} began without {slot.name}")
 
     def count(self, slot: Slot, samples: int) -> None:
-        """Note samples that a step was taken on: the client's weight in the average."""
+        """Note how many samples a step was taken on: they are the client's weight in the average."""
         if slot.name in self._working:
             self._working[slot.name] += samples
 
     def hand_in(self, slot: Slot, frame: Frame) -> None:
-        """One client's result; the last one expected closes the round."""
+        """Take one client's result. The last one that is expected ends the round."""
         self.check_turn(slot, training=True)
         head = wire.read_weights(frame.body, self.head)
         tail = {name: tensor.detach().cpu().clone() for name, tensor in slot.tail.model.state_dict().items()}
@@ -264,7 +265,7 @@ class SplitFed(Rounds):
 
 
 def weighted_mean(states, weights):
-    """The mean of state dicts, added in double precision and the given order; of integers the largest."""
+    """The weighted mean of state dicts, summed in float64 in the given order; of integers, the largest."""
     mean = {}
     for name, first in states[0].items():
         if first.is_floating_point():

@@ -22,7 +22,7 @@ PROBE_SECONDS = 2.0
 
 
 def split_address(address):
-    """("host", port) of "host:port", "[v6]:port" included; ConfigError if it is none."""
+    """("host", port) of "host:port" or "[v6]:port"; ConfigError if it is neither."""
     host, colon, port = str(address).rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
@@ -31,7 +31,7 @@ def split_address(address):
 
 
 def is_loopback(address):
-    """Whether an address is of this machine only."""
+    """Whether an address is one that only this machine can reach."""
     host, _ = split_address(address)
     if host == "localhost":
         return True
@@ -55,7 +55,7 @@ def _read(argument, path):
 
 
 def client_credentials(address, ca, certificate, key, insecure):
-    """gRPC's channel credentials, or None for plaintext, which only the loopback gets unasked."""
+    """gRPC's channel credentials; None for plaintext, which is refused beyond loopback unless `insecure`."""
     if (certificate is None) != (key is None) or (certificate and not ca):
         raise ConfigError("certificate: a certificate, its key and the authority's ca go together")
     if ca:
@@ -69,7 +69,7 @@ def client_credentials(address, ca, certificate, key, insecure):
 
 
 def server_credentials(address, ca, certificate, key, tokens, insecure):
-    """gRPC's server credentials, or None for plaintext; strangers are let in on the loopback only."""
+    """gRPC's server credentials, or None for plaintext. Beyond loopback, strangers are refused unless `insecure`."""
     if (certificate is None) != (key is None) or (ca and not certificate):
         raise ConfigError("certificate: a server's certificate and key go together, and with them the clients' ca")
     if not certificate:
@@ -87,7 +87,7 @@ def server_credentials(address, ca, certificate, key, tokens, insecure):
 
 
 def check_token(token, whose="token"):
-    """ConfigError unless a token is text that can be sent, and not empty."""
+    """ConfigError unless a token is printable ASCII text and not empty."""
     right = isinstance(token, str) and token.isascii() and token.isprintable() and token.strip() == token != ""
     if not right:
         got = "an empty one" if isinstance(token, str) and not token.strip() else "another"
@@ -96,7 +96,7 @@ def check_token(token, whose="token"):
 
 
 def check_tokens(tokens):
-    """A server's tokens by client; ConfigError for names and tokens that let anyone in, or one client as another."""
+    """{client's name: token} of a server; ConfigError for empty tokens, and for one that two clients share."""
     tokens = {check_name(name): check_token(token, f"tokens: of {name}") for name, token in tokens.items()}
     if not tokens or len(set(tokens.values())) != len(tokens):
         raise ConfigError("tokens: got none, or one for two clients, expected a different one for each client")
@@ -104,7 +104,7 @@ def check_tokens(tokens):
 
 
 def token_owner(tokens, token):
-    """The client whose token it is, or None; takes the same time whichever it is."""
+    """The client that has this token, or None; takes equally long for each of them."""
     owner = None
     for name, known in tokens.items():
         if hmac.compare_digest(known.encode(), token.encode()):
@@ -113,10 +113,10 @@ def token_owner(tokens, token):
 
 
 def why_unreachable(address, **files):
-    """What is wrong with the certificates, in words, or None if they are not the reason that gRPC cannot connect.
+    """What is wrong with the certificates, in words; None if they are not why gRPC cannot connect.
 
-    gRPC itself only says that it cannot. Asked twice, since a server that is just ending
-    looks like one that refuses.
+    gRPC only says that it cannot. This asks the server itself, and asks twice, since a server
+    that is about to stop looks like one that refuses.
     """
     return _probe(address, **files) and _probe(address, **files)
 
@@ -129,7 +129,7 @@ def _probe(address, ca=None, certificate=None, key=None, server_name=None):
                 return _why_plaintext_fails(connection)
             return _why_tls_fails(connection, server_name or host, ca, certificate, key)
     except OSError:
-        return None  # nobody listens, or he is slow: worth another try
+        return None  # nobody listens, or the server is slow: worth another try
 
 
 def _why_plaintext_fails(connection):
@@ -156,8 +156,8 @@ def _why_tls_fails(connection, host, ca, certificate, key):
     who = f"the client's certificate {certificate}" if certificate else "a client without a certificate"
     try:
         with context.wrap_socket(connection, server_hostname=host) as channel:
-            # With TLS 1.3 the server looks at our certificate after we think we are connected. One that is
-            # content greets first; gRPC's ends the connection without a word of why.
+            # With TLS 1.3 the server checks our certificate after we are connected. If it accepts it, it sends
+            # something first. If not, gRPC's server ends the connection and does not say why.
             channel.settimeout(PROBE_SECONDS)
             try:
                 return None if channel.recv(1) else f"the server refuses {who}"
@@ -180,16 +180,16 @@ def make_certificates(
     clients: Sequence[str] = ("client",),
     days: int = 365,
 ) -> pathlib.Path:
-    """A development authority, a server's certificate and one for each client: for trials, not for production.
+    """Make a development authority, a server's certificate and one for each client: for trials, not production.
 
-    Writes ca.pem, server.pem, server.key and NAME.pem, NAME.key for every client, keys readable
-    by their owner only. The authority's own key is not kept: make all anew to add a client.
+    Writes ca.pem, server.pem, server.key, and NAME.pem and NAME.key for each client. Only their
+    owner can read the keys. The authority's own key is not kept: to add a client, make all again.
 
     Args:
-        folder: made if it does not exist; files in it are replaced.
-        hosts: names and addresses under which clients reach the server.
-        clients: their names, which the server takes from their certificates.
-        days: that they are valid.
+        folder: created if it does not exist; files in it are replaced.
+        hosts: names and addresses at which clients reach the server.
+        clients: their names; the server reads them in the certificates.
+        days: how long the certificates are valid.
     """
     from cryptography import x509
 
@@ -207,7 +207,7 @@ def make_certificates(
 
 
 class _Authority:
-    """Signs certificates with a key that it never gives away; all in PEM."""
+    """Signs certificates with a key that is never written to a file. All are in PEM form."""
 
     def __init__(self, name, days):
         from cryptography import x509

@@ -1,4 +1,4 @@
-"""The server: the model's later layers, for one client or for many in rounds."""
+"""The server has the model's later layers. It serves one client, or several in rounds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Slot:
-    """What the server keeps of one client.
+    """What the server knows of one client.
 
-    session: None until the first handshake. sequence: of the last request that was carried
-    out, with its checksum and answer, so that a request which comes again is answered and
-    not done again.
+    session: None until the first handshake. sequence: number of the last request that was carried
+    out. The server keeps that request's checksum and its answer: if the request comes again, it
+    gets the same answer and is not carried out again.
     """
 
     def __init__(self, name, tail, agreement):
@@ -46,17 +46,17 @@ class Slot:
 
 
 class SplitServer:
-    """Serves the later layers of a model to clients that have the first ones and the data.
+    """Runs the later layers of a model for clients that have the first layers and the data.
 
     Args:
-        model_tail: what `cut` returned as the part behind the client's.
+        model_tail: the part that `cut` returned after the client's.
         shape: of one sample's activation; see `activation_shape`.
-        up, down: specs of the compressors for activations and gradients, "none" for float32.
+        up, down: specs of the compressors for activations and for their gradients; "none" sends float32.
         optimizer, scheduler, loss, seed: see `gcompress.split.tail.Tail`.
-        checkpoints: a folder, for clients that save; or None.
+        checkpoints: a folder for this half's checkpoints, if clients save; or None.
         rounds: `Sequential(…)` or `SplitFed(…)` for several clients; None for one.
-        on_step: function of (client's name, step, Stats or None), called after every step. What it
-            raises undoes the step, as any error in the step does.
+        on_step: function of (client's name, step, Stats or None), called after every step. If it
+            raises an error, the step is undone, as after any error in a step.
         on_epoch: function of (client's name, step), called when the client ends an epoch.
         deadline, idle, handshake_deadline: see `gcompress.split.service.Service`.
         labels, label_shape, max_batch, delta_samples, delta_first: see `Agreement`; the same at the client.
@@ -86,7 +86,7 @@ class SplitServer:
             rounds.begin(self.tail, self._checkpoints)
 
     def _output_codecs(self):
-        """(of the outputs that go down, of their gradients that come up)."""
+        """The codecs of a U-shaped model's outputs, which go down, and of their gradients, which come up."""
         with torch.no_grad():
             self.tail.model.eval()
             output = checked_outputs(self.tail.model(torch.zeros(2, *self.agreement.shape, device=self.tail.device)))
@@ -95,7 +95,7 @@ class SplitServer:
 
     @property
     def frames(self) -> FrameCounter:
-        """A FrameCounter of all frames so far."""
+        """The sizes of all frames so far."""
         return self._service.frames
 
     def socket_bytes(self) -> tuple[int, int] | None:
@@ -117,12 +117,11 @@ class SplitServer:
 
         Args:
             address: "host:port"; port 0 takes a free one.
-            certificate, key: this server's: TLS.
-            ca: file of the authority that signed the clients' certificates: mutual TLS. Clients
-                are known by their certificate's common name.
-            tokens: {client's name: token}, instead or besides.
-            insecure: allow others than this machine's processes to connect in plaintext or
-                without saying who they are.
+            certificate, key: files with this server's certificate and its key; they turn on TLS.
+            ca: file with the certificate of the authority that signed the clients' certificates, for
+                mutual TLS. A client's name is then its certificate's common name.
+            tokens: {client's name: token}, in place of `ca` or with it.
+            insecure: let other machines connect in plaintext, or without a certificate or token.
             clients: how many may be connected at once.
 
         Returns:
@@ -133,7 +132,7 @@ class SplitServer:
         )
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the client, or the last round, has finished; False if `timeout` seconds passed first."""
+        """Wait until the client, or the last round, has finished. Returns False if `timeout` seconds pass first."""
         return self._finished.wait(timeout)
 
     def stop(self, grace: float = 1.0) -> None:
@@ -146,7 +145,7 @@ class SplitServer:
     def __exit__(self, *_):
         self.stop()
 
-    # What may come, and what is done with it; called from the service's threads.
+    # What a client may send, and what is done with it; called from the service's threads.
 
     def _limits(self, connection):
         if connection.session is None:
@@ -205,7 +204,7 @@ class SplitServer:
     # The handshake.
 
     def _hello(self, connection, frame):
-        """Read it before the lock is taken: what a stranger sends keeps nobody waiting."""
+        """Parse the handshake before taking the lock, so that what a stranger sends delays nobody."""
         message = wire.read_message(frame.body)
         theirs = Agreement.from_message(wire.take(message, "agreement", dict))
         with self._lock:
@@ -249,14 +248,14 @@ class SplitServer:
         return name
 
     def _same_session(self, slot, message):
-        """Whether the client can go on where the connection broke: it has the answers to all requests but the last."""
+        """Whether the client can go on where the connection broke: at most the last answer may be missing."""
         session = wire.take(message, "session", str, default=None)
         if slot.session is None or session != slot.session.hex():
             return False
         return wire.take(message, "sequence", int) in (slot.sequence, slot.sequence - 1)
 
     def _settle(self, slot, message):
-        """Bring the tail to the last step that both halves have saved, and return it."""
+        """Bring the tail to the last step that both halves have saved. Returns that step."""
         run = wire.take(message, "run", str)
         if not RUN_NAME.fullmatch(run):
             raise PayloadError("message: run is not 32 hexadecimal digits")
@@ -270,7 +269,7 @@ class SplitServer:
             )
         step = max(common)
         state = self._checkpoints.load(run, step) if step in saved else {"tail": self._initial}
-        slot.session = None  # should this fail, the old session is over
+        slot.session = None  # if loading fails, the old session is over
         with fitting(f"step {step}"):
             self.tail.load_state_dict(copy.deepcopy(state["tail"]))
             slot.activations.reset()
@@ -306,7 +305,7 @@ class SplitServer:
         return Kind.GRADIENT, slot.step, frame.samples, body
 
     def _count_step(self, slot, samples, stats):
-        self._on_step(slot.name, slot.step + 1, stats)  # first: what it raises undoes the step
+        self._on_step(slot.name, slot.step + 1, stats)  # first: if it raises an error, the step is undone
         slot.step += 1
         if self.rounds:
             self.rounds.count(slot, samples)
@@ -349,19 +348,19 @@ class SplitServer:
             self._finished.set()
 
     def _join(self, slot):
-        """The head for the client's next round, or that it should ask again."""
+        """Answer with the head for the client's next round, or tell the client to ask again."""
         outcome = self.rounds.join(slot)
         if outcome is None:
             return Kind.ANSWER, slot.step, 0, wire.write_message({"wait": True})
-        slot.activations.reset()  # the client forgets, too: it may have lost its last request
+        slot.activations.reset()  # the client does the same: its last request may be lost
         finished, head = outcome
         slot.step = 0
         return Kind.WEIGHTS, self.rounds.number, int(finished), head
 
     def _wait_turn(self, connection, frame):
-        """Let a client that asks to join wait, before the lock is taken and its request is looked at.
+        """If a client asks to join, wait for its turn, before the lock is taken.
 
-        Meanwhile it may ask again over another connection: one of the two requests is then carried out.
+        Meanwhile it may ask again over another connection. Then one of the two requests is carried out.
         """
         if wire.read_message(frame.body).get("do") == "join":
             slot = self._slots[connection.name]

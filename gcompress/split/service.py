@@ -1,4 +1,4 @@
-"""The server's end of the link: a gRPC service that knows its clients and waits for none for ever."""
+"""The server's end of the link: a gRPC service that checks who its clients are. Every wait has a deadline."""
 
 import concurrent.futures
 import contextlib
@@ -15,20 +15,20 @@ from .link import FAILED, METHOD, channel_options
 from .rounds import RoundOver
 from .traffic import FrameCounter, SocketCounter
 
-LONGEST_DETAILS = 2000  # bytes; gRPC's cap on what a status may say is 8 KiB, and it writes some as three
+LONGEST_DETAILS = 2000  # bytes; gRPC's limit for the text of a status is 8 KiB, and it writes some bytes as three
 WATCH_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
 class Retry(Exception):
-    """What a client should try again."""
+    """The client should try again."""
 
 
 class Connection:
-    """One stream: who is at its other end, and by when he has to say something.
+    """One stream: which client is at its other end, and by when that client must send something.
 
-    name: the client's, or None where nothing but he himself tells. session: the server's
-    to set, once the handshake is done.
+    name: the client's, or None if only its handshake tells. session: set by the server after the
+    handshake.
     """
 
     def __init__(self, context, name, handshake_deadline):
@@ -37,7 +37,7 @@ class Connection:
         self.why = f"no handshake within {handshake_deadline:g} s"
 
     def expect(self, seconds, why):
-        """Set when the client is overdue (None: it is the server's turn) and what is said then."""
+        """Set how long the client may take (None: it is the server's turn), and what the log says if it is late."""
         self.due, self.why = None if seconds is None else time.monotonic() + seconds, why
 
     @property
@@ -52,12 +52,12 @@ class Service:
     """Listens, authenticates, and hands frames to a SplitServer.
 
     Args:
-        answer: function of (connection, frame), returns the answering frame.
-        limits: function of a connection, returns {Kind: largest body} of what may come.
+        answer: function of (connection, frame) that returns the answer, a frame.
+        limits: function of a connection that returns {Kind: largest body} of the frames that may come.
         gone: function of a connection that ended.
-        deadline: seconds a client may take over each MiB of a frame, sent or read, or over a smaller frame.
-        idle: seconds a client may be silent between frames.
-        handshake_deadline: seconds in which a stranger must have made himself known.
+        deadline: seconds in which a client must send or read each MiB of a frame, or a smaller frame.
+        idle: seconds for which a client may be silent between frames.
+        handshake_deadline: seconds in which a new connection must complete its handshake.
     """
 
     def __init__(self, answer, limits, gone, *, deadline=60.0, idle=600.0, handshake_deadline=5.0):
@@ -72,7 +72,7 @@ class Service:
         """Begin to serve; returns the port. Arguments as `SplitServer.listen`."""
         self._mutual, self._tokens = bool(ca), None if tokens is None else security.check_tokens(tokens)
         credentials = security.server_credentials(address, ca, certificate, key, tokens, insecure)
-        # A thread serves one stream; some more, so that strangers do not keep clients out while they are refused.
+        # One thread serves one stream. There are more than clients, so that strangers who are refused block no client.
         pool = concurrent.futures.ThreadPoolExecutor(clients + 8, thread_name_prefix="split")
         options = [*channel_options(), ("grpc.so_reuseport", 0)]
         options += [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
@@ -95,7 +95,7 @@ class Service:
         return port
 
     def stop(self, grace):
-        """End all streams, at the latest after `grace` seconds."""
+        """End all streams, after `grace` seconds at the latest."""
         self._stopping.set()
         if self._server:
             with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ class Service:
                 connection.end()
 
     def _client_name(self, context):
-        """Who the certificate or the token says it is; None where neither is asked for. Refuses all others."""
+        """The client's name, from its certificate or token; None if neither is required. Refuses any other client."""
         if self._tokens:
             metadata = dict(context.invocation_metadata())
             scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
@@ -164,9 +164,9 @@ class Service:
         context.abort(code, _details(error))
 
     def _fail(self, context, connection, kind, what, error):
-        """Tell the client of an error that nobody meant, and this side's log where it was."""
+        """Tell the client of an unexpected error, and log where it was raised."""
         _log.error("client %s at %s: %s failed", connection and connection.name, context.peer(), what, exc_info=error)
-        # INTERNAL alone may be gRPC's own word for a lost connection, which is worth another try.
+        # The metadata tells this from gRPC's own INTERNAL, which means a lost connection and is tried again.
         context.set_trailing_metadata(((FAILED, kind),))
         words = "".join(traceback.format_exception_only(type(error), error)).strip()
         context.abort(grpc.StatusCode.INTERNAL, _details(f"{what}: {words}"))
@@ -203,9 +203,9 @@ class _Unauthenticated(Exception):
 
 
 class _Failed(Exception):
-    """A request (its kind, and in words) failed for its cause, an error of a type that is not expected there."""
+    """A request failed with an unexpected error, the cause. Arguments: the request's kind, and its name in words."""
 
 
 def _details(error):
-    """What a status says, in as many bytes as it may."""
+    """An error's text, cut to the bytes that a status may have."""
     return str(error).encode("utf-8", "backslashreplace")[:LONGEST_DETAILS].decode("utf-8", "ignore")

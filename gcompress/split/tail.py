@@ -1,4 +1,4 @@
-"""The server's half of the model: its weights, optimizer and schedule, and one step of them."""
+"""The server's half of the model, with its optimizer and scheduler, and how it takes a step."""
 
 import contextlib
 import copy
@@ -17,15 +17,15 @@ CLASS_LOSS_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 class Tail:
-    """A model's later layers with what trains them.
+    """A model's later layers, with their optimizer and scheduler.
 
     Args:
-        model: takes an activation batch, returns outputs.
-        optimizer: function of the parameters, returns an optimizer; None for SGD(lr=0.1, momentum=0.9).
-        scheduler: function of the optimizer, returns a scheduler to be stepped once an epoch; or None.
-        loss: function of outputs and labels, returns their mean loss.
-        seed: of dropout and the like; each step draws from a generator of its own, so that a
-            step that is done again draws the same.
+        model: takes a batch of activations, returns outputs.
+        optimizer: function of the parameters that returns an optimizer; None for SGD(lr=0.1, momentum=0.9).
+        scheduler: function of the optimizer that returns a scheduler, stepped once an epoch; or None.
+        loss: function of outputs and labels that returns their mean loss.
+        seed: of dropout and other random layers. Each step has a random generator of its own, so
+            that a step that is done again draws the same numbers.
     """
 
     def __init__(self, model, optimizer=None, scheduler=None, loss=functional.cross_entropy, seed=0):
@@ -38,7 +38,7 @@ class Tail:
         self._pending = self._failure = None
 
     def copy(self):
-        """Another tail with weights of its own that begin as these."""
+        """Another tail, with a copy of these weights."""
         model = copy.deepcopy(self.model)
         return Tail(model, *self._makers, loss=self.loss, seed=self.seed)
 
@@ -47,11 +47,11 @@ class Tail:
         return next(self.model.parameters(), torch.empty(0)).device
 
     def train_step(self, activation, labels, step, encode):
-        """Forward, backward and an optimizer step; after an error `Undo` makes it none of them.
+        """Forward pass, backward pass and optimizer step. After an error, `Undo` puts everything back.
 
         Args:
             activation: float32 batch.
-            labels: what `loss` takes.
+            labels: as `loss` takes them.
             step: number of the step.
             encode: turns the activation's gradient into bytes; raises if it is not finite.
 
@@ -67,23 +67,23 @@ class Tail:
         return stats, self._backward_and_step(loss, None, activation, encode)
 
     def forward(self, activation, step):
-        """The outputs for a batch, whose backward pass `backward` will do (U-shaped)."""
+        """The outputs for a batch (U-shaped); `backward` then takes the step."""
         before = buffers(self.model)
         outputs, activation = self._forward(activation, step)
         self._pending = checked_outputs(outputs), activation, before
         return outputs.detach()
 
     def backward(self, gradient, encode):
-        """The step that belongs to the last `forward`, given its outputs' gradient; returns the activation's bytes."""
+        """Take the step of the last `forward`, from its outputs' gradient; returns the bytes of the activation's."""
         if self._failure:
-            raise self._failure  # asked again, since the first word of it was lost on the way
+            raise self._failure  # asked again, since the first answer was lost on the way
         if self._pending is None or self._pending[0].shape != gradient.shape:
             raise PayloadError("gradient: there is no forward pass of this batch that it belongs to")
         outputs, activation, _ = self._pending
         return self._backward_and_step(outputs, gradient.to(outputs.dtype), activation, encode)
 
     def drop_forward(self, failure=None):
-        """Forget the last `forward`: its step is done, or failed by an error, and then buffers are as before it."""
+        """Forget the last `forward`, after its step. If the step failed, put buffers back."""
         if self._pending and failure:
             restore_buffers([self.model], self._pending[2])
             self._failure = failure
@@ -91,7 +91,7 @@ class Tail:
 
     @torch.no_grad()
     def evaluate(self, activation, labels=None):
-        """Stats, or outputs if there are no labels."""
+        """`Stats` of a batch; if there are no labels, the outputs."""
         self.model.eval()
         outputs = self.model(activation.to(self.device))
         if labels is None:
@@ -100,7 +100,7 @@ class Tail:
         return _stats(self._loss(outputs, labels), outputs, labels)
 
     def end_epoch(self):
-        """Step the schedule."""
+        """Step the scheduler."""
         if self.scheduler:
             self.scheduler.step()
 
@@ -131,9 +131,9 @@ class Tail:
         return loss
 
     def _check_classes(self, outputs, labels):
-        """PayloadError for a class that is none, where the loss is known to take classes.
+        """PayloadError for a label that is not a class, if the loss is known to take classes.
 
-        On a GPU torch ends the process's use of it for such a class. Other losses judge their labels themselves.
+        On a GPU such a label would end the process's use of the GPU. Other losses check their labels themselves.
         """
         classes = self.loss in CLASS_LOSSES or isinstance(self.loss, CLASS_LOSS_MODULES)
         if not classes or labels.is_floating_point() or outputs.dim() < 2:
@@ -147,14 +147,14 @@ class Tail:
         if self.optimizer:
             self.optimizer.zero_grad()
         outputs.backward(gradient)
-        data = encode(activation.grad)  # before anything changes: it may refuse
+        data = encode(activation.grad)  # before anything changes, since it may raise an error
         if self.optimizer:
             self.optimizer.step()
         return data
 
 
 def checked_outputs(outputs):
-    """The server's outputs, where they are to be sent; ConfigError if they are not one tensor."""
+    """The outputs that a server is to send; ConfigError unless they are one tensor of floating-point numbers."""
     if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
         got = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise ConfigError(f"model_tail: its output is {got}, expected one tensor of floating-point numbers")
@@ -174,7 +174,7 @@ def _seeded(seed, step, device):
 
 
 def _stats(loss, outputs, labels):
-    """Stats, with counts where outputs are scores of classes."""
+    """`Stats` of a batch. Only if the outputs are scores of classes do they count right samples."""
     top1 = top5 = 0
     scores = isinstance(outputs, torch.Tensor) and outputs.dim() == 2 and outputs.shape[1] > 0
     if scores and labels.shape == outputs.shape[:1] and not labels.is_floating_point():

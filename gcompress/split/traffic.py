@@ -1,4 +1,4 @@
-"""Bytes counted twice: at the frame, and by the kernel at the TCP socket (Linux)."""
+"""How many bytes were sent: by the frames' sizes, and as the kernel counts at the TCP socket (Linux)."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ COUNTERS_AT = 120
 
 
 class SocketCounter:
-    """What TCP carried for this process to or from a port: TLS, HTTP/2 and gRPC included.
+    """Bytes that TCP carried between this process and a port, those of TLS, HTTP/2 and gRPC included.
 
-    Sent bytes count when the other side has acknowledged them. A connection's last counts
-    are kept when it is gone: call `read` before closing it.
+    A sent byte counts once the other side has acknowledged it. The counts of a closed connection
+    are those of the last `read`: call it before closing.
 
     Args:
         port: the server's.
@@ -27,7 +27,7 @@ class SocketCounter:
         self._seen = {}
 
     def read(self):
-        """(sent, received) over all connections so far; None where the system does not count."""
+        """(sent, received) over all connections so far; None if the system does not count them."""
         if not sys.platform.startswith("linux"):
             return None
         for name in os.listdir("/proc/self/fd"):

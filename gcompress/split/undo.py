@@ -1,4 +1,4 @@
-"""What a request that fails must leave as it was: parameters, buffers, the optimizer's state and the schedule."""
+"""After a request that fails, puts back parameters, buffers, and the states of optimizer and scheduler."""
 
 import contextlib
 import copy
@@ -10,8 +10,8 @@ def copied(value, old=None):
     """A copy of nested dicts and lists of tensors and plain values.
 
     Args:
-        value: what is copied.
-        old: an earlier copy that nobody needs any more: its tensors are written over where they fit.
+        value: what to copy.
+        old: an earlier copy that nobody needs any more. Its tensors are reused if they fit.
     """
     if isinstance(value, torch.Tensor):
         like = isinstance(old, torch.Tensor) and (old.shape, old.dtype, old.device) == (
@@ -28,12 +28,12 @@ def copied(value, old=None):
 
 
 def buffers(*modules):
-    """A copy of the modules' buffers, running statistics for instance, for `restore_buffers`."""
+    """A copy of the modules' buffers (running statistics, for instance) for `restore_buffers`."""
     return [copied(dict(module.named_buffers())) for module in modules]
 
 
 def restore_buffers(modules, before):
-    """Make the modules' buffers what they were."""
+    """Give the modules' buffers their earlier values."""
     for module, copies in zip(modules, before, strict=True):
         _restore(dict(module.named_buffers()), copies)
 
@@ -41,16 +41,16 @@ def restore_buffers(modules, before):
 @torch.no_grad()
 def _restore(tensors, before):
     for name, tensor in tensors.items():
-        # What was not there before, or grows, is a cache that a layer keeps for itself.
+        # A buffer that is new, or has grown, is a cache that a layer keeps for itself.
         if name in before and before[name].shape == tensor.shape:
             tensor.copy_(before[name])
 
 
 class Undo:
-    """Undoes what a failing request did to a client's slot at the server: a step is taken whole or not at all.
+    """Undoes what a failing request did to a client's slot: the server takes a step whole or not at all.
 
-    The copy, of what is trained and of the optimizer's state, takes as much memory again; it is
-    kept for the next request, so that a steady step allocates none.
+    It copies the trained parameters, buffers and the optimizer's state, which takes as much memory
+    again. The copy's memory is used for the next request, so that a steady step allocates none.
     """
 
     def __init__(self):
@@ -58,14 +58,14 @@ class Undo:
 
     @contextlib.contextmanager
     def on_error(self, slot):
-        """A context that leaves the slot's tail and memory as they were if an error leaves it."""
+        """A context: if an error is raised in it, the slot's tail and memory are put back."""
         parts = _changing_parts(slot.tail)
         self._before = copied({name: state() for name, (state, _) in parts.items()}, self._before)
         try:
             yield
         except BaseException as error:
             for name, (_, restore) in parts.items():
-                restore(copied(self._before[name]))  # an optimizer keeps the tensors that it is given
+                restore(copied(self._before[name]))  # copied, since an optimizer keeps the tensors that it is given
             slot.tail.drop_forward(failure=error)
             slot.activations.revert()
             raise
@@ -73,7 +73,7 @@ class Undo:
 
 
 def _changing_parts(tail):
-    """{name: (function that returns its state, function that takes it back)}; what is frozen does not change."""
+    """{name: (function that returns the state, function that puts it back)}. Frozen parameters do not change."""
     model = tail.model
 
     def tensors():

@@ -1,9 +1,9 @@
 """The frame of split learning, and the only code that parses bytes from a peer (docs/WIRE.md).
 
-A frame is a header of 64 bytes with its own CRC32C, and a body with another. Nothing is
-believed before its checksum, nothing is allocated before its size was compared with what was
-agreed, and whatever is wrong raises PayloadError. A checksum is not authentication: that is
-TLS's task (gcompress/split/security.py).
+A frame is a header of 64 bytes with its CRC32C, and a body with a CRC32C of its own. Nothing is
+used before its checksum was checked. Nothing is allocated before its size was compared with what
+was agreed. Whatever is wrong raises PayloadError. A checksum is not authentication: TLS does that
+(gcompress/split/security.py).
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ MAGIC = b"GCWF"
 VERSION = 1
 HEADER = struct.Struct("<4sHBB16sQQIIQI")  # and the CRC32C of these 60 bytes
 HEADER_BYTES = HEADER.size + 4
-CHUNK_BYTES = 1 << 20  # a message of the link; gRPC's usual cap is 4 MiB
+CHUNK_BYTES = 1 << 20  # largest message of the link; gRPC's default limit is 4 MiB
 MESSAGE_LIMIT = 64 * 1024  # bytes of a JSON body
-MESSAGE_BRACKETS = 64  # opening ones in a JSON body; ours have five
+MESSAGE_BRACKETS = 64  # most opening brackets in a JSON body; ours have five
 NO_SESSION = bytes(16)
 UP, DOWN = 0, 1
 
@@ -46,10 +46,11 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One message. `session` (16 bytes), `step`, `sequence` and the direction keep old messages out.
+    """One message. Its session, step, sequence and direction tell a receiver whether it is an old one.
 
-    kind: Kind. step: training steps before this one. sequence: requests of this session so
-    far, the same in the answer. samples: in a tensor's body.
+    kind: Kind. session: 16 bytes. step: training steps taken before this one. sequence: number of
+    the request in its session, from 1; an answer has its request's. samples: how many are in a
+    body of tensors.
     """
 
     kind: Kind
@@ -79,18 +80,17 @@ def encode(frame):
 
 
 def chunks(data):
-    """`data` in pieces that fit into one message of the link."""
+    """`data`, cut into pieces that fit into one message of the link."""
     return [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
 
 
 class FrameReader:
-    """Frames from a stream of chunks that begin and end anywhere.
+    """Reads frames from a stream of chunks. A chunk may begin and end anywhere in a frame.
 
     Args:
-        limits: {Kind: largest body in bytes} of the kinds that may come; the caller may
-            replace it between frames. A header that exceeds it is refused before its body
-            is stored, and a body is stored as it arrives: a peer makes the receiver hold no
-            more than the peer has sent.
+        limits: {Kind: largest body in bytes} of the kinds that may come; the caller may replace
+            it between frames. A header that announces more is refused before its body is stored.
+            A body is stored as it arrives, so the receiver never holds more than the peer has sent.
     """
 
     def __init__(self, limits):
@@ -101,12 +101,12 @@ class FrameReader:
 
     @property
     def between_frames(self):
-        """Whether no part of a frame is waiting for the rest."""
+        """Whether no frame has arrived in part."""
         return self._header is None and not self._buffer
 
     @property
     def progress(self):
-        """Changes when a frame begins, ends, or grew by another CHUNK_BYTES: what a slow peer gets more time for."""
+        """Changes when a frame begins, ends, or has grown by CHUNK_BYTES: then a slow peer gets more time."""
         waiting = len(self._buffer) + (HEADER_BYTES if self._header else 0)
         return self._frames, -(-waiting // CHUNK_BYTES)
 
@@ -142,7 +142,7 @@ class FrameReader:
 
 
 def decode(data, limits):
-    """The one frame that `data` is, no byte missing or left."""
+    """The frame that `data` is; PayloadError if a byte is missing or left over."""
     reader = FrameReader(limits)
     frames = list(reader.feed(data))
     reader.close()
@@ -152,7 +152,7 @@ def decode(data, limits):
 
 
 def _check_opening(buffer):
-    """Magic and version stand first for ever, so that a peer of another version can be told so."""
+    """Check magic and version. They stand first in every version, so that a peer of another one can be told so."""
     if not MAGIC.startswith(bytes(buffer[:4])):
         raise PayloadError(f"frame: begins with {bytes(buffer[:4])!r}, expected {MAGIC!r}")
     if len(buffer) >= 6 and (version := int.from_bytes(buffer[4:6], "little")) != VERSION:
@@ -186,11 +186,11 @@ def write_message(message):
 
 
 def read_message(body):
-    """The dict behind `write_message`."""
+    """The dict that `write_message` took."""
     if len(body) > MESSAGE_LIMIT:
         raise PayloadError(f"message: got {len(body)} bytes, expected at most {MESSAGE_LIMIT}")
     brackets = body.count(b"[") + body.count(b"{")
-    if brackets > MESSAGE_BRACKETS:  # before anything is parsed that nests deeply
+    if brackets > MESSAGE_BRACKETS:  # checked first, so that nothing deeply nested is parsed
         raise PayloadError(f"message: not JSON of ours: {brackets} brackets open, expected at most {MESSAGE_BRACKETS}")
     try:
         message = json.loads(body.decode(), parse_constant=_no_constant)
@@ -209,7 +209,7 @@ REQUIRED = object()
 
 
 def take(message, name, kind, default=REQUIRED):
-    """A message's field of a type (str, int, float, bool, dict, or [int] for a list of sizes); None only by default."""
+    """A message's field, of type str, int, float, bool, dict, or [int] (a list of sizes). None only if `default` is."""
     value = message.get(name, default)
     if value is REQUIRED:
         raise PayloadError(f"message: has no field {name!r}")
@@ -238,7 +238,7 @@ def write_tensor(tensor):
 
 
 def read_sections(body, sizes):
-    """Cut a body into views of exactly these sizes in bytes."""
+    """Cut a body into views of these sizes in bytes, which must add up to its length."""
     if len(body) != sum(sizes):
         raise PayloadError(f"body: got {len(body)} bytes, expected {' + '.join(map(str, sizes))} = {sum(sizes)}")
     view, sections = memoryview(body), []
@@ -266,7 +266,7 @@ def write_weights(state):
 
 
 def read_weights(body, template):
-    """The state dict behind `write_weights`, of exactly the template's names, shapes and types, and finite."""
+    """The state dict that `write_weights` took; it must be finite, and have the template's names, shapes and types."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -10,7 +10,6 @@ scheduler: BytePS's variables are those of its own documentation, a server or th
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -20,7 +19,8 @@ import tempfile
 import time
 import uuid
 
-PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+from ..launched import die_with_the_launcher
+
 SERVE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.py")
 GRACE_SECONDS = 10  # from a request to end, to force
 
@@ -64,11 +64,6 @@ def environments(workers, servers, folder):
                 "BYTEPS_SOCKET_PATH": sockets,
             },
         )
-
-
-def die_with_the_launcher():
-    """In a child: be killed when the launcher dies."""
-    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def run(workers, servers, command):

@@ -1,7 +1,6 @@
 """The ranks of one MPI job: who serves, how they talk, and what happens when one dies."""
 
 import atexit
-import ctypes
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from gcompress.errors import ConfigError, ExchangeError  # noqa: E402
 from gcompress.exchange.engine import wait_until  # noqa: E402
 from gcompress.policy import Policy  # noqa: E402
 
+from ..launched import die_with_the_launcher  # noqa: E402
 from .server_rank import serve  # noqa: E402
 from .worker_means import WorkerExchange  # noqa: E402
 
@@ -37,13 +37,6 @@ log = logging.getLogger("gcompress.plugins.mpi")
 def lets_the_rest_live():
     """Whether the launcher keeps the other ranks when one dies: Open MPI's `mpirun --with-ft ulfm`."""
     return hasattr(MPI.Comm, "Get_failed") and FAULT_TOLERANT
-
-
-def die_with_the_launcher():
-    """Else a rank that hangs outlives an aborted job, if it was started with `--with-ft ulfm`."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Job:
@@ -80,7 +73,7 @@ class Job:
             raise ConfigError(
                 f"servers: got {servers} of {self.world.size} ranks, expected to leave at least one worker"
             )
-        die_with_the_launcher()
+        die_with_the_launcher()  # else a rank that hangs outlives an aborted job of `--with-ft ulfm`
         self.world = self.world.Dup()
         self.is_server = self.world.rank >= self.size
         self.rank = self.world.rank - (self.size if self.is_server else 0)

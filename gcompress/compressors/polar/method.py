@@ -26,7 +26,7 @@ from .spending import lone_class_bytes
 class Polar(Compressor):
     """A polar source code of any rate, with scales by row and column and the strongest outer products apart.
 
-    Every variance gets the rate that serves the whole.
+    Entries of larger variance get a higher rate, so that the error of the whole tensor is least.
 
     Args:
         rate: bits per entry, everything included: any number from 0.05 to 4.
@@ -35,10 +35,10 @@ class Polar(Compressor):
         scales: "rowcol" (for a matrix a scale per row and per column, otherwise per chunk of
             256 entries), "chunk" or "tensor" (a single scale). Finer scales are sent
             only where they lower the error by more than their bytes cost.
-        allocation: "waterfill" (every variance at the rate that serves the whole) or "flat".
+        allocation: "waterfill" (each variance at the rate of least error for the whole) or "flat" (one rate).
         list_size: candidates that the encoder keeps, 1, 2, 4 or 8: less error for about as many
             times the time; the decoder is the same.
-        outliers: entries far beyond what their code reaches go apart, each for 8 to 15 bits: "auto" (as many
+        outliers: entries far beyond what their code reaches are sent apart, in 8 to 15 bits each: "auto" (as many
             as lower the modelled error, mostly none), 0.0, or about this share of the entries, up to 0.5.
         unbiased: over the seed; entries are turned at random first, so that any look Gaussian: scales,
             allocation and outliers do nothing, and errors are D / (1 - D) for the D of Gaussian entries
@@ -46,7 +46,7 @@ class Polar(Compressor):
             differ in it.
         rank: the strongest outer products of a matrix with scales "rowcol" go apart, in few bits: "auto" (as
             many as lower the modelled error, up to 32; none in a matrix of noise), or at most that many, 0 to 32.
-        floor: bytes that a tensor gets at least, as far as they are no more than a bit for an entry. Small
+        floor: the fewest bytes that a tensor gets, but at most one bit for an entry. Small
             layers carry more energy for an entry than large ones, and short blocks err more. 0: none.
 
     Unless unbiased, the decoded tensor is a contraction of the input in the squared norm, so that

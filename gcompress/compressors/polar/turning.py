@@ -1,7 +1,7 @@
 """Blocks of entries turned at random, which makes the polar code unbiased, in plain torch (csrc/polar/turn.h).
 
 EDEN (Vargaftik et al., arXiv 2108.08842): signs at random and a Hadamard transform, here over
-16384 entries. Behind it any entries look Gaussian. The decoded block is multiplied so that its
+16384 entries. After it, any entries look Gaussian. The decoded block is multiplied so that its
 component along the original is the original; the rest points anywhere, and over seeds to nowhere.
 """
 
