@@ -28,6 +28,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from gcompress.plugins.launched import die_with_the_launcher
 
 from gcompress.forecast.advice import PLAIN, Bench, Situation, forecast, method_policy
 from gcompress.forecast.gloo_costs import GlooCosts, measure_gloo
@@ -35,7 +36,6 @@ from gcompress.forecast.model_shapes import shapes_of
 from gcompress.forecast.network import MESSAGE_SECONDS, Network
 from gcompress.forecast.path_costs import PathCosts, PathMeter, measure_torch
 from gcompress.forecast.timeline import Computing
-from gcompress.plugins.launched import die_with_the_launcher
 from gcompress.units import link_rate
 from slow_link import link_tool, make_ddp, make_model, rate_of
 

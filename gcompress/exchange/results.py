@@ -54,7 +54,7 @@ class Results:
         return self._loss_scale.now()
 
     def trace(self, path: str | os.PathLike, *, steps: int = 20) -> Trace:
-        """Record what this rank does when, in Chrome's trace format, from now on and for so many steps.
+        """Record what this rank does when, in Chrome's trace format, from now on and for that many steps.
 
         Args:
             path: the file. With more than one rank its name gets the rank: `trace.json` is `trace.rank0.json` of
@@ -72,7 +72,7 @@ class Results:
         return 0, 1
 
     def measure_errors(self, every: int = 100) -> None:
-        """Measure in the next step, and every so many steps after it, what this rank's encodings lose; 0: no more.
+        """Measure in the next step, and every that many steps after it, what this rank's encodings lose; 0: no more.
 
         `report.errors` is then {parameter: relative squared error} of the last step in which that was done, of all
         parameters that were compressed and had a gradient on this rank; by nodes, of those of which it has a share.

@@ -1,9 +1,9 @@
 """Where the time of one rank's steps goes: encoding, on the wire, waiting, decoding.
 
 Whoever moves an exchange (schedule.py, a parameter server's worker) says when it did what; that is always on and takes
-two to seven microseconds for an exchange. All are the host's seconds (`time.perf_counter`). On a GPU a kernel runs after the
-host has gone on, and nothing waits for it here: encoding and decoding are then the time that it takes to launch their
-kernels, and torch.profiler shows the kernels themselves.
+two to seven microseconds for an exchange. All are the host's seconds (`time.perf_counter`). On a GPU a kernel runs
+after the host has gone on, and nothing waits for it here: encoding and decoding are then the time that it takes to
+launch their kernels, and torch.profiler shows the kernels themselves.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Bench:
         self._gloo: GlooCosts | None = None
 
     def path(self, policy: Policy, ranks: int | None = None) -> PathCosts:
-        """Of a policy among so many ranks (None: all), see `measure_path`."""
+        """Of a policy among that many ranks (None: all), see `measure_path`."""
         key = policy, ranks or self._ranks
         if key not in self._paths:
             self._paths[key] = measure_path(policy, self._shapes, key[1], self._device, **self._how)
