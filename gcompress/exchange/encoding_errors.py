@@ -39,7 +39,7 @@ class EncodingErrors:
         self._squares: dict[str, tuple[float, float]] = {}  # of this step: what was lost, and the whole
 
     def measure(self, every: int, first: int) -> None:
-        """Measure in step `first` and every `every` steps after it; 0: no more."""
+        """Measure in step `first` and then in every `every`-th; 0: no more."""
         check_integer("every", every, 0)
         self._every, self._first = every, first
         self._squares.clear()

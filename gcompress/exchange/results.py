@@ -72,7 +72,7 @@ class Results:
         return 0, 1
 
     def measure_errors(self, every: int = 100) -> None:
-        """Measure in the next step, and every that many steps after it, what this rank's encodings lose; 0: no more.
+        """Measure what this rank's encodings lose, in the next step and then in every `every`-th; 0: no more.
 
         `report.errors` is then {parameter: relative squared error} of the last step in which that was done, of all
         parameters that were compressed and had a gradient on this rank; by nodes, of those of which it has a share.
