@@ -77,11 +77,23 @@ def built_for(compiler, isas):
     return cached(os.path.basename(compiler), build)
 
 
+def built_around(library):
+    """The path of a program that serves the kernels of a library that is built already, for the same processor."""
+
+    def build(made):
+        command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "tests/foreign/serve_kernels.cc", library]
+        command += [f"-Wl,-rpath,{library.parent}", "-o", made]
+        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True)
+
+    return cached("native", build)
+
+
 class ForeignKernels(cpu.CpuKernels):
     """The kernels of one instruction set that another process runs; for `gcompress.backends.use_backend`.
 
     Args:
         command: of that process, with the instruction set's name.
+            Behind that, "twice" is for counting what kernels do (tests/foreign/serve_kernels.cc).
     """
 
     def __init__(self, command):

@@ -133,3 +133,20 @@ def test_clang_gives_the_same_bytes(name):
     assert code == 0, output[-4000:]
     passed = int(re.search(r"(\d+) passed", output)[1])
     assert passed > len(FIXTURES) * (len(backends.available_backends()) - 1) and "skipped" not in output
+
+
+COUNT = [sys.executable, "tools/count_instructions.py", "--numel", "4096", "--compressors", "quantize:bits=4"]
+
+
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="no emulator (Debian: qemu-user)")
+@pytest.mark.skipif("avx2" not in backends.available_backends(), reason="there are no kernels for AVX2 here")
+def test_instructions_are_counted_and_wider_vectors_take_fewer():
+    code, output = run([*COUNT, "--isas", "avx2", "portable"], 120, None, {})
+    assert code == 0, output
+    encode, decode = ([float(cell) for cell in line.split("|")[2:4]] for line in output.splitlines()[-2:])
+    assert 1 < encode[0] < encode[1] < 5 and 1 < decode[0] < decode[1] < 5
+
+
+def test_counting_says_what_it_lacks():
+    code, output = run([*COUNT, "--isas", "neon"], 60, None, {"PATH": "/nowhere"})
+    assert code == 1 and "no neon: there is no qemu-aarch64 (Debian: apt-get install qemu-user)" in output

@@ -10,19 +10,58 @@
 
 namespace {
 
-// The scale of one bucket: `step` between codes, and the code `zero` that stands for 0.
-template <int bits>
-Grid grid_of(const float* x, int64_t count, bool stochastic) {
-    // Of ordered patterns (0 and above those of positive entries, the others inverted), without ordering them.
-    int32_t high = 0, inverse_low = -1;
+// Between which ordered patterns the entries of a bucket and 0 lie (arith/quantize.h).
+struct Range {
+    int32_t low, high;
+};
+
+// Of ordered patterns (0 and above those of positive entries, the others inverted), without ordering them.
+inline Range range_of_patterns(Range range, const float* x, int64_t count) {
+    int32_t high = range.high, inverse_low = ~range.low;
     for (int64_t i = 0; i < count; ++i) {  // vectorised
         const int32_t pattern = load<int32_t>(x + i), inverse = pattern ^ INT32_MIN;
         high = pattern > high ? pattern : high;
         inverse_low = inverse > inverse_low ? inverse : inverse_low;
     }
-    const int32_t low = ~inverse_low;
-    if (!is_finite_range(low, high)) return poisoned_grid(bits);
-    const float top = range_top(high), bottom = range_bottom(low);
+    return {~inverse_low, high};
+}
+GC_COLD Range range_of_few(Range range, const float* x, int64_t count) { return range_of_patterns(range, x, count); }
+
+// By comparisons of floats, since SSE2 has none that finds the larger of two integers of 32 bits.
+inline Range range_of(const float* x, int64_t count) {
+    if (count < 128) return range_of_few({0, 0}, x, count);  // adding up lanes would take longer than it saves
+    enum { CHAINS = 4 };                                     // else each comparison waits for the one before it
+    Floats low[CHAINS], high[CHAINS], sum[CHAINS];
+    for (int k = 0; k < CHAINS; ++k) low[k] = high[k] = sum[k] = every_float(0.0f);
+    int64_t done = 0;
+    for (; done + CHAINS * WIDE <= count; done += CHAINS * WIDE)
+        for (int k = 0; k < CHAINS; ++k) {
+            const Floats value = load_floats(x + done + k * WIDE);
+            low[k] = least(low[k], value);
+            high[k] = most(high[k], value);
+            sum[k] = sum[k] + value;
+        }
+    float ends[2 * WIDE], sums[WIDE];
+    store_floats(ends, least(least(low[0], low[1]), least(low[2], low[3])));
+    store_floats(ends + WIDE, most(most(high[0], high[1]), most(high[2], high[3])));
+    store_floats(sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    int32_t largest = 0;
+    for (int k = 0; k < WIDE; ++k) {
+        const int32_t key = (int32_t)(float_bits(sums[k]) & 0x7fffffffu);
+        largest = key > largest ? key : largest;
+    }
+    // The terms of finite sums are finite, and comparisons know their order. Those of others may be, too.
+    if (largest >= (int32_t)INFINITY_KEY) return range_of_few({0, 0}, x, count);
+    const Range range = range_of_patterns({0, 0}, ends, 2 * WIDE);
+    return done == count ? range : range_of_few(range, x + done, count - done);
+}
+
+// The scale of one bucket: `step` between codes, and the code `zero` that stands for 0.
+template <int bits>
+Grid grid_of(const float* x, int64_t count, bool stochastic) {
+    const Range range = range_of(x, count);
+    if (!is_finite_range(range.low, range.high)) return poisoned_grid(bits);
+    const float top = range_top(range.high), bottom = range_bottom(range.low);
     if (bits > 1) return range_grid(top, bottom, stochastic, bits);
     float half = one_bit_largest(top, bottom, stochastic);
     if (!stochastic && half > 0.0f) {
@@ -37,17 +76,23 @@ Grid grid_of(const float* x, int64_t count, bool stochastic) {
 template <int bits, bool stochastic>
 void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& grid, uint32_t seed, bool last,
                      uint8_t* packed) {
+    // A whole block is stored with words that reach into the next one: there must be one.
+    const int64_t whole = last ? count - 64 : count;
+    int64_t i = 0;
+    if (bits > 1 && !stochastic && grid.finite) {
+        const Floats inverse = every_float(grid.inverse);
+        const int zero = (int)grid.zero;
+        const Bytes top = every_byte((int8_t)((1 << bits) - 1));
+        for (; i + 64 <= whole; i += 64) {
+            const Bytes found = limited_bytes([&](int j) { return rounded(load_floats(x + i + j) * inverse); }, zero);
+            pack_64<bits>(least(found, top), packed + i / 8 * bits);
+        }
+    }
     uint8_t codes[64];
-    for (int64_t i = 0; i < count; i += 64) {
+    for (; i < count; i += 64) {
         const int64_t block = min64(64, count - i);
         if (!grid.finite) {
             memset(codes, 0, sizeof codes);
-        } else if (block == 64 && bits > 1 && !stochastic) {
-            const Floats inverse = every_float(grid.inverse);
-            const Ints zero = every_int((int32_t)grid.zero);
-            const Bytes found =
-                limited_bytes([&](int j) { return add(rounded(load_floats(x + i + j) * inverse), zero); });
-            store_bytes((int8_t*)codes, least(found, every_byte((int8_t)((1 << bits) - 1))));
         } else if (block == 64) {
             for (int j = 0; j < 64; ++j)  // vectorised
                 codes[j] =
@@ -58,8 +103,7 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
                 codes[j] = quantized(x[i + j], grid, stochastic ? uniform((uint32_t)(first + i + j), seed) : 0.5f,
                                      stochastic, bits);
         }
-        // A whole block is stored with words that reach into the next one: there must be one.
-        if (block == 64 && (i + 128 <= count || !last))
+        if (i + 64 <= whole)
             pack_64<bits>(codes, packed + i / 8 * bits);
         else
             pack_tail<bits>(codes, block, packed + i / 8 * bits);

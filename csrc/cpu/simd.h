@@ -56,12 +56,23 @@ GC_HOT uint64_t spread_8(uint64_t x) {
 // 64 codes, one a byte, to 8 * bits bytes and back. Whole words are moved and overlap, so
 // both touch up to 8 - bits bytes behind the packed ones.
 template <int bits>
-GC_HOT void pack_64(const uint8_t* codes, uint8_t* packed) {
-    if (bits == 1) return store<uint64_t>(packed, word_of(has_bit(load_bytes((const int8_t*)codes), 0)));
-    if (bits == 2) return pack_twos(codes, packed);
-    if (bits == 4) return pack_fours(codes, packed);
+GC_HOT void pack_words(const uint8_t* codes, uint8_t* packed) {
     for (int group = 0; group < 8; ++group)
         store<uint64_t>(packed + bits * group, squeeze_8<bits>(load<uint64_t>(codes + 8 * group)));
+}
+template <int bits>
+GC_HOT void pack_64(Bytes codes, uint8_t* packed) {
+    if (bits == 1) return store<uint64_t>(packed, word_of(has_bit(codes, 0)));
+    if (bits == 2) return pack_twos(codes, packed);
+    if (bits == 4) return pack_fours(codes, packed);
+    uint8_t each[64];
+    store_bytes((int8_t*)each, codes);
+    pack_words<bits>(each, packed);
+}
+template <int bits>
+GC_HOT void pack_64(const uint8_t* codes, uint8_t* packed) {
+    if (bits == 1 || bits == 2 || bits == 4) return pack_64<bits>(load_bytes((const int8_t*)codes), packed);
+    pack_words<bits>(codes, packed);
 }
 template <int bits>
 GC_HOT void unpack_64(const uint8_t* packed, uint8_t* codes) {

@@ -180,15 +180,16 @@ GC_HOT Floats negate_by_bits(uint64_t bits, Floats a) {
     return _mm256_xor_ps(a, _mm256_and_ps(_mm256_set1_ps(-0.0f), bits_to_tops(bits)));
 }
 
+GC_HOT Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+GC_HOT Floats most(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 GC_HOT Ints rounded(Floats a) { return _mm256_cvtps_epi32(a); }
-GC_HOT Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 template <class From>
-GC_HOT Bytes limited_bytes(const From& from) {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+GC_HOT Bytes limited_bytes(const From& from, int more) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), all = _mm256_set1_epi16((short)more);
     __m256i half[2];
     for (int k = 0; k < 2; ++k) {
-        const __m256i low = _mm256_packs_epi32(from(32 * k), from(32 * k + 8));
-        const __m256i high = _mm256_packs_epi32(from(32 * k + 16), from(32 * k + 24));
+        const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(from(32 * k), from(32 * k + 8)), all);
+        const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(from(32 * k + 16), from(32 * k + 24)), all);
         half[k] = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
     }
     GC_PAIR(half[0], half[1]);
@@ -248,16 +249,16 @@ inline Bytes negated_samples(Bytes found, Signs minus, Bytes) {
     GC_PAIR(_mm256_sub_epi8(found.low ^ minus.low, minus.low), _mm256_sub_epi8(found.high ^ minus.high, minus.high));
 }
 
-GC_HOT __m256i packed_pairs(const uint8_t* codes, int bits) {
-    return _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)codes), _mm256_set1_epi16((short)(1 | 256 << bits)));
+GC_HOT __m256i packed_pairs(__m256i codes, int bits) {
+    return _mm256_maddubs_epi16(codes, _mm256_set1_epi16((short)(1 | 256 << bits)));
 }
-GC_HOT void pack_fours(const uint8_t* codes, uint8_t* packed) {
-    const __m256i bytes = _mm256_packus_epi16(packed_pairs(codes, 4), packed_pairs(codes + 32, 4));
+GC_HOT void pack_fours(Bytes codes, uint8_t* packed) {
+    const __m256i bytes = _mm256_packus_epi16(packed_pairs(codes.low, 4), packed_pairs(codes.high, 4));
     _mm256_storeu_si256((__m256i*)packed, _mm256_permute4x64_epi64(bytes, 0xd8));
 }
-GC_HOT void pack_twos(const uint8_t* codes, uint8_t* packed) {
-    const __m256i low = _mm256_madd_epi16(packed_pairs(codes, 2), _mm256_set1_epi32(1 | 1 << 20));
-    const __m256i high = _mm256_madd_epi16(packed_pairs(codes + 32, 2), _mm256_set1_epi32(1 | 1 << 20));
+GC_HOT void pack_twos(Bytes codes, uint8_t* packed) {
+    const __m256i low = _mm256_madd_epi16(packed_pairs(codes.low, 2), _mm256_set1_epi32(1 | 1 << 20));
+    const __m256i high = _mm256_madd_epi16(packed_pairs(codes.high, 2), _mm256_set1_epi32(1 | 1 << 20));
     const __m256i words = _mm256_packus_epi32(low, high), order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
     const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), order);
     _mm_storeu_si128((__m128i*)packed, _mm256_castsi256_si128(bytes));

@@ -124,12 +124,17 @@ GC_HOT Floats negate_by_bits(uint64_t bits, Floats a) {
     return _mm512_mask_mov_ps(a, (__mmask16)bits, _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)));
 }
 
-// To the nearest, ties to even, of values below 2^22; and 64 ints, given by their lanes from j on, as bytes from 0 to 255.
+// Of finite floats.
+GC_HOT Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+GC_HOT Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+// To the nearest, ties to even, of values below 2^22; and 64 of these, given by their lanes from j on, each with `more`
+// added, as bytes from 0 to 255. All of them fit into 16 bits.
 GC_HOT Ints rounded(Floats a) { return _mm512_cvtps_epi32(a); }
-GC_HOT Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 template <class From>
-GC_HOT Bytes limited_bytes(const From& from) {
-    const __m512i low = _mm512_packs_epi32(from(0), from(16)), high = _mm512_packs_epi32(from(32), from(48));
+GC_HOT Bytes limited_bytes(const From& from, int more) {
+    const __m512i all = _mm512_set1_epi16((short)more);
+    const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(from(0), from(16)), all);
+    const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(from(32), from(48)), all);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
 }
@@ -171,13 +176,13 @@ inline Bytes negated_samples(Bytes found, Signs minus, Bytes samples) {
 }
 
 // 64 codes, one a byte: neighbours meet by multiply-add, weights 1 and 2^bits, then 1 and 2^(2 bits).
-GC_HOT __m512i packed_pairs(const uint8_t* codes, int bits) {
-    return _mm512_maddubs_epi16(_mm512_loadu_si512(codes), _mm512_set1_epi16((short)(1 | 256 << bits)));
+GC_HOT __m512i packed_pairs(Bytes codes, int bits) {
+    return _mm512_maddubs_epi16(codes, _mm512_set1_epi16((short)(1 | 256 << bits)));
 }
-GC_HOT void pack_fours(const uint8_t* codes, uint8_t* packed) {
+GC_HOT void pack_fours(Bytes codes, uint8_t* packed) {
     _mm256_storeu_si256((__m256i*)packed, _mm512_cvtepi16_epi8(packed_pairs(codes, 4)));
 }
-GC_HOT void pack_twos(const uint8_t* codes, uint8_t* packed) {
+GC_HOT void pack_twos(Bytes codes, uint8_t* packed) {
     const __m512i quads = _mm512_madd_epi16(packed_pairs(codes, 2), _mm512_set1_epi32(1 | 1 << 20));
     _mm_storeu_si128((__m128i*)packed, _mm512_cvtepi32_epi8(quads));
 }

@@ -126,16 +126,14 @@ inline Bytes negated_samples(Bytes found, Signs minus, Bytes) {
     GC_PARTS((found.part[k] ^ minus.part[k]) - minus.part[k]);
 }
 
-GC_HOT Ints rounded(Floats a) {  // as round_even does
-    const Floats magic = every_float(12582912.0f);
-    return (Ints)(a + magic) - (Ints)magic;
-}
-GC_HOT Ints add(Ints a, Ints b) { return a + b; }
 template <class From>
-GC_HOT Bytes limited_bytes(const From& from) {
+GC_HOT Bytes limited_bytes(const From& from, int more) {
     Bytes result;
-    for (int j = 0; j < 64; j += 16)
-        result.part[j / 16] = limited_part(low_shorts(from(j), from(j + 4)), low_shorts(from(j + 8), from(j + 12)));
+    const Shorts all = Shorts{} + (int16_t)more;
+    for (int j = 0; j < 64; j += 16) {
+        const Shorts low = low_shorts(from(j), from(j + 4)), high = low_shorts(from(j + 8), from(j + 12));
+        result.part[j / 16] = limited_part(low + all, high + all);
+    }
     return result;
 }
 
@@ -155,13 +153,12 @@ GC_HOT Part packed_pairs(Part a, Part b) {
     const UnsignedShorts one = (UnsignedShorts)a, other = (UnsignedShorts)b;
     return low_bytes((Shorts)(one | one >> (8 - bits)), (Shorts)(other | other >> (8 - bits)));
 }
-GC_HOT void pack_fours(const uint8_t* codes, uint8_t* packed) {
-    for (int j = 0; j < 2; ++j)
-        store(packed + 16 * j, packed_pairs<4>(load<Part>(codes + 32 * j), load<Part>(codes + 32 * j + 16)));
+GC_HOT void pack_fours(const Bytes& codes, uint8_t* packed) {
+    for (int j = 0; j < 2; ++j) store(packed + 16 * j, packed_pairs<4>(codes.part[2 * j], codes.part[2 * j + 1]));
 }
-GC_HOT void pack_twos(const uint8_t* codes, uint8_t* packed) {
-    const Part low = packed_pairs<2>(load<Part>(codes), load<Part>(codes + 16));
-    const Part high = packed_pairs<2>(load<Part>(codes + 32), load<Part>(codes + 48));
+GC_HOT void pack_twos(const Bytes& codes, uint8_t* packed) {
+    const Part low = packed_pairs<2>(codes.part[0], codes.part[1]);
+    const Part high = packed_pairs<2>(codes.part[2], codes.part[3]);
     store(packed, packed_pairs<4>(low, high));
 }
 template <int bits>

@@ -24,6 +24,9 @@ inline Part check_node_part(Part a, Part b) {  // SSE2 compares unsigned bytes: 
 }
 inline Shorts least(Shorts a, Shorts b) { return (Shorts)_mm_min_epi16((__m128i)a, (__m128i)b); }
 inline Shorts most(Shorts a, Shorts b) { return (Shorts)_mm_max_epi16((__m128i)a, (__m128i)b); }
+GC_HOT Floats least(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
+GC_HOT Floats most(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+GC_HOT Ints rounded(Floats a) { return (Ints)_mm_cvtps_epi32((__m128)a); }
 // The lower bytes of 16 values; values of each with the other's behind; the top bits of 16 ints in those of bytes.
 GC_HOT Part low_bytes(Shorts a, Shorts b) { return (Part)_mm_packus_epi16((__m128i)(a & 255), (__m128i)(b & 255)); }
 GC_HOT Part limited_part(Shorts a, Shorts b) { return (Part)_mm_packus_epi16((__m128i)a, (__m128i)b); }  // 0 to 255
@@ -51,6 +54,9 @@ inline Part check_node_part(Part a, Part b) {
 }
 inline Shorts least(Shorts a, Shorts b) { return (Shorts)vminq_s16((int16x8_t)a, (int16x8_t)b); }
 inline Shorts most(Shorts a, Shorts b) { return (Shorts)vmaxq_s16((int16x8_t)a, (int16x8_t)b); }
+GC_HOT Floats least(Floats a, Floats b) { return (Floats)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+GC_HOT Floats most(Floats a, Floats b) { return (Floats)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+GC_HOT Ints rounded(Floats a) { return (Ints)vcvtnq_s32_f32((float32x4_t)a); }
 GC_HOT Part low_bytes(Shorts a, Shorts b) { return (Part)vuzp1q_s8((int8x16_t)a, (int8x16_t)b); }
 GC_HOT Part limited_part(Shorts a, Shorts b) { return (Part)vqmovun_high_s16(vqmovun_s16((int16x8_t)a), (int16x8_t)b); }
 GC_HOT Shorts low_shorts(Ints a, Ints b) { return (Shorts)vuzp1q_s16((int16x8_t)a, (int16x8_t)b); }
@@ -87,6 +93,12 @@ inline Part check_node_part(Part a, Part b) {
 }
 inline Shorts least(Shorts a, Shorts b) { return ((a < b) & a) | (~(a < b) & b); }
 inline Shorts most(Shorts a, Shorts b) { return ((a < b) & b) | (~(a < b) & a); }
+GC_HOT Floats least(Floats a, Floats b) { return a < b ? a : b; }
+GC_HOT Floats most(Floats a, Floats b) { return a < b ? b : a; }
+GC_HOT Ints rounded(Floats a) {  // as round_even does
+    const Floats magic = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
+    return (Ints)(a + magic) - (Ints)magic;
+}
 GC_HOT Part low_bytes(Shorts a, Shorts b) {
     Part result;
     for (int k = 0; k < 16; ++k) result[k] = (int8_t)(k < 8 ? a[k] : b[k - 8]);
@@ -260,7 +272,6 @@ GC_HOT Floats load_halves(const uint16_t*) { return Floats{}; }
 
 // round(x scale) clamped to -127 … 127, for 64 entries.
 inline Bytes rounded_bytes(const float* x, float scale) {
-    const Floats magic = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};  // as round_even has it
     const Floats top = {127.0f, 127.0f, 127.0f, 127.0f};
     Bytes result;
     for (int k = 0; k < 4; ++k) {
@@ -269,8 +280,7 @@ inline Bytes rounded_bytes(const float* x, float scale) {
             Ints four[2];
             for (int quarter = 0; quarter < 2; ++quarter) {
                 const Floats value = load<Floats>(x + 16 * k + 8 * half + 4 * quarter) * scale;
-                const Floats low = value < -top ? -top : value, clamped = low > top ? top : low;
-                four[quarter] = (Ints)(clamped + magic) - (Ints)magic;
+                four[quarter] = rounded(least(most(value, -top), top));
             }
             eight[half] = low_shorts(four[0], four[1]);
         }
