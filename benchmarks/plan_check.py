@@ -175,7 +175,7 @@ class BenchBesideRanks(Bench):
             slower * gloo.alltoall,
         )
 
-    def path(self, policy):
+    def path(self, policy, ranks=None):
         return self._found[policy]
 
 
@@ -184,7 +184,7 @@ def predict(arguments, ranks, rate, found):
     bench = BenchBesideRanks(found)
     latency = max(0.0, found["empty"] / (2 * max(1, ranks - 1)) - MESSAGE_SECONDS)
     network = Network(link_rate(rate if rate != "none" else "1tbit"), latency, True, 1, 1.0, BURST_BYTES)
-    computing = Computing(found["alone"], 0.0)
+    computing = Computing(found["alone"], 0.0, others=max(0.0, ranks / (os.cpu_count() or 1) - 1))
     situation = Situation(shapes_of(make_model(arguments)[0]), ranks, network, computing)
     return {method: forecast(method, situation, bench) for method in arguments.methods}
 

@@ -42,11 +42,13 @@ class Computing(NamedTuple):
     share: how many ranks there are for a core of their machine; with more than one, all that a processor does takes
         as many times longer.
     jitter: standard deviation of the ranks' computing times, as a part of `seconds`: all wait for the slowest.
+    others: ranks that want the core of one, for which messages to it wait; None: share - 1.
     """
 
     seconds: float = 0.0
     share: float = 1.0
     jitter: float = 0.0
+    others: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -161,7 +163,8 @@ def play(
         clock.now += seconds * AFTER
         wire.ends.clear()
         # Cores that ranks share, and the engine's threads, have only so much to give.
-        used = seconds + computing.share * (clock.busy - begun[1])
-        clock.now = max(clock.now, begun[0] + used)
-        wire.waits = TIME_SLICE * (slower - 1) * min(1.0, used / max(clock.now - begun[0], 1e-9))
+        spent = clock.busy - begun[1]
+        clock.now = max(clock.now, begun[0] + seconds + computing.share * spent)
+        others = slower - 1 if computing.others is None else computing.others
+        wire.waits = TIME_SLICE * others * min(1.0, (seconds + slower * spent) / max(clock.now - begun[0], 1e-9))
     return Outcome(clock.now - begun[0], wire.busy - begun[2], clock.busy - begun[1])
