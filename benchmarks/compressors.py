@@ -98,6 +98,11 @@ def entries(arguments):
     return directions @ torch.randn(8, columns, generator=generator) + torch.randn(rows, columns, generator=generator)
 
 
+def width_of(specs):
+    """Of the table's first column."""
+    return max(len("compressor"), *(len(str(from_spec(spec))) for spec in specs))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", nargs="+", default=with_every_method(SPECS), metavar="SPEC", help="what to measure")
@@ -125,8 +130,9 @@ def main():
     k = max(1, round(arguments.numel * 0.01))
     (select,) = best_seconds(2, lambda: torch.topk(tensor.abs().view(-1), k, sorted=False))
     print(f"plain copy {size / copy:.2f} GB/s, torch.topk at 1 % {size / select:.3f} GB/s, {arguments.numel} entries")
-    print(f"{'compressor':40s} {'backend':10s} {'bits':>6s} {'encode':>7s} {'decode':>7s} {'both/copy':>9s}  vs torch")
-    chosen = arguments.backends or backends.available_backends()[1:]
+    width = width_of(arguments.specs)
+    print(f"{'compressor':{width}} {'backend':10} {'bits':>6} {'encode':>7} {'decode':>7} {'both/copy':>9}  vs torch")
+    chosen = arguments.backends or backends.available_backends()[1:] or ["reference"]
     for compressor in map(from_spec, arguments.specs):
         bits = 8 * compressor.compress(tensor)[0].numel() / arguments.numel  # nbytes may be a bound
         reference = None if arguments.no_reference else measure("reference", compressor, tensor, out, 1)
@@ -137,7 +143,7 @@ def main():
             if isinstance(compressor, TopK):
                 notes.append(f"{select / both:.1f}x torch.topk")
             print(
-                f"{compressor!s:40s} {backend:10s} {bits:6.3f} {size / encode:7.2f} {size / decode:7.2f} "
+                f"{compressor!s:{width}s} {backend:10s} {bits:6.3f} {size / encode:7.2f} {size / decode:7.2f} "
                 f"{copy / both:9.3f}  {', '.join(notes)}",
                 flush=True,
             )
@@ -168,10 +174,11 @@ def on_device(arguments):
     (copy,) = best_event_seconds(arguments.repeat, lambda: out.copy_(tensor))
     print(f"plain copy {size / copy:.0f} GB/s of input, {2 * size / copy:.0f} GB/s moved, {arguments.numel} entries")
     heads = ("encode", "decode", "add", "enc/copy", "dec/copy", "add/copy")
-    print(f"{'compressor':40s} {'bits':>6s} " + " ".join(f"{head:>8s}" for head in heads))
+    width = width_of(arguments.specs)
+    print(f"{'compressor':{width}s} {'bits':>6s} " + " ".join(f"{head:>8s}" for head in heads))
     for compressor in map(from_spec, arguments.specs):
         if backends.kernels(tensor, compressor) is None:
-            print(f"{compressor!s:40s} has no kernels: the torch reference runs")
+            print(f"{compressor!s:{width}s} has no kernels: the torch reference runs")
             continue
         payload, _ = compressor.compress(tensor)
         seconds = best_event_seconds(
@@ -182,7 +189,7 @@ def on_device(arguments):
         )
         speeds = " ".join(f"{size / part:8.1f}" for part in seconds)
         fractions = " ".join(f"{copy / part:8.3f}" for part in seconds)
-        print(f"{compressor!s:40s} {8 * payload.numel() / arguments.numel:6.3f} {speeds} {fractions}", flush=True)
+        print(f"{compressor!s:{width}s} {8 * payload.numel() / arguments.numel:6.3f} {speeds} {fractions}", flush=True)
     return 0
 
 

@@ -81,6 +81,10 @@ def test_a_wheel_holds_what_users_run(wheel, tmp_path):
     assert "by the torch reference: bf16" in told and "the same bits on all" in told and "gloo" in told
     demo = start("-m", "gcompress.cli", "demo", "--steps", 3, "--compressors", "none", "topk:sparsity=0.99")
     assert [line.split()[0] for line in demo.splitlines()[1:]] == ["method", "none", "topk:sparsity=0.99"]
+    shown = (REPOSITORY / "README.md").read_text()
+    assert all(line.replace(" 3 steps", " 400 steps") in shown for line in demo.splitlines()[:2]), "what README shows"
+    bench = start("-m", "gcompress.cli", "bench", "--specs", "sign", "--numel", 4096)
+    assert bench.splitlines()[-1].split()[:2] == ["sign", "reference"]
     assert "horovod" in start("-m", "gcompress.cli", "install", "--help")
     example = wheel[1] / "gcompress" / "examples" / "frameworks" / "ddp.py"
     assert start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", example)
