@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 
 import byteps.torch as bps
 import gcompress.plugins.byteps as gcompress_bps
@@ -20,13 +19,10 @@ from gcompress.plugins.byteps.push_pull import partition_lengths
 import gcompress
 from gcompress import Eden, MaskSparse, Policy, Quantize, RandomK, Rule, TopK
 from gcompress.feedback import ErrorFeedback
+from tests.processes import expect_error
+from tests.scenarios import Scenarios, failure_of
 
-SCENARIOS = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
+SCENARIOS = scenario = Scenarios()
 
 
 def make_model(tag):
@@ -242,12 +238,12 @@ def misuse():
         return gcompress_bps.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), [("misuse", p)], compression)
 
     p = torch.nn.Parameter(torch.ones(3000))
-    expect_error("makes 3000 entries larger", lambda: optimizer_of(p, "topk:sparsity=0.0"))
-    expect_error("fixed size", lambda: optimizer_of(p, "threshold"))
-    expect_error("warmup_steps", lambda: optimizer_of(p, Policy("topk", warmup_steps=10)))
-    expect_error("torch.float64", lambda: optimizer_of(torch.nn.Parameter(p.double()), "topk"))
-    expect_error("payloads add up", lambda: gcompress_bps.Compression("topk"))
-    expect_error("SGD", lambda: gcompress_bps.exchange(torch.optim.SGD([p], lr=1.0)))
+    expect_error(gcompress.ConfigError, "makes 3000 entries larger", lambda: optimizer_of(p, "topk:sparsity=0.0"))
+    expect_error(gcompress.ConfigError, "fixed size", lambda: optimizer_of(p, "threshold"))
+    expect_error(gcompress.ConfigError, "warmup_steps", lambda: optimizer_of(p, Policy("topk", warmup_steps=10)))
+    expect_error(gcompress.ConfigError, "torch.float64", lambda: optimizer_of(torch.nn.Parameter(p.double()), "topk"))
+    expect_error(gcompress.ConfigError, "payloads add up", lambda: gcompress_bps.Compression("topk"))
+    expect_error(gcompress.ConfigError, "SGD", lambda: gcompress_bps.exchange(torch.optim.SGD([p], lr=1.0)))
 
 
 # Scenarios that end the job; each is run alone.
@@ -280,15 +276,6 @@ def train(compression, before_step=lambda step: None, steps=1000):
         optimizer.step()
 
 
-def expect_error(text, function):
-    try:
-        function()
-    except gcompress.ConfigError as error:
-        assert text in str(error), f"{text!r} is not in {error}"
-    else:
-        raise AssertionError(f"expected a ConfigError with {text!r}")
-
-
 def main():
     out, names = sys.argv[1], sys.argv[2:]
     gcompress_bps.init()
@@ -301,11 +288,7 @@ def main():
             raise
         return
     for name in names or SCENARIOS:
-        try:
-            SCENARIOS[name]()
-            outcome = "ok"
-        except Exception:
-            outcome = traceback.format_exc()
+        outcome = failure_of(SCENARIOS[name], f"worker {bps.rank()}") or "ok"
         with open(f"{out}.{bps.rank()}", "a") as file:
             file.write(json.dumps([name, outcome]) + "\n")
 

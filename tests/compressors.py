@@ -20,6 +20,15 @@ LARGEST = torch.finfo(torch.float32).max
 SIZES = (1, 2, 7, 63, 64, 65, 127, 128, 129, 1023, 1024, 8200, 70001)
 
 
+def gauss(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same_or_nan(one, other):
+    """Whether all entries are equal, or NaN in both."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def inputs(numel, seed=0):
     """{name: float32 tensor of numel entries}: what gradients and activations look like, and what breaks codecs."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,19 +1,12 @@
 """What the scenarios of DistributedDataParallel share."""
 
-import json
-import time
-import traceback
-
 import torch
 import torch.distributed as dist
 from gcompress.plugins import ddp
 
-SCENARIOS = {}
+from tests.scenarios import Scenarios
 
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
+SCENARIOS = scenario = Scenarios()
 
 
 def make_model():
@@ -40,21 +33,12 @@ def same_on_all_ranks(tensor):
     return all(torch.equal(part, parts[0]) for part in parts)
 
 
-def run_scenarios(scenarios, out):
-    """Run {name: function} on every rank; rank 0 writes {name: "ok" or the errors} to a file."""
-    results, started = {}, time.monotonic()
-    alone = not dist.is_initialized()
-    for name, function in scenarios.items():
-        failure = None
-        try:
-            function()
-        except Exception:
-            failure = f"rank {0 if alone else dist.get_rank()}:\n{traceback.format_exc()}"
-        failures = [failure] if alone else [None] * dist.get_world_size()
-        if not alone:
-            dist.all_gather_object(failures, failure)
-        results[name] = "\n".join(filter(None, failures)) or "ok"
-        print(f"{time.monotonic() - started:6.1f} s  {name}", flush=True)
-    if alone or dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+def rank_and_gather():
+    """This rank, and a function that gathers an object of each rank; of a process alone, too."""
+
+    def gather(found):
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+        return every
+
+    return (dist.get_rank(), gather) if dist.is_initialized() else (0, lambda found: [found])

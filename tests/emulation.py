@@ -12,6 +12,7 @@ import torch
 
 from gcompress.backends.gpu import sources
 from gcompress.backends.gpu.plans import THREADS
+from tests.processes import only_one
 
 EMULATOR = pathlib.Path(__file__).parent / "emulator"
 # What a GPU does otherwise than a PC ends a launch: words at odd addresses, shifts too far, floats out of an integer's
@@ -44,9 +45,13 @@ def build(folder, races=False):
     inputs = [*modules, *csrc.glob("cuda/*.cuh"), *csrc.glob("arith/*.h"), *EMULATOR.iterdir()]
     digest = hashlib.sha256(repr((FLAGS, races)).encode() + b"".join(path.read_bytes() for path in sorted(inputs)))
     library = pathlib.Path(folder) / f"emulation-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(library.with_suffix(".lock")):
+        if not library.exists():
+            compile_all(library, modules, races)
+    return library
+
+
+def compile_all(library, modules, races):
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         commands = {}
         own = [EMULATOR / "emulator.cc", EMULATOR / ("races.cc" if races else "no_races.cc")]
@@ -60,7 +65,6 @@ def build(folder, races=False):
         finished = pathlib.Path(scratch) / library.name
         subprocess.run([COMPILER, "-shared", *map(str, commands), "-o", str(finished)], check=True)
         finished.replace(library)
-    return library
 
 
 class EmulatedLauncher:

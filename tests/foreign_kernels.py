@@ -4,9 +4,7 @@ A foreign processor's kernels run in an emulator (tests/foreign/serve_kernels.cc
 emulated one fetches the pages that they touch. So everything that tests do with kernels they can do with these.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +14,7 @@ import sys
 
 from gcompress.backends import cpu
 from tests.launching import REPOSITORY
+from tests.processes import only_one
 
 SOURCES = ("csrc/**/*.h", "csrc/*.cc", "csrc/kernels.def", "tests/foreign/*.cc", "setup.py")
 PAGE = 4096
@@ -38,15 +37,6 @@ def cached(name, build):
             build(made)
             made.rename(target)
     return target
-
-
-@contextlib.contextmanager
-def only_one(lock):
-    """Of the processes that run tests side by side, one at a time."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def built_with(compiler):

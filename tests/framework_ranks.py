@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests import accelerate_scenarios, lightning_scenarios, trainer_scenarios  # noqa: F401
-from tests.ddp_tools import run_scenarios
+from tests.ddp_tools import rank_and_gather
 from tests.framework_tools import ALONE, SCENARIOS
+from tests.scenarios import run_scenarios
 
 
 def main():
@@ -26,7 +27,7 @@ def main():
     if launched:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     scenarios = SCENARIOS if launched else ALONE
-    run_scenarios({name: scenarios[name] for name in names or scenarios}, out)
+    run_scenarios({name: scenarios[name] for name in names or scenarios}, out, *rank_and_gather())
     if launched:
         dist.destroy_process_group()
 

@@ -10,22 +10,14 @@ import torch.distributed as dist
 from gcompress.plugins import ddp
 
 from gcompress import Policy, Rule
+from tests.scenarios import Scenarios
 
-SCENARIOS, ALONE = {}, {}  # on two ranks, and on one
+SCENARIOS = of_two = Scenarios()  # on two ranks
+ALONE = of_one = Scenarios()
 LR, BATCHES, CLIP = 0.1, 3, 0.05  # of each rank in an epoch; a norm that gradients exceed
 POLICY = Policy(
     "topk:sparsity=0.9", exchange="twophase", rules=[Rule("quantize:bits=3,rounding=stochastic", name="net.2.*")]
 )
-
-
-def of_two(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def of_one(function):
-    ALONE[function.__name__] = function
-    return function
 
 
 def layers():

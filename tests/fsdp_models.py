@@ -11,18 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.promises import collect
+from tests.promises import collect, equal  # noqa: F401
+from tests.scenarios import Scenarios
 
 # Lanes of a mesh are made once: each takes longer than the steps of a scenario.
 fsdp.sharded.ProcessGroupEngine = functools.cache(ProcessGroupEngine)
 
-SCENARIOS = {}
+SCENARIOS = scenario = Scenarios()
 LEARNING_RATE = 0.5
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 @functools.cache
@@ -90,10 +86,6 @@ def memory_of(state):
     for kind in ("feedback", "owner_feedback", "memories"):
         collect(kind, state.exchange.state_dict()[kind], found)
     return found
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def gathered(thing):

@@ -27,7 +27,7 @@ from gcompress.exchange.plan import Plan
 from gcompress.exchange.reduce_scatter import ScatterPlan
 from gcompress.feedback import ErrorFeedback
 from tests.ddp_ranks import check_steps
-from tests.ddp_tools import run_scenarios
+from tests.ddp_tools import rank_and_gather
 from tests.fsdp_models import (
     SCENARIOS,
     applied,
@@ -45,6 +45,7 @@ from tests.fsdp_models import (
     weights_of,
     whole,
 )
+from tests.scenarios import run_scenarios
 from tests.simulation import Simulation
 
 MASK = "mask:sparsity=0.9,bits=2"
@@ -430,7 +431,7 @@ def main():
     out, names = sys.argv[1], sys.argv[2:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
-    run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out)
+    run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out, *rank_and_gather())
     dist.destroy_process_group()
 
 

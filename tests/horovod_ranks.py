@@ -5,9 +5,8 @@ the error} to OUT. The expected mean is computed from what each rank encoded, al
 as plain float32 by Horovod itself.
 """
 
-import json
+import functools
 import sys
-import traceback
 import zlib
 
 import gcompress.plugins.horovod as gcompress_hvd
@@ -18,14 +17,10 @@ import gcompress
 from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
 from gcompress.exchange.plan import Plan
 from tests.processes import expect_error
+from tests.scenarios import Scenarios, run_scenarios
 from tests.simulation import Simulation
 
-SCENARIOS = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
+SCENARIOS = scenario = Scenarios()
 
 
 def make_model(seed=0, width=60):
@@ -438,18 +433,8 @@ def join_when_all_are_done():
 def main():
     out, names = sys.argv[1], sys.argv[2:]
     hvd.init()
-    results = {}
-    for name in names or SCENARIOS:
-        try:
-            SCENARIOS[name]()
-            failure = None
-        except Exception:
-            failure = f"rank {hvd.rank()}:\n{traceback.format_exc()}"
-        failures = hvd.allgather_object(failure, name=f"failures.{name}")
-        results[name] = "\n".join(filter(None, failures)) or "ok"
-    if hvd.rank() == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+    gather = functools.partial(hvd.allgather_object, name="failures")
+    run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out, hvd.rank(), gather)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Starts the ranks of an engine as a user would, and leaves none behind."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -41,6 +42,20 @@ def launch_byteps(workers, *arguments, servers=2, timeout=120, **environment):
     return run(
         [*command, PYTHON, *arguments], timeout, None, {"BYTEPS_PARTITION_BYTES": SMALL_PARTITIONS, **environment}
     )
+
+
+def outcomes_of(out, launched):
+    """{scenario: "ok" or its errors} that rank 0 of a launch wrote to a file (tests/scenarios.py)."""
+    _, output = launched
+    if not out.exists():
+        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
+    return json.loads(out.read_text())
+
+
+def told_by(out, ranks):
+    """{rank: what it wrote to OUT.RANK} of those that could."""
+    files = {rank: out.with_name(f"{out.name}.{rank}") for rank in range(ranks)}
+    return {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}
 
 
 def run(command, timeout, interrupt, environment):

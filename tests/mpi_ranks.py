@@ -5,6 +5,7 @@ Each scenario makes a Job; its servers serve and its workers check. Rank 0 write
 compressors and error feedback alone.
 """
 
+import functools
 import json
 import os
 import random
@@ -21,14 +22,10 @@ from gcompress import MaskSparse, Policy, Quantize, TopK
 from gcompress.exchange import engine
 from gcompress.feedback import ErrorFeedback
 from tests.processes import expect_error
+from tests.scenarios import Scenarios, run_scenarios
 
-SCENARIOS = {}
+SCENARIOS = scenario = Scenarios()
 SERVERS = 2
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def make_model(seed=0):
@@ -450,20 +447,20 @@ def hanging_worker_continue():
     hanging_worker("continue")
 
 
-def run_scenario(function):
+def in_a_job(function):
+    """Run a scenario on the workers of a new Job, which its servers serve."""
     job = servers.Job(SERVERS)
-    failure = None
     if job.is_server:
-        job.serve()
-    else:
-        try:
-            function(job)
-        except Exception:
-            failure = f"worker {job.rank}:\n{traceback.format_exc()}"
-        if failure and job.connection is None:  # the servers wait for it
+        return job.serve()
+    try:
+        function(job)
+    except Exception:
+        if job.connection is None:  # the servers wait for it
+            traceback.print_exc()
             servers.job.MPI.COMM_WORLD.Abort(1)
+        raise
+    finally:
         job.close()
-    return failure
 
 
 def write_outcome(outcome):
@@ -483,13 +480,9 @@ def main():
             write_outcome([type(error).__name__, str(error)])
             raise
         return
-    results = {}
-    for name in names or SCENARIOS:
-        failures = servers.job.MPI.COMM_WORLD.allgather(run_scenario(SCENARIOS[name]))
-        results[name] = "\n".join(filter(None, failures)) or "ok"
-    if servers.job.MPI.COMM_WORLD.rank == 0:
-        with open(out, "w") as file:
-            json.dump(results, file)
+    world = servers.job.MPI.COMM_WORLD
+    chosen = {name: functools.partial(in_a_job, SCENARIOS[name]) for name in names or SCENARIOS}
+    run_scenarios(chosen, out, world.rank, world.allgather)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What a test left running, and what ranks do in place of pytest."""
+"""What a test left running, what processes make one at a time, and what ranks do in place of pytest."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import time
@@ -23,6 +25,15 @@ def wait_until_gone(text, seconds=10):
     while (left := processes_with(text)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
+
+
+@contextlib.contextmanager
+def only_one(lock):
+    """Of the processes that run tests side by side, one at a time."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def expect_error(kind, text, function):

@@ -8,7 +8,7 @@ import torch
 
 from gcompress import Chain, ConfigError, Entropy, PayloadError, Quantize, TopK, backends, from_dict, from_spec
 from gcompress.feedback import ErrorFeedback
-from tests.compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned
+from tests.compressors import COMPRESSORS, MISSING, SIZES, fits, inputs, poisoned, same_or_nan
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 
@@ -46,14 +46,10 @@ def test_native_bytes_are_the_reference_bytes(compressor):
                 with backends.use_backend(isa):
                     where = (isa, numel, name)
                     assert torch.equal(compressor.compress(tensor, seed=7)[0], payload), where
-                    assert same(compressor.decompress(payload, ctx), decoded), where
+                    assert same_or_nan(compressor.decompress(payload, ctx), decoded), where
                     native_total = torch.ones(numel)
                     compressor.decode_into(payload, native_total, add=True)
-                    assert same(native_total, total), where
-
-
-def same(one, other):
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+                    assert same_or_nan(native_total, total), where
 
 
 @every_compressor
@@ -73,12 +69,12 @@ def test_what_is_kept_and_what_is_added_up_are_those_of_the_reference(compressor
                 compressor.decode_sum([steps[each][0] for each in (0, 2, 0, 2)], out, 0.3)
                 found.append((steps, out))
         (expected, total), *others = found
-        assert expected[0][1] is None or same(expected[0][1], expected[1][1]), numel
+        assert expected[0][1] is None or same_or_nan(expected[0][1], expected[1][1]), numel
         for steps, out in others:
-            for (payload, residual), (expected_payload, expected_residual) in zip(steps, expected, strict=True):
+            for (payload, residual), (expected_payload, kept) in zip(steps, expected, strict=True):
                 assert torch.equal(payload, expected_payload), numel
-                assert residual is None if expected_residual is None else same(residual, expected_residual), numel
-            assert same(out, total), numel
+                assert residual is None if kept is None else same_or_nan(residual, kept), numel
+            assert same_or_nan(out, total), numel
 
 
 @every_compressor

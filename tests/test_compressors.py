@@ -24,10 +24,7 @@ from gcompress import (
 )
 from gcompress.compressors import eden
 from gcompress.compressors.eden_levels import LEVELS, UNIT
-
-
-def gauss(numel=2**20, seed=0):
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+from tests.compressors import gauss
 
 
 def nmse(compressor, tensor, **keywords):
@@ -57,12 +54,12 @@ def test_mask_size_is_the_papers_but_for_a_few_floats():
     ids=str,
 )
 def test_error_on_gauss_is_within_the_reference_figure(compressor, bound):
-    assert nmse(compressor, gauss()) < bound
+    assert nmse(compressor, gauss(2**20)) < bound
 
 
 @pytest.mark.parametrize("sparsity, bits, bound", [(0.99, 2, 0.0545), (0.95, 2, 0.0325), (0.9, 2, 0.0197)])
 def test_error_behind_a_relu_is_within_the_reference_figure(sparsity, bits, bound):
-    assert nmse(MaskSparse(sparsity=sparsity, bits=bits, signed=False), gauss().relu()) < bound
+    assert nmse(MaskSparse(sparsity=sparsity, bits=bits, signed=False), gauss(2**20).relu()) < bound
 
 
 @pytest.mark.parametrize("backend", backends.available_backends())
@@ -144,7 +141,7 @@ def published_bins(values, bits=2, deviations=6.0):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_bins_and_their_means_are_those_of_sparseloco(bits):
     for seed in range(5):
-        values = gauss(16384, seed).pow(3) + 0.1 * seed
+        values = gauss(16384, seed=seed).pow(3) + 0.1 * seed
         codes, table = published_bins(values, bits)
         payload, _ = BinMeans(bits=bits).compress(values)
         assert torch.equal(packing.unpack_bits(payload[4 * 2**bits :], 16384, bits).to(torch.int64), codes)
@@ -155,7 +152,7 @@ def test_the_coder_of_sparseloco_takes_the_bits_of_its_paper():
     """12 bits of index and 2 of value for 64 of 4096 entries, and a table of 16 bytes for the tensor."""
     coder = from_spec("chain:(topk:sparsity=0.984375,chunk=4096,index=places),(binmean:bits=2)")
     assert coder.nbytes(2**20) == 0.21875 * 2**20 / 8 + 16
-    tensor = gauss()
+    tensor = gauss(2**20)
     decoded = coder.decompress(*coder.compress(tensor))
     kept = tensor.view(-1, 4096).abs().topk(64).indices
     values, found = tensor.view(-1, 4096).gather(1, kept).view(-1), decoded.view(-1, 4096).gather(1, kept).view(-1)
@@ -174,7 +171,7 @@ def test_the_smallest_index_coding_is_chosen():
 
 
 def test_stochastic_rounding_is_unbiased_and_depends_on_the_seed_alone():
-    tensor = torch.cat([gauss(2048), gauss(1024, 1).abs()])
+    tensor = torch.cat([gauss(2048), gauss(1024, seed=1).abs()])
     for bits in (1, 2, 4):
         compressor = Quantize(bits=bits, rounding="stochastic")
         trials = [compressor.decompress(*compressor.compress(tensor, seed=977 * seed)) for seed in range(600)]
@@ -242,7 +239,7 @@ def test_scaled_randomk_is_unbiased():
 
 def test_randomk_payloads_of_one_seed_add_up():
     """The generator's protocol, run by hand for three ranks."""
-    compressor, tensors = RandomK(sparsity=0.9), [gauss(1000, seed) for seed in range(3)]
+    compressor, tensors = RandomK(sparsity=0.9), [gauss(1000, seed=seed) for seed in range(3)]
     rounds = [compressor.sum_rounds(t, shape=t.shape, seed=5, world_size=3, memory={}) for t in tensors]
     sent = [next(steps) for steps in rounds]
     assert [op for _, op in sent] == ["sum"] * 3
@@ -259,7 +256,7 @@ def test_randomk_payloads_of_one_seed_add_up():
 @pytest.mark.parametrize("bits, bucket", [(2, 1024), (3, 0), (4, 1024), (4, 0), (8, 0)])
 def test_entropy_coding_comes_within_a_percent_of_the_entropy_of_the_codes(bits, bucket):
     """Within eight for codes of 3 bits: two of eight lie in two bytes each."""
-    inner, tensor = Quantize(bits=bits, bucket=bucket), gauss()
+    inner, tensor = Quantize(bits=bits, bucket=bucket), gauss(2**20)
     payload, ctx = Entropy(inner).compress(tensor)
     raw, _ = inner.compress(tensor)
     codes = packing.unpack_bits(raw[inner.nbytes(2**20) - 2**17 * bits :], 2**20, bits)
@@ -357,7 +354,7 @@ def test_error_on_each_distribution_is_within_the_reference_figure(spec):
 )
 def test_the_mean_over_seeds_is_the_input(spec):
     """The error of the mean of T trials is 1/T of that of one, up to chance: no bias is left over."""
-    tensor, compressor, trials = gauss(1500, 3), from_spec(spec), 400
+    tensor, compressor, trials = gauss(1500, seed=3), from_spec(spec), 400
     assert compressor.unbiased
     mean = sum(compressor.decompress(*compressor.compress(tensor, seed=7919 * t)).double() for t in range(trials))
     error = float((mean / trials - tensor).square().sum() / tensor.square().sum())
@@ -386,7 +383,7 @@ def test_eden_errs_alike_on_lengths_that_are_no_power_of_two():
     for numel in (100, 129, 1000, 4095, 4097, 6000, 12289):
         for bits, figure in ((1, 0.363), (2, 0.1175), (4, 0.0095)):
             compressor = from_spec(f"eden:bits={bits}")
-            heavy = torch.exp(2 * gauss(numel, numel)) * gauss(numel, 1).sign()
+            heavy = torch.exp(2 * gauss(numel, seed=numel)) * gauss(numel, seed=1).sign()
             errors = [nmse(compressor, heavy, seed=seed) for seed in range(20)]
             # 4095 is nearly two rotations of 2048, one of which may hold most of so heavy a tail.
             assert sum(errors) / 20 < 1.2 * figure, (numel, bits)

@@ -10,7 +10,7 @@ from gcompress import PayloadError, Quantize, backends, from_spec
 from gcompress.backends import gpu
 from gcompress.backends.gpu.plans import DeviceKernels
 from gcompress.feedback import ErrorFeedback
-from tests.compressors import COMPRESSORS, SIZES, inputs, poisoned
+from tests.compressors import COMPRESSORS, SIZES, inputs, poisoned, same_or_nan
 
 ACTIVE, REASON = gpu.status()
 REQUIRED = bool(os.environ.get("GCOMPRESS_REQUIRE_GPU"))
@@ -24,10 +24,6 @@ ASYNCHRONOUS = [
     if compressor.fixed_size
     and not any(name in str(compressor) for name in ("threshold", "entropy", "lowrank", "polar"))
 ]
-
-
-def same(one, other):
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def test_the_kernels_are_in_use():
@@ -56,10 +52,10 @@ def test_the_bytes_are_those_of_the_cpu(compressor):
             compressor.decode_into(payload, total, add=True)
             on_device, _ = compressor.compress(tensor.cuda(), seed=7)
             assert on_device.is_cuda and torch.equal(on_device.cpu(), payload), (numel, name)
-            assert same(compressor.decompress(payload.cuda(), ctx).cpu(), decoded), (numel, name)
+            assert same_or_nan(compressor.decompress(payload.cuda(), ctx).cpu(), decoded), (numel, name)
             own_total = torch.ones(numel, device="cuda")
             compressor.decode_into(payload.cuda(), own_total, add=True)
-            assert same(own_total.cpu(), total), (numel, name)
+            assert same_or_nan(own_total.cpu(), total), (numel, name)
 
 
 @pytest.mark.parametrize("compressor", ON_DEVICE, ids=str)
@@ -68,7 +64,7 @@ def test_sixteen_million_entries_and_seven(compressor):
     payload, ctx = compressor.compress(tensor, seed=7)
     on_device, _ = compressor.compress(tensor.cuda(), seed=7)
     assert torch.equal(on_device.cpu(), payload)
-    assert same(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
+    assert same_or_nan(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
@@ -101,7 +97,7 @@ def test_encoding_and_decoding_are_captured_in_a_graph(compressor):
     torch.cuda.synchronize()
     expected, ctx = compressor.compress(tensor.cpu())
     assert torch.equal(payload.cpu(), expected)
-    assert same(out.cpu(), compressor.decompress(expected, ctx))
+    assert same_or_nan(out.cpu(), compressor.decompress(expected, ctx))
 
 
 @pytest.mark.parametrize("spec", sorted({compressor.name for compressor in ON_DEVICE} - {"lowrank"}))
@@ -114,7 +110,7 @@ def test_error_feedback_is_that_of_the_cpu(spec):
         payload, _ = expected.compress("w", gradient, compressor, seed=step)
         on_device, _ = fused.compress("w", gradient.cuda(), compressor, seed=step)
         assert torch.equal(on_device.cpu(), payload)
-        assert same(fused.residual("w").cpu(), expected.residual("w"))
+        assert same_or_nan(fused.residual("w").cpu(), expected.residual("w"))
 
 
 @every_compressor
@@ -146,7 +142,7 @@ def test_a_matrix_is_polar_coded_to_the_bytes_of_the_cpu(shape, spec):
     payload, ctx = compressor.compress(tensor)
     on_device, _ = compressor.compress(tensor.cuda())
     assert torch.equal(on_device.cpu(), payload)
-    assert same(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
+    assert same_or_nan(compressor.decompress(on_device, ctx).cpu(), compressor.decompress(payload, ctx))
 
 
 def test_a_new_thread_has_the_same_kernels():

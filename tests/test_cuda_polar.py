@@ -16,6 +16,7 @@ from gcompress.compressors.polar.layout import Layout
 from gcompress.compressors.polar.native import NativePolar
 from gcompress.feedback import ErrorFeedback
 from tests import emulation
+from tests.compressors import gauss
 from tests.test_cuda import BUILD, check_bytes, needs_compiler
 
 pytestmark = needs_compiler
@@ -26,14 +27,10 @@ def launcher():
     return emulation.EmulatedLauncher(emulation.build(BUILD))
 
 
-def gauss(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def spread(shape, seed=0):
     """Rows and columns of very different deviations, and some entries far beyond them."""
-    rows, columns = gauss(shape[:1], seed + 1).mul(1.5).exp(), gauss(shape[1:], seed + 2).mul(1.5).exp()
-    return gauss(shape, seed) * rows.view(-1, *[1] * (len(shape) - 1)) * columns
+    rows, columns = gauss(shape[:1], seed=seed + 1).mul(1.5).exp(), gauss(shape[1:], seed=seed + 2).mul(1.5).exp()
+    return gauss(shape, seed=seed) * rows.view(-1, *[1] * (len(shape) - 1)) * columns
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.25, 0.55, 0.7, 1.0, 1.4, 1.9, 2.4, 3.0, 3.6, 4.0])
@@ -56,7 +53,7 @@ def test_matrices_make_the_bytes_of_the_cpu(shape, scales, launcher):
 
 
 def test_a_product_apart_makes_the_bytes_of_the_cpu(launcher):
-    tensor = gauss((90, 3), 1) @ gauss((3, 110), 2) + 0.1 * gauss((90, 110), 3)
+    tensor = gauss((90, 3), seed=1) @ gauss((3, 110), seed=2) + 0.1 * gauss((90, 110), seed=3)
     check_bytes(Polar(rate=1.0, block=256), DeviceKernels(launcher), tensor, "product")
 
 
@@ -84,7 +81,7 @@ def test_the_longest_blocks_make_the_bytes_of_the_cpu(list_size, launcher):
 
 
 def test_samples_as_they_are_and_more_bits_than_shared_memory_holds(launcher, monkeypatch):
-    tensor = torch.cat([gauss((36, 256)) * 1000, gauss((60, 256), 1)])
+    tensor = torch.cat([gauss((36, 256)) * 1000, gauss((60, 256), seed=1)])
     compressor = Polar(rate=3.0, block=512, scales="chunk", outliers=0.0, floor=0)
     for most in (64 << 10, 1024):
         monkeypatch.setattr(device, "DECODE_SHARED", most)

@@ -1,12 +1,10 @@
 """Real ranks of torch's DistributedDataParallel on Gloo; see ddp_ranks.py for what each rank does."""
 
-import json
-
 import pytest
 import torch.distributed as dist
 
 from tests.ddp_ranks import SCENARIOS
-from tests.launching import launch_ddp
+from tests.launching import launch_ddp, outcomes_of, told_by
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
@@ -18,10 +16,7 @@ pytestmark = pytest.mark.ranks
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of four ranks."""
     out = tmp_path_factory.mktemp("ddp") / "outcomes.json"
-    _, output = launch_ddp(4, "-m", "tests.ddp_ranks", out, timeout=400)
-    if not out.exists():
-        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-    return json.loads(out.read_text())
+    return outcomes_of(out, launch_ddp(4, "-m", "tests.ddp_ranks", out, timeout=400))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -34,8 +29,7 @@ def failing(tmp_path, name, ranks):
     out = tmp_path / "error"
     code, output = launch_ddp(ranks, "-m", "tests.ddp_ranks", out, name)
     assert code != 0, output[-2000:]
-    errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
-    return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
+    return told_by(out, ranks)
 
 
 def test_a_rank_that_never_registers_is_told_within_the_groups_time_out(tmp_path):

@@ -7,23 +7,8 @@ from gcompress import ConfigError, Policy, Rule
 from gcompress.exchange.encoding_errors import EncodingErrors
 from gcompress.exchange.exchange import GradientExchange
 from tests.local_ranks import World, run_ranks
+from tests.nested import assert_same
 from tests.test_times import EVERY_WAY, ONE_BY_ONE, trained
-
-
-def flat(value, prefix=""):
-    """{path: tensor or number} of nested dicts and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {prefix: value}
-    return {key: leaf for name, each in items for key, leaf in flat(each, f"{prefix}/{name}").items()}
-
-
-def same(one, other):
-    one, other = flat(one), flat(other)
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        equal = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-        assert equal, key
 
 
 @ONE_BY_ONE
@@ -31,8 +16,8 @@ def test_measuring_errors_changes_no_bit_of_results_or_memory(policy):
     plain = run_ranks(World(3), policy, trained)
     measured = run_ranks(World(3), policy, lambda rank, exchange: trained(rank, exchange, measured=1))
     for (results, state), (others, memory) in zip(plain, measured, strict=True):
-        same(results, others)
-        same(state, memory)
+        assert_same(results, others)
+        assert_same(state, memory)
 
 
 def by_hand(exchange, name, gradient, rank):

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 import logging
 import re
 import subprocess
@@ -16,7 +15,7 @@ from gcompress.exchange import GradientExchange
 from gcompress.exchange.rank_files import read_rank_file, write_rank_file
 from tests import accelerate_scenarios, lightning_scenarios, trainer_scenarios  # noqa: F401
 from tests.framework_tools import ALONE, SCENARIOS
-from tests.launching import PYTHON, REPOSITORY, launch_ddp
+from tests.launching import PYTHON, REPOSITORY, launch_ddp, outcomes_of
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
@@ -47,11 +46,9 @@ def outcomes(tmp_path_factory):
     for launch, scenarios, out in ((two, SCENARIOS, "two.json"), (alone, ALONE, "one.json")):
         names = installed(scenarios)
         if names:
-            _, output = launch(*names)
-            log.info("%s", output[-2000:])
-            if not (folder / out).exists():
-                pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-            found.update(json.loads((folder / out).read_text()))
+            launched = launch(*names)
+            log.info("%s", launched[1][-2000:])
+            found.update(outcomes_of(folder / out, launched))
     return found
 
 

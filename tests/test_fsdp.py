@@ -1,11 +1,9 @@
 """FSDP2 and HSDP on Gloo; see fsdp_ranks.py and fsdp_memory.py for what each rank does."""
 
-import json
-
 import pytest
 import torch.distributed as dist
 
-from tests.launching import launch_ddp
+from tests.launching import launch_ddp, outcomes_of
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
@@ -21,10 +19,7 @@ pytestmark = pytest.mark.ranks
 def outcomes(tmp_path_factory):
     """All scenarios in one launch of four ranks."""
     out = tmp_path_factory.mktemp("fsdp") / "outcomes.json"
-    _, output = launch_ddp(4, "-m", "tests.fsdp_ranks", out, timeout=240)
-    if not out.exists():
-        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-    return json.loads(out.read_text())
+    return outcomes_of(out, launch_ddp(4, "-m", "tests.fsdp_ranks", out, timeout=240))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -1,7 +1,5 @@
 """Real Horovod ranks exchange packed gradients; see horovod_ranks.py for what each rank does."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,17 +7,14 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run `make
 pytestmark = [pytest.mark.horovod, pytest.mark.ranks]
 
 from tests.horovod_ranks import SCENARIOS  # noqa: E402
-from tests.launching import launch_horovod  # noqa: E402
+from tests.launching import launch_horovod, outcomes_of, told_by  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of four ranks."""
     out = tmp_path_factory.mktemp("horovod") / "outcomes.json"
-    _, output = launch_horovod(4, "-m", "tests.horovod_ranks", out, HOROVOD_DYNAMIC_PROCESS_SETS="1")
-    if not out.exists():
-        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-    return json.loads(out.read_text())
+    return outcomes_of(out, launch_horovod(4, "-m", "tests.horovod_ranks", out, HOROVOD_DYNAMIC_PROCESS_SETS="1"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -32,8 +27,7 @@ def failing(tmp_path, name, ranks=3):
     out = tmp_path / "error"
     code, output = launch_horovod(ranks, "-m", "tests.horovod_failures", out, name, timeout=120)
     assert code != 0, output[-2000:]
-    errors = {rank: out.with_name(f"error.{rank}") for rank in range(ranks)}
-    return {rank: json.loads(path.read_text()) for rank, path in errors.items() if path.exists()}
+    return told_by(out, ranks)
 
 
 @pytest.mark.parametrize("how", ["train", "train_in_two_phases", "train_something_uncompressed", "take_outer_steps"])

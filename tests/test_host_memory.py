@@ -7,7 +7,9 @@ import torch
 
 from gcompress import as_policy
 from gcompress.feedback import new_memory
-from tests.test_residual_types import SHAPES, gradients, same, with_type
+from tests.nested import same
+from tests.test_memory import SHAPES, gradients
+from tests.test_residual_types import with_type
 
 
 class DelayedCopies:

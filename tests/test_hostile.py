@@ -13,7 +13,7 @@ import torch
 from gcompress import PayloadError, backends, from_spec
 from gcompress.compressors.polar.tables import design_at, design_count
 from tests.allocations import Allocations
-from tests.compressors import COMPRESSORS, inputs
+from tests.compressors import COMPRESSORS, inputs, same_or_nan
 from tests.hostile import hostile, hostile_polar, with_scales
 from tests.launching import REPOSITORY
 
@@ -39,10 +39,10 @@ def decoded(compressor, payload, numel):
     return out
 
 
-def same(one, other):
+def same_outcome(one, other):
     if one is None or other is None:
         return one is other
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return same_or_nan(one, other)
 
 
 def example(compressor, numel):
@@ -60,7 +60,7 @@ def test_any_bytes_decode_alike_or_are_refused_alike(compressor):
             for backend in BACKENDS:
                 with backends.use_backend(backend):
                     results.append(decoded(compressor, wrong, numel))
-            assert all(same(result, results[0]) for result in results), (numel, wrong)
+            assert all(same_outcome(result, results[0]) for result in results), (numel, wrong)
 
 
 @every_compressor
@@ -87,7 +87,7 @@ def test_any_scale_decodes_alike(compressor):
             for backend in BACKENDS:
                 with backends.use_backend(backend):
                     results.append(decoded(compressor, wrong, numel))
-            assert all(same(result, results[0]) for result in results), (numel, wrong)
+            assert all(same_outcome(result, results[0]) for result in results), (numel, wrong)
 
 
 @pytest.fixture(scope="module")

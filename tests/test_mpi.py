@@ -1,6 +1,5 @@
 """Real MPI ranks push to and pull from real servers; see mpi_ranks.py for what each rank does."""
 
-import json
 import pathlib
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launching import MPIRUN, launch_mpi
+from tests.launching import MPIRUN, launch_mpi, outcomes_of, told_by
 from tests.processes import wait_until_gone
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: python tools/install_mpi.py")
@@ -25,10 +24,7 @@ if MPIRUN is None:
 def outcomes(tmp_path_factory):
     """All scenarios that end well, in one launch of three workers and two servers."""
     out = tmp_path_factory.mktemp("mpi") / "outcomes.json"
-    _, output = launch_mpi(5, "-m", "tests.mpi_ranks", out)
-    if not out.exists():
-        pytest.fail(f"the ranks wrote no outcomes:\n{output[-4000:]}")
-    return json.loads(out.read_text())
+    return outcomes_of(out, launch_mpi(5, "-m", "tests.mpi_ranks", out))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -44,8 +40,7 @@ def run(tmp_path, name, *options, **environment):
     out = tmp_path / "outcome"
     code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
     assert not wait_until_gone(str(out))
-    files = {rank: out.with_name(f"outcome.{rank}") for rank in range(RANKS)}
-    return code, {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}, output
+    return code, told_by(out, RANKS), output
 
 
 def test_a_server_of_another_release_is_refused_everywhere(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from gcompress import PayloadError, Polar, backends
 from gcompress.compressors.polar import coding, reference, whole
 from gcompress.compressors.polar.native import NativePolar
-from tests.compressors import inputs, poisoned
+from tests.compressors import gauss, inputs, poisoned
 
 ISAS = backends.available_backends()[1:]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
@@ -24,10 +24,6 @@ OPTIONS = (
     {"rate": 4.0, "rank": 0},
     {"rate": 0.7, "unbiased": True},
 )
-
-
-def gauss(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def adversaries(shape):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gcompress import ConfigError, PayloadError, Polar, backends
-from tests.compressors import refusals
+from tests.compressors import gauss, refusals
 
 
 def relative_error(tensor, compressor):
@@ -15,10 +15,6 @@ def relative_error(tensor, compressor):
     decoded = compressor.decompress(payload, ctx)
     error = (tensor.double() - decoded.double()).square().sum() / tensor.double().square().sum()
     return float(error), 8 * payload.numel() / tensor.numel()
-
-
-def gauss(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("rate, decibels", [(0.1, 0.12), (0.25, 0.20), (0.5, 0.32), (1, 0.52), (2, 0.72)])

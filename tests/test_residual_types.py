@@ -16,9 +16,10 @@ from gcompress.exchange.partition import PartitionCodec, memory_name, partition
 from gcompress.feedback import ErrorFeedback, new_memory
 from gcompress.residual_types import PACKED, RESIDUALS, PackedMemory, held_nbytes, saved_nbytes
 from tests.local_ranks import World, run_ranks
+from tests.nested import same
 from tests.test_feedback import OneRank
+from tests.test_memory import SHAPES, gradients
 
-SHAPES = {"a": (40, 30), "c": (300, 70), "e": (16384,)}
 POLICIES = [
     "topk:sparsity=0.9; exchange=allgather",
     "topk:sparsity=0.9; exchange=twophase",
@@ -32,11 +33,6 @@ POLICIES = [
 ]
 # The largest error of one rounding, as a part of the largest magnitude of what is kept.
 STEP = {"float32": 2**-22, "bf16": 2**-7, "int8": 2 / 254, "cpu": 2**-22}
-
-
-def gradients(step, rank):
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def exchanged(exchange, step, rank, settle=True):
@@ -54,15 +50,6 @@ def watched(exchange):
     exchange.prepare(SHAPES)
     exchange.watch({name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()})
     return exchange
-
-
-def same(one, other):
-    """Whether two nested states are equal to the bit."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-    return one == other
 
 
 def with_type(policy, residual):
@@ -191,7 +178,7 @@ def test_steps_that_are_not_applied_leave_no_trace(policy, residual):
         for skip in (False, True)
     )
     for (means, state), (expected, expected_state) in zip(one, other, strict=True):
-        assert same(dict(enumerate(means)), dict(enumerate(expected))) and same(state, expected_state)
+        assert same(means, expected) and same(state, expected_state)
 
 
 def saved_and_read(state):
@@ -221,7 +208,7 @@ def test_a_state_goes_on_to_the_bit(policy, residual):
     states = [state for state, _, _ in first]
     second = run_ranks(World(3), chosen, lambda rank, exchange: run(rank, exchange, states))
     for (_, means, state), (_, expected, other) in zip(second, first, strict=True):
-        assert same(dict(enumerate(means)), dict(enumerate(expected)))
+        assert same(means, expected)
         assert same(state["feedback"], other["feedback"]) and same(state["owner_feedback"], other["owner_feedback"])
 
 

@@ -14,7 +14,8 @@ pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[sp
 from gcompress import ConfigError, LinkError, RefusedError, from_spec, split  # noqa: E402
 from gcompress.split.codec import DeltaMemory  # noqa: E402
 from gcompress.split.wire import HEADER_BYTES, Kind  # noqa: E402
-from tests.split_tools import CLASSES, WIDTH, Proxy, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
+from tests.nested import same  # noqa: E402
+from tests.split_tools import CLASSES, WIDTH, Proxy, Trainer, batch, model, serving, sgd  # noqa: E402
 
 COMPRESSED = {"up": "mask:sparsity=0.9,bits=2,signed=false", "down": "quantize:bits=4"}
 
@@ -47,7 +48,7 @@ class TestTraining:
             for number in range(30):
                 trainer.step(number, sizes(number))
             assert trainer.client.step == 30
-            assert states_equal(joined(trainer.client.head, server.tail.model), train_whole(30, sizes).state_dict())
+            assert same(joined(trainer.client.head, server.tail.model), train_whole(30, sizes).state_dict())
 
     def test_u_shaped_the_labels_stay_and_the_bits_are_the_same(self):
         parts = split.cut(model(), 3, 6)
@@ -57,7 +58,7 @@ class TestTraining:
                 trainer.step(number)
             state = joined(trainer.client.head, server.tail.model, trainer.client.end)
             whole = train_whole(20)
-            assert states_equal(state, whole.state_dict())
+            assert same(state, whole.state_dict())
             trainer.client.eval(), whole.eval()
             inputs, _ = batch(99)
             with torch.no_grad():
@@ -74,7 +75,7 @@ class TestTraining:
             before = copy.deepcopy(trainer.client.head.state_dict())
             trainer.client.head.eval()
             trainer.client(inputs, labels).backward()
-            assert states_equal(before, trainer.client.head.state_dict())
+            assert same(before, trainer.client.head.state_dict())
         whole = model()
         nn.functional.cross_entropy(whole(inputs), labels).backward()
         for one, other in zip(tripled, whole[:3].parameters(), strict=True):
@@ -114,7 +115,7 @@ class TestTraining:
             before = copy.deepcopy(joined(trainer.client.head, server.tail.model))
             inputs, labels = batch(5, 40)
             stats = trainer.client.evaluate(inputs, labels)
-            assert states_equal(before, joined(trainer.client.head, server.tail.model))
+            assert same(before, joined(trainer.client.head, server.tail.model))
             assert trainer.client.training and trainer.client.step == 1
             trainer.client.eval(), server.tail.model.eval()
             with torch.no_grad():
@@ -212,7 +213,7 @@ class TestConnection:
                 trainer.step(number)
             assert cuts > 20
             state = joined(trainer.client.head, server.tail.model, *([trainer.client.end] if u_shaped else []))
-            assert states_equal(state, train_whole(60).state_dict())
+            assert same(state, train_whole(60).state_dict())
 
     def test_a_server_that_is_gone_is_given_up_after_the_links_patience(self):
         with serving() as (server, port):
@@ -240,7 +241,7 @@ class TestConnection:
                 for number in range(5):
                     trainer.step(number)
                 state = joined(trainer.client.head, other.tail.model)
-                assert states_equal(state, train_whole(5).state_dict())
+                assert same(state, train_whole(5).state_dict())
 
     def test_a_restarted_server_without_checkpoints_is_refused_with_the_reason(self):
         with serving() as (server, port):
@@ -316,7 +317,7 @@ class TestManyClients:
                 whole.zero_grad()
                 nn.functional.cross_entropy(whole(inputs), labels).backward()
                 head_optimizers[name].step(), tail_optimizer.step()
-        assert states_equal({**rounds.head, **server.tail.model.state_dict()}, whole.state_dict())
+        assert same({**rounds.head, **server.tail.model.state_dict()}, whole.state_dict())
 
     def test_splitfed_averages_both_halves_whoever_is_faster(self):
         rounds = split.SplitFed(split.cut(model(), 3)[0], self.NAMES, rounds=3, deadline=30)
@@ -340,7 +341,7 @@ class TestManyClients:
                     optimizers[name].step()
             parts = [models[name].state_dict() for name in self.NAMES]
             state = split.rounds.weighted_mean(parts, [64, 32, 32])
-        assert states_equal({**rounds.head, **server.tail.model.state_dict()}, state)
+        assert same({**rounds.head, **server.tail.model.state_dict()}, state)
 
     def test_averages_are_weighted_and_counters_keep_their_largest(self):
         states = [{"w": torch.tensor([1.0]), "n": torch.tensor(3)}, {"w": torch.tensor([5.0]), "n": torch.tensor(9)}]
@@ -400,7 +401,7 @@ class TestManyClients:
                     whole.zero_grad()
                     nn.functional.cross_entropy(whole(inputs), labels).backward()
                     head.step(), tail.step()
-            assert states_equal({**rounds.head, **server.tail.model.state_dict()}, whole.state_dict())
+            assert same({**rounds.head, **server.tail.model.state_dict()}, whole.state_dict())
 
     def test_a_client_that_was_too_slow_joins_again(self):
         names = self.NAMES[:2]
@@ -450,7 +451,7 @@ class TestManyClients:
         second = split.SplitFed(split.cut(model(), 3)[0], ["anna"], rounds=5)
         server, results = self.run(second, train, ["anna"], checkpoints=tmp_path)
         assert results["anna"][1] == [2, 3, 4]
-        assert not states_equal(first.head, second.head)
+        assert not same(first.head, second.head)
 
 
 def test_every_kind_of_frame_has_a_direction():

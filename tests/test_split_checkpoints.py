@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
 from gcompress import ConfigError, split  # noqa: E402
+from tests.nested import same  # noqa: E402
 from tests.split_damage import damaged, trials  # noqa: E402
-from tests.split_tools import WIDTH, Trainer, model, serving, states_equal  # noqa: E402
+from tests.split_tools import WIDTH, Trainer, model, serving  # noqa: E402
 
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 
@@ -76,7 +77,7 @@ class TestDamage:
             assert step == 4
             train(4, 6, trainer)
             found = {**trainer.client.head.state_dict(), **server.tail.model.state_dict()}
-        assert states_equal(found, expected)
+        assert same(found, expected)
 
     def test_a_run_of_which_nothing_is_whole_is_not_taken_for_a_new_one(self, tmp_path):
         checkpoints = split.Checkpoints(tmp_path)

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 
 from gcompress import ConfigError, RefusedError, split  # noqa: E402
-from tests.split_tools import CLASSES, INPUTS, WIDTH, Trainer, batch, model, serving, sgd, states_equal  # noqa: E402
+from tests.nested import same  # noqa: E402
+from tests.split_tools import CLASSES, INPUTS, WIDTH, Trainer, batch, model, serving, sgd  # noqa: E402
 
 VOCABULARY, LENGTH = 11, 6
 
@@ -72,9 +73,7 @@ class TestWhatCrosses:
         with serving(parts[1], loss=of_every_token, **options) as (server, port):
             batches = [(tokens(number), tokens(number + 50)) for number in range(4)]
             trainer = train_alike(whole, port, parts[:1], batches, of_every_token, **options)
-            assert states_equal(
-                {**trainer.client.head.state_dict(), **server.tail.model.state_dict()}, whole.state_dict()
-            )
+            assert same({**trainer.client.head.state_dict(), **server.tail.model.state_dict()}, whole.state_dict())
 
     def test_several_tensors_are_refused_at_the_cut(self):
         with pytest.raises(
@@ -213,7 +212,7 @@ class TestOneStepForABatch:
                     result = trainer.client(inputs, labels)
             assert trainer.client.training and not result.requires_grad
             assert trainer.client.step == server._slots["client"].step == 1
-            assert states_equal(before["model"], server.tail.model.state_dict())
+            assert same(before["model"], server.tail.model.state_dict())
             trainer.step(1)
             assert trainer.client.step == 2
 

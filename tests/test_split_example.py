@@ -19,6 +19,7 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 
 from gcompress import ConfigError, split  # noqa: E402
 from tests.launching import REPOSITORY  # noqa: E402
+from tests.nested import assert_same  # noqa: E402
 
 starts_processes = pytest.mark.ranks
 
@@ -173,16 +174,6 @@ def last_states(folder):
     return [torch.load(path, weights_only=True) for path in paths]
 
 
-def same(one, other):
-    if torch.is_tensor(one):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 @starts_processes
 @needs_fashion
 def test_the_demo_trains_reports_and_resumes_to_the_bit(tmp_path):
@@ -215,7 +206,7 @@ def test_the_demo_trains_reports_and_resumes_to_the_bit(tmp_path):
     for expected, found in zip(last_states(tmp_path / "whole"), last_states(tmp_path / "cut"), strict=True):
         for state in (expected, found):
             state.get("objects", {}).pop("history", None)  # has times in it
-        assert same(expected, found)
+        assert_same(expected, found)
 
 
 @starts_processes

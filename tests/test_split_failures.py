@@ -20,9 +20,9 @@ from torch import nn  # noqa: E402
 
 from gcompress import ConfigError, LinkError, RefusedError, ServerError, split
 from gcompress.split import wire  # noqa: E402
-from gcompress.split.codec import ActivationCodec  # noqa: E402
 from gcompress.split.link import METHOD  # noqa: E402
 from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.nested import same  # noqa: E402
 from tests.split_damage import trials  # noqa: E402
 from tests.split_tools import (  # noqa: E402
     CLASSES,
@@ -33,6 +33,7 @@ from tests.split_tools import (  # noqa: E402
     Trainer,
     Trap,
     batch,
+    good_body,
     model,
     serving,
     told,
@@ -71,16 +72,6 @@ class FragileSGD(torch.optim.SGD):
 def everything(tail):
     """All that a step changes at the server."""
     return copy.deepcopy([tail.state_dict(), dict(tail.model.named_buffers())])
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 MODES = {"labels": {}, "delta": DELTA, "u-shaped": {"labels": None}}
@@ -401,12 +392,6 @@ class TestPatience:
                 client.send(chunk)
                 threading.Event().wait(0.3)
             assert client.receive()[0] == grpc.StatusCode.INTERNAL, "the model's shapes do not fit: it was read"
-
-
-def good_body(agreement, number=0):
-    inputs, labels = batch(number)
-    activation = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(number))
-    return ActivationCodec(agreement).encode(activation, labels, None, 0, training=True)[0]
 
 
 class TestTokens:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.launching import run
+from tests.nested import assert_same
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[split]")
 pytestmark = pytest.mark.ranks
@@ -26,21 +27,6 @@ def train(folder, mode, steps, kills=0):
         (path,) = (folder / half).glob(f"*/step-{steps:09d}.pt")
         states.append(torch.load(path, weights_only=True))
     return json.loads(output.splitlines()[-1]), states
-
-
-def assert_same(one, other, where=""):
-    if torch.is_tensor(one):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for pair in zip(one, other, strict=True):
-            assert_same(*pair, where)
-    else:
-        assert one == other, where
 
 
 LONG = os.environ.get("GCOMPRESS_LONG") == "1"

@@ -14,8 +14,9 @@ pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[sp
 from gcompress import split
 from gcompress.split import wire  # noqa: E402
 from gcompress.split.wire import Frame, Kind  # noqa: E402
+from tests.nested import same  # noqa: E402
 from tests.split_damage import trials  # noqa: E402
-from tests.split_tools import Proxy, Rogue, Trainer, Trap, model, serving, sgd, states_equal, told  # noqa: E402
+from tests.split_tools import Proxy, Rogue, Trainer, Trap, model, serving, sgd, told  # noqa: E402
 
 
 def join(session, sequence=1):
@@ -113,4 +114,4 @@ class TestRounds:
                 assert time.monotonic() - started < 5
             finals.append({**rounds.head, **rounds.tail.model.state_dict()})
             assert split.Checkpoints(folder).steps("0" * 32) == [1, 2]
-        assert states_equal(*finals)
+        assert same(*finals)

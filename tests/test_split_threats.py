@@ -19,10 +19,10 @@ import grpc  # noqa: E402
 
 from gcompress import ConfigError, ExchangeError, LinkError, PayloadError, RefusedError, from_spec, split
 from gcompress.split import wire  # noqa: E402
-from gcompress.split.codec import ActivationCodec  # noqa: E402
 from gcompress.split.link import METHOD, Broken  # noqa: E402
 from gcompress.split.wire import Frame, Kind  # noqa: E402
-from tests.split_tools import WIDTH, Proxy, Rogue, Trainer, batch, model, serving, states_equal  # noqa: E402
+from tests.nested import same  # noqa: E402
+from tests.split_tools import WIDTH, Proxy, Rogue, Trainer, good_body, model, serving  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 REFUSAL_SECONDS = 1.0
@@ -181,12 +181,6 @@ def rogue():
             yield client
 
 
-def good_body(agreement, number=0):
-    inputs, labels = batch(number)
-    activation = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(number))
-    return ActivationCodec(agreement).encode(activation, labels, None, 0, training=True)[0]
-
-
 def assert_refused(answer, words, code=grpc.StatusCode.INVALID_ARGUMENT):
     assert answer[0] == code and words in answer[1], answer
 
@@ -197,7 +191,7 @@ class TestOldMessages:
         first = rogue.ask(Kind.FORWARD, 0, 1, 16, body)
         weights = {name: tensor.clone() for name, tensor in rogue.server.tail.model.state_dict().items()}
         assert rogue.ask(Kind.FORWARD, 0, 1, 16, body) == first
-        assert states_equal(weights, rogue.server.tail.model.state_dict())
+        assert same(weights, rogue.server.tail.model.state_dict())
         assert rogue.ask(Kind.FORWARD, 1, 2, 16, good_body(rogue.agreement, 1)).kind == Kind.GRADIENT
         assert_refused(rogue.ask(Kind.FORWARD, 0, 1, 16, body), "got request 1 of step 0, expected request 3 of step 2")
 

@@ -6,6 +6,7 @@ import torch
 from gcompress import ConfigError, LowRank, Policy, SharedScale, backends
 from gcompress.compressors.lowrank import matrix_sides, orthonormal
 from gcompress.compressors.shared import pack_fields, unpack_fields, word_count
+from tests.compressors import same_or_nan
 from tests.local_ranks import World, run_ranks
 
 
@@ -33,12 +34,8 @@ def sum_by_hand(compressor, tensors, memories=None, seed=5):
             except StopIteration as stop:
                 results.append(stop.value)
         if results:
-            assert len(results) == size and all(same(total, results[0][0]) for total, _ in results)
+            assert len(results) == size and all(same_or_nan(total, results[0][0]) for total, _ in results)
             return results[0][0], [own for _, own in results], handed
-
-
-def same(one, other):
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 @pytest.mark.parametrize("backend", backends.available_backends())
@@ -144,7 +141,7 @@ def test_neither_zeros_nor_a_step_that_is_not_finite_poison_low_rank(exchanges):
 
     (one, state), (two, _) = run_ranks(World(2), policy, run)
     for step in range(12):
-        assert same(one[step], two[step])
+        assert same_or_nan(one[step], two[step])
         assert bool(one[step].isfinite().all()) == (step not in (5, 6))
         assert (one[step] == 0).all() == (step < 3)
     assert state["memories"]["w"]["basis"].isfinite().all()
