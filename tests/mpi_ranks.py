@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from unittest import mock
 
 import gcompress.plugins.mpi as servers
 import torch
@@ -24,7 +25,8 @@ from gcompress.feedback import ErrorFeedback
 from tests.processes import expect_error
 from tests.scenarios import Scenarios, run_scenarios
 
-SCENARIOS = scenario = Scenarios()
+SCENARIOS = scenario = Scenarios()  # of workers
+OF_ALL = of_all = Scenarios()  # of servers, too
 SERVERS = 2
 
 
@@ -332,6 +334,21 @@ def a_worker_that_has_fewer_steps_leaves(job):
     train(job, steps=3 + 2 * job.rank)
 
 
+@of_all
+def a_server_of_another_release_is_refused_everywhere():
+    """On every rank, which then make other jobs."""
+    job = servers.Job(SERVERS)
+    other = int(job.is_server and job.rank == 0)
+    with mock.patch.object(engine, "FORMAT_VERSION", engine.FORMAT_VERSION + other):
+        try:
+            train(job)
+        except gcompress.ConfigMismatchError as error:
+            assert str(error).startswith("format: ") and "ranks [0, 1, 2, 4]" in str(error), error
+        else:
+            raise AssertionError("expected ConfigMismatchError")
+    job.close()
+
+
 # Scenarios that end badly, or should; each is run alone.
 
 
@@ -350,14 +367,6 @@ def train(job, compression="topk:sparsity=0.9", steps=5, **options):
         backward(model, step, job.rank)
         optimizer.step()
     return model
-
-
-def different_format():
-    """Of a server."""
-    job = job_of_three()
-    if job.is_server and job.rank == 0:
-        engine.FORMAT_VERSION += 1
-    train(job)
 
 
 def killed_worker(on_failure="end", steps=60):
@@ -472,7 +481,7 @@ def write_outcome(outcome):
 
 def main():
     out, names = sys.argv[1], sys.argv[2:]
-    if len(names) == 1 and names[0] not in SCENARIOS:
+    if len(names) == 1 and names[0] not in {**SCENARIOS, **OF_ALL}:
         try:
             globals()[names[0]]()
             write_outcome("finished")
@@ -481,8 +490,8 @@ def main():
             raise
         return
     world = servers.job.MPI.COMM_WORLD
-    chosen = {name: functools.partial(in_a_job, SCENARIOS[name]) for name in names or SCENARIOS}
-    run_scenarios(chosen, out, world.rank, world.allgather)
+    every = {**{name: functools.partial(in_a_job, function) for name, function in SCENARIOS.items()}, **OF_ALL}
+    run_scenarios({name: every[name] for name in names or every}, out, world.rank, world.allgather)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.ranks]
 
 HERE = pathlib.Path(__file__).parent
 # Read, not imported: importing mpi4py in this process would start MPI here.
-SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
+SCENARIOS = re.findall(r"^@(?:scenario|of_all)\ndef (\w+)", (HERE / "mpi_ranks.py").read_text(), re.MULTILINE)
 if MPIRUN is None:
     pytest.skip("there is no mpirun: python tools/install_mpi.py", allow_module_level=True)
 
@@ -41,13 +41,6 @@ def run(tmp_path, name, *options, **environment):
     code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
     assert not wait_until_gone(str(out))
     return code, told_by(out, RANKS), output
-
-
-def test_a_server_of_another_release_is_refused_everywhere(tmp_path):
-    code, told, _ = run(tmp_path, "different_format")
-    assert code != 0 and len(told) == 4
-    for kind, message in told.values():
-        assert kind == "ConfigMismatchError" and message.startswith("format: ") and "ranks [0, 1, 2]" in message
 
 
 def test_a_killed_worker_ends_the_job_and_is_reported(tmp_path):

@@ -231,6 +231,7 @@ class TestRanks:
         finished(launch_horovod(2, *options, "--resume"))
         assert_same(checkpoint_files(folder), checkpoint_files(tmp_path), but=TIMES)
 
+    @pytest.mark.parametrize("whole_run", ["outer"], indirect=True)  # what is compared does not depend on the mode
     def test_another_run_is_not_resumed(self, whole_run):
         mode, folder, _ = whole_run
         options = ("--checkpoint", folder, "--resume", "--seed", 2)
