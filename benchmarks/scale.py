@@ -4,7 +4,7 @@
     python benchmarks/scale.py --model resnet50 --step 300ms --link 10gbit --plot docs/scale.png
     python benchmarks/scale.py --check                       # against real ranks over a slow link (Linux, root)
 
-Every exchange has a real Plan for so many ranks, payload sizes by `nbytes`, encoders and decoders measured here among
+Every exchange has a real Plan for that many ranks, payload sizes by `nbytes`, encoders and decoders measured here among
 as many ranks (gcompress/forecast/path_costs.py), the library's own schedule, and a link of --link for every node. On a
 node are --local ranks. Times of computing differ between ranks by --jitter, and all wait for the slowest.
 
@@ -70,12 +70,12 @@ class RanksOfMachines(Bench):
 
 
 def local_shapes(shapes, local):
-    """What a rank of a node of so many has of each tensor once they have shared them out."""
+    """What a rank has of each tensor, once the `local` ranks of its node have shared them out."""
     return {name: torch.Size((-(-shape.numel() // local),)) for name, shape in shapes.items()}
 
 
 def step_times(arguments, shapes, ranks):
-    """{(way, method): Forecast} among so many ranks."""
+    """{(way, method): Forecast} among that many ranks."""
     local = min(arguments.local, ranks)
     network = Network(link_rate(arguments.link), duration(arguments.latency), local=local)
     computing = Computing(duration(arguments.step), 0.0, arguments.jitter)

@@ -15,7 +15,7 @@ import torch
 
 # Folders of the standard library without its own text: packages of others, tests, tables of characters.
 LEFT_OUT = {"__pycache__", "dist-packages", "encodings", "idle_test", "lib-dynload", "site-packages", "test", "tests"}
-HELD_OUT = 20  # of so many files, or parts of one file, one is for validation
+HELD_OUT = 20  # one of this many files, or parts of one file, is for validation
 LARGEST = 64 * 2**20  # bytes of text that are read at most
 
 
@@ -64,7 +64,7 @@ def load(path, context, largest=LARGEST):
     Args:
         path: a file of any bytes; None: the standard library of the running Python.
         context: both parts must have more bytes than this.
-        largest: so many bytes are read at most.
+        largest: the most bytes that are read.
 
     Raises:
         ValueError, OSError: it is too short, or cannot be read.

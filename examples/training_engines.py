@@ -38,7 +38,7 @@ class Engine:
         raise NotImplementedError
 
     def outer(self, optimizer, model, compression, arguments):
-        """Let what weights changed by be exchanged every so many steps; returns the optimizer to step."""
+        """Exchange the weights' change every H steps; returns the optimizer to step."""
         outer = gcompress.OuterOptimizer(
             optimizer,
             model,

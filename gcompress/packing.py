@@ -50,7 +50,7 @@ def saturated(mean, dtype):
 
 
 def share_of_largest(world_size):
-    """So many numbers of at most this magnitude have a finite sum, however it is rounded."""
+    """The magnitude up to which `world_size` numbers have a finite sum, however it is rounded."""
     return LARGEST * (1 - 2.0**-16) / world_size
 
 

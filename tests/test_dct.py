@@ -60,7 +60,7 @@ def test_a_transform_has_the_bytes_of_the_reference_in_any_shape(shape):
 
 
 def test_chunks_of_4096_are_blocks_of_64_by_64():
-    """What DeMo keeps: so many of each block."""
+    """What DeMo keeps: the same number of each block."""
     tensor, coder = gauss_of(128, 192), Dct(TopK(sparsity=0.984375, chunk=4096, index="places"))
     payload, _ = coder.compress(tensor)
     coefficients = cosine_transform(tensor, 64, 64).reshape(-1, 4096)

@@ -60,7 +60,7 @@ class Late:
 
 
 class LateEngine:
-    """Its `allgather` ends so many seconds after its start as the payload has bytes."""
+    """Its `allgather` takes as many seconds as the payload has bytes."""
 
     def __init__(self, clock, in_order=False):
         self.clock, self.in_order = clock, in_order

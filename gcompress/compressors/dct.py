@@ -150,7 +150,7 @@ class Dct(Compressor):
         return torch.cat([u32_bytes(columns, coefficients.device), coded])
 
     def _coefficients(self, payload, numel):
-        """(coefficients, 1-D float32, columns); PayloadError if these columns do not fit so many entries."""
+        """(coefficients, 1-D float32, columns); PayloadError if the number of columns does not fit that of entries."""
         columns = read_u32(payload)
         if columns == 0 or numel % columns:
             raise PayloadError(f"payload: says it has {columns} columns, expected a divisor of {numel}")

@@ -15,7 +15,7 @@ from .mirror import MirroredPath, moment, own_clock, shortest
 from .step_bytes import buckets_of, parcels_of
 
 SAMPLE_ENTRIES = 8 << 20  # of a model's gradients that are measured
-LARGEST_TENSOR = 1 << 22  # entries; of a larger one so many are measured
+LARGEST_TENSOR = 1 << 22  # entries; of a larger one, this many are measured
 GATHERED_ENTRIES = 1 << 18  # of an all-gather among many ranks, of whose payloads there is one from each
 MANY_RANKS = 64  # up to which the C++ kernels add up all payloads in one call
 
@@ -120,7 +120,7 @@ def _measured(policy, shapes, ranks, device, repeat, limit, beside_others):
 class PathMeter:
     """Measures a policy's PathCosts step by step; see `measure_path` for the arguments.
 
-    limit: about so many entries are measured.
+    limit: about this many entries are measured.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def _played(errand, clock):
 
 
 def slowest_of(ranks: int) -> float:
-    """How far the slowest of so many normally distributed times lies above their mean, in standard deviations.
+    """How far the slowest of that many normally distributed times lies above their mean, in standard deviations.
 
     Blom's approximation; it grows as the root of 2 ln N.
     """

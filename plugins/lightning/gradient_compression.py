@@ -34,7 +34,7 @@ class GradientCompression(*_callback_classes()):  # type: ignore[misc]
     """Compress the gradients of a Trainer whose strategy is DDP; with one device a warning says that nothing is sent.
 
     Checkpoints have what all ranks remember together, as large for any number of ranks. A run that resumes keeps
-    what was owed, but is not the same to the bit; `exact_resume=True` is for that.
+    the sum of residuals, but is not the same to the bit; `exact_resume=True` is for that.
 
     Args:
         compression: what `gcompress.plugins.ddp.register` takes, the same on all ranks.
