@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 import run_notebook
+from tests.forked_programs import ForkedPrograms
 from tests.launching import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -192,8 +191,14 @@ def test_every_block_is_known():
     assert lists == {name: len(FOUND[name]) for name in lists}
 
 
+@pytest.fixture(scope="module")
+def programs():
+    with ForkedPrograms() as forked:
+        yield forked
+
+
 @pytest.mark.parametrize("block, code", [program[1:] for program in PROGRAMS], ids=[program[0] for program in PROGRAMS])
-def test_the_block_runs(block, code, tmp_path):
+def test_the_block_runs(block, code, programs, tmp_path):
     if isinstance(block, str):
         pytest.skip(block)
     before, after = block
@@ -201,9 +206,8 @@ def test_the_block_runs(block, code, tmp_path):
         if re.search(rf"import .*\b{package}\b", before + code) and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     (tmp_path / "block.py").write_text(f"{before}\n{code}\n{after}\n")
-    command = [sys.executable, "-W", "ignore", "block.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    code, output = programs.run(tmp_path / "block.py", timeout=200)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
