@@ -11,8 +11,8 @@ ranks at the same time, since they and whatever else runs share the cores.
 
 The prediction is made of these, of the rate, of how long a step takes without exchange, of how much longer that is than
 the processor's own time for it, by which torch's and Gloo's costs are lengthened, of the time of a small message, and
-of the burst of the namespace's token bucket. Prints predicted and measured seconds of the median step (of two, if they
-are long), and their quotient.
+of the burst of the namespace's token bucket, which fills in a pause before each measured step. Prints predicted and
+measured seconds of the median step (of two, if they are long), and their quotient.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from slow_link import link_tool, make_ddp, make_model, rate_of
 METHODS = ["none", "fp16", "quantize:bits=4", "topk:sparsity=0.99"]
 LONG_STEP = 3  # seconds; of such steps two are measured
 BURST_BYTES = 512 << 10  # of tools/slow_link.py
+PAUSE = 0.06  # seconds before a measured step, in which so many pass again at 100 Mbit/s
 
 
 def parse():
@@ -108,6 +109,7 @@ def train(arguments, rank):
         for method, run in runs.items():
             if method in slow:
                 continue
+            time.sleep(PAUSE)
             own = time.process_time()
             seconds[method].append(timed(step, *run))
             if method in meters:
@@ -184,7 +186,7 @@ def predict(arguments, ranks, rate, found):
     bench = BenchBesideRanks(found)
     latency = max(0.0, found["empty"] / (2 * max(1, ranks - 1)) - MESSAGE_SECONDS)
     network = Network(link_rate(rate if rate != "none" else "1tbit"), latency, True, 1, 1.0, BURST_BYTES)
-    computing = Computing(found["alone"], 0.0, others=max(0.0, ranks / (os.cpu_count() or 1) - 1))
+    computing = Computing(found["alone"], 0.0, 0.0, max(0.0, ranks / (os.cpu_count() or 1) - 1), PAUSE)
     situation = Situation(shapes_of(make_model(arguments)[0]), ranks, network, computing)
     return {method: forecast(method, situation, bench) for method in arguments.methods}
 

@@ -42,6 +42,7 @@ class Computing(NamedTuple):
     share: how many ranks there are for a core of their machine; with more than one, all that a processor does takes
         as many times longer.
     jitter: standard deviation of the ranks' computing times, as a part of `seconds`: all wait for the slowest.
+    pause: seconds before the step in which nothing is sent: of a step by itself, not of one that follows another.
     others: ranks that want the core of one, for which messages to it wait; None: share - 1.
     """
 
@@ -49,6 +50,7 @@ class Computing(NamedTuple):
     share: float = 1.0
     jitter: float = 0.0
     others: float | None = None
+    pause: float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -79,6 +81,7 @@ class Wire:
     def __init__(self, clock, network, ranks, slower):
         self._clock, self._network, self._ranks, self._slower = clock, network, ranks, slower
         self._free = self._free_within = 0.0
+        self._bucket = 0.0  # bytes that pass at once
         self.waits = 0.0  # of a message, until the rank that it comes to has a core
         self.busy = 0.0
         self.ends: list[float] = []
@@ -93,8 +96,11 @@ class Wire:
             return Passing(self._clock, self.ends[-1])
         start = max(self._clock.now, self._free)
         load = network.load(transfer.kind, transfer.sizes, self._ranks)
-        at_once = min(network.burst, (start - self._free) * network.rate / 8)  # the bucket fills in pauses
-        seconds = network.seconds_of(max(0.0, load - at_once))
+        # The link's bucket fills in pauses, and what an operation leaves in it is there for the next.
+        self._bucket = min(network.burst, self._bucket + (start - self._free) * network.rate / 8)
+        at_once = min(self._bucket, load)
+        self._bucket -= at_once
+        seconds = network.seconds_of(load - at_once)
         self.busy += seconds
         self._free = start + max(seconds, carrying * self._slower)
         self.ends.append(self._free + network.delay(transfer.kind, transfer.sizes, self._ranks, self.waits))
@@ -148,6 +154,7 @@ def play(
     seconds = computing.seconds * (1 + computing.jitter * slowest_of(ranks))
     begun = 0.0, 0.0, 0.0
     for _ in range(2):  # the first fills the pauses that the second begins with, and tells how busy cores are
+        clock.now += computing.pause
         begun = clock.now, clock.busy, wire.busy
         schedule, tasks = Schedule(), []
         clock.now += seconds * (1 - BACKWARD - AFTER)
