@@ -150,6 +150,7 @@ BLOCKS = {
         "accelerate stands beside torch.distributed.checkpoint: tests/test_frameworks.py, tests/promises_of_memory.py",
         (f"{DDP}model = torch.nn.parallel.DistributedDataParallel(model)\n", COUNTED),
     ],
+    "NODES.md": ("import gcompress\n", "assert gcompress.as_policy(compression).local_size == 1"),
     "OUTER.md": [(OUTER, "assert outer.steps == 20"), "elastic Horovod: tests/elastic_outer_ranks.py"],
     "PLANNING.md": ["the ranks measure their link: tests/ddp_auto.py"],
     "POLICIES.md": [(HOROVOD + "import gcompress.plugins.horovod\n", TAKEN)],
