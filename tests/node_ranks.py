@@ -1,16 +1,15 @@
 """What the ranks of tests/test_node_engines.py run: `node_ranks.py ENGINE OUT [SCENARIO…]`, as nodes of two ranks.
 
 ENGINE is ddp or horovod. All ranks may be on one host; then they are told that they are on nodes of TEST_LOCAL_SIZE.
-Each rank writes {scenario: "ok" or the error} to OUT.RANK.
+Rank 0 writes {scenario: "ok" or the ranks' errors} to OUT.
 """
 
 import dataclasses
 import datetime
-import json
+import functools
 import logging
 import os
 import sys
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -18,11 +17,12 @@ import torch.distributed as dist
 import gcompress
 from gcompress import Policy
 from tests.processes import expect_error
+from tests.scenarios import run_scenarios
 from tests.simulation import NodeSimulation, Simulation
 
 LOCAL_SIZE = int(os.environ.get("TEST_LOCAL_SIZE", "2"))
 NODES = int(os.environ.get("WORLD_SIZE") or os.environ.get("HOROVOD_SIZE", "4")) // LOCAL_SIZE
-SCENARIOS = {}
+SCENARIOS = {"ddp": {}, "horovod": {}}  # by engine and name
 RULES = [gcompress.Rule("topk:sparsity=0.9", name="0.*"), gcompress.Rule("randomk", name="2.*")]
 EXCHANGED = [
     Policy("threshold:threshold=0.002"),
@@ -33,7 +33,8 @@ EXCHANGED = [
 
 def scenario(*engines):
     def register(function):
-        SCENARIOS[function.__name__] = function, engines
+        for engine in engines or SCENARIOS:
+            SCENARIOS[engine][function.__name__] = function
         return function
 
     return register
@@ -317,24 +318,16 @@ def no_process_sets(engine):
 
 
 # Those that need an environment of their own.
-OTHERS = {each.__name__: (each, ()) for each in (bytes_on_the_link, no_process_sets)}
+OTHERS = {each.__name__: each for each in (bytes_on_the_link, no_process_sets)}
 
 
 def main():
     name, out, *wanted = sys.argv[1:]
     torch.set_num_threads(1)
     logging.basicConfig(level="INFO", format="%(message)s")
-    engine, results = {"ddp": DdpRank, "horovod": HorovodRank}[name](), {}
-    for key, (function, engines) in {**SCENARIOS, **OTHERS}.items():
-        if (not wanted and key in OTHERS) or (wanted and key not in wanted) or (engines and name not in engines):
-            continue
-        try:
-            function(engine)
-            results[key] = "ok"
-        except Exception:
-            results[key] = traceback.format_exc()
-        with open(f"{out}.{engine.rank}", "w") as file:
-            json.dump(results, file)
+    engine, every = {"ddp": DdpRank, "horovod": HorovodRank}[name](), {**SCENARIOS[name], **OTHERS}
+    scenarios = {key: functools.partial(every[key], engine) for key in wanted or SCENARIOS[name]}
+    run_scenarios(scenarios, out, engine.rank, engine.gather)
     if name == "ddp":
         dist.destroy_process_group()
 

@@ -85,8 +85,8 @@ class GradientExchange(Results):
 
     def _memories_of(self, names):
         """[(memory, its keys)] of parameters."""
-        owned = self.plan.owned(self.engine.rank()) if self.plan else {}
-        pieces = [piece.key(name) for name in names for piece in owned.get(name, ())]
+        planned = [name for name in names if name in self.plan.entries] if self.plan else []
+        pieces = [piece.key(name) for name in planned for piece in self.plan.owned(name, self.engine.rank())]
         feedback = [(self.feedback, names)] if self.feedback else []
         return [*feedback, (self.memories, names), (self.owner_feedback, pieces)]
 
@@ -140,8 +140,8 @@ class GradientExchange(Results):
 
     def owned_pieces(self) -> dict[str, int]:
         """{key in the owner's feedback: entries} of the pieces that are this rank's."""
-        owned = self.plan.owned(self.engine.rank())
-        return {piece.key(name): piece.numel for name, pieces in owned.items() for piece in pieces}
+        rank = self.engine.rank()
+        return {piece.key(name): piece.numel for name in self.plan.entries for piece in self.plan.owned(name, rank)}
 
     def _entry(self, name, shape):
         """The parameter's entry in a plan for as many ranks as there are now."""
@@ -241,7 +241,7 @@ class GradientExchange(Results):
     def _result(self, name, mean, ctx, scale):
         """The result of an exchange in the gradient's type, shape and scale."""
         compressor = self.plan.entries[name].compressor
-        if self.plan.whole:
+        if not self.plan.by_nodes:
             self.deliver(name, mean)
         if scale != 1.0:
             mean.mul_(scale)
@@ -271,7 +271,7 @@ class GradientExchange(Results):
 
     def _measure(self, way, members):
         """What the encodings of {name: Gradient} will lose, in a step in which that was asked for."""
-        if self.plan.whole and self.measures_errors():  # otherwise each rank's share is measured (node_ways.py)
+        if self.measures_errors() and not self.plan.by_nodes:  # whose shares node_ways.py measures
             add_errors(self, self._ways, way, members)
 
     def measures_errors(self) -> bool:

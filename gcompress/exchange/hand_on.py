@@ -106,8 +106,10 @@ def take_over(exchange, sums, ranks, memories, steps):
             kinds["residual"][name] += owner if exchange.average else owner / parts
         pieces.update(_own_pieces(exchange, name, owner))
     shares = own_shares(exchange)
-    for kind, vectors in kinds.items():
-        kinds[kind] = {name: vectors[name][slice(*share)].clone() for name, share in shares.items() if name in vectors}
+    if exchange.plan.by_nodes:
+        for kind, vectors in kinds.items():
+            own = {name: share for name, share in shares.items() if name in vectors}
+            kinds[kind] = {name: vectors[name][slice(*share)].clone() for name, share in own.items()}
     if exchange.feedback:
         exchange.feedback.load_vectors(kinds)
     exchange.owner_feedback.load_vectors({"residual": pieces})
@@ -131,7 +133,7 @@ def replan(exchange, shapes):
 
 def _own_pieces(exchange, name, owner):
     """{key: residual} of this rank's pieces, from the residuals of all owners of a parameter."""
-    pieces = exchange.plan.owned(exchange.engine.rank()).get(name, ())
+    pieces = exchange.plan.owned(name, exchange.engine.rank())
     return {piece.key(name): owner[piece.start : piece.stop].clone() for piece in pieces}
 
 

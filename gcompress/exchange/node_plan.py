@@ -40,7 +40,7 @@ class NodePlan(Plan):
         topology: by nodes; others: see `Plan`.
     """
 
-    whole, where = False, "to other nodes "
+    by_nodes = True
     topology: Topology
 
     def __init__(self, policy, shapes, topology: Topology, alone=()):
@@ -73,17 +73,13 @@ class NodePlan(Plan):
                 found[piece.owner].append((name, piece.start, piece.stop))
         return found
 
-    def owned(self, rank: int) -> dict[str, list[Piece]]:
+    def owned(self, name: str, rank: int) -> list[Piece]:
         node, local = divmod(rank, self.topology.local_size)
         peers = self.of_local[local]
-        return {
-            name: [
-                Piece(rank, peers.offsets[name] + piece.start, peers.offsets[name] + piece.stop)
-                for piece in entry.summed_pieces
-                if piece.owner == node
-            ]
-            for name, entry in peers.entries.items()
-        }
+        if name not in peers.entries:
+            return []
+        first = peers.offsets[name]
+        return [Piece(rank, first + piece.start, first + piece.stop) for piece in peers.owned(name, node)]
 
     def digest(self) -> int:
         pieces = [(name, entry.pieces) for name, entry in self.entries.items()]

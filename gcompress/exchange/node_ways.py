@@ -100,8 +100,8 @@ class NodeWays(Ways):
         return (yield from self._by_nodes("summed", {name: Gradient(gradient, place)}))
 
     def _sum(self, flat):
-        local_size, what = self._exchange.engine.topology.local_size, "uncompressed gradients"
-        sizes = [len(part) for part in torch.tensor_split(torch.empty(flat.numel(), device="meta"), local_size)]
+        what = "uncompressed gradients"
+        sizes = [len(part) for part in flat.tensor_split(self._exchange.engine.topology.local_size)]
         own = yield from self._summed_within_node(flat, sizes, what)
         own = yield from self._among_peers(self._peers._sum(own))
         rows = yield from self._gathered(own, sizes, what)
@@ -116,7 +116,7 @@ class NodeWays(Ways):
         values = dict(zip((name for name, _, _ in spans[local]), own.split(_lengths(spans[local])), strict=True))
         shapes = plan.of_local[local].entries
         shares = {name: Gradient(share.view(shapes[name].shape), share) for name, share in values.items()}
-        results = (yield from self._among_peers(self._steps(way, shares))) or {}
+        results = yield from self._among_peers(self._steps(way, shares))
         for name, mean in results.items():
             self._exchange.deliver(name, mean)
             if mean.data_ptr() != values[name].data_ptr():  # else it was decoded to its place
@@ -129,15 +129,15 @@ class NodeWays(Ways):
         return places
 
     def _steps(self, way, shares):
-        """The exchange of this rank's shares, {name: Gradient}, among its peers."""
+        """The exchange of this rank's shares, {name: Gradient}, among its peers; returns {name: mean}."""
         if not shares:
-            return iter(())
+            return {}
         if way == "summed":
             ((name, share),) = shares.items()
-            return self._peers.summed(name, share.values)
+            return (yield from self._peers.summed(name, share.values))
         if self._exchange.measures_errors():
             add_errors(self._peers.view, self._peers, way, shares)
-        return self._peers.in_buckets[way](shares)
+        return (yield from self._peers.in_buckets[way](shares))
 
     def _shares(self, gradients, spans, what):
         """Within the node: the means over its ranks of this rank's shares, one after the other, 1-D float32."""
@@ -150,11 +150,12 @@ class NodeWays(Ways):
         flat = self._sent.setdefault(next(iter(gradients)), Scratch()).floats(sum(sizes), device)
         torch.cat([part for each in parts for part in each], out=flat)
         total = yield from self._summed_within_node(flat, sizes, what)
-        counts = total[len(total) - len(gradients) :].tolist()
         view.absent.difference_update(gradients)
-        view.absent.update(name for name, count in zip(gradients, counts, strict=True) if count == local_size)
-        total.mul_(1.0 / local_size)
-        return total[: len(total) - len(gradients)]
+        own, counts = total.split([len(total) - len(gradients), len(gradients)])
+        if not absent.isdisjoint(gradients):  # otherwise the node has all, and no device is waited for to say so
+            found = zip(gradients, counts.tolist(), strict=True)
+            view.absent.update(name for name, count in found if count == local_size)
+        return own.mul_(1.0 / local_size)
 
     def _summed_within_node(self, flat, sizes, what):
         """The sum over the node's ranks, in their order, of this rank's part of a 1-D tensor; sizes: of all parts."""
@@ -176,18 +177,16 @@ class NodeWays(Ways):
 
     def _among_peers(self, steps):
         """Run steps of an exchange among peers, and pause in the rounds that it does not need; returns its result."""
-        rounds, result, done = 0, None, None
+        rounds, result = 0, None
         while True:
             try:
-                method, *arguments = next(steps) if result is None else steps.send(result)
+                method, *arguments = steps.send(result)
             except StopIteration as stop:
-                done = stop.value
-                break
+                for _ in range(rounds, PEER_ROUNDS):
+                    yield "pause", NOTHING
+                return stop.value
             result = yield f"peers.{method}", *arguments
             rounds += 1
-        for _ in range(rounds, PEER_ROUNDS):
-            yield "pause", NOTHING
-        return done
 
 
 def _lengths(spans):

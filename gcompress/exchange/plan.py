@@ -91,8 +91,7 @@ class Plan:
     """
 
     reference, reference_rounds = "all-reduce", 2  # what uncompressed gradients would take
-    where = ""  # what a rank sends goes to
-    whole = True  # whether each rank exchanges whole parameters; of a NodePlan its shares of them
+    by_nodes = False  # whether a rank encodes its shares of parameters, for other nodes; otherwise whole ones, for all
     topology: Topology | None = None  # where the engine knows it
 
     def __init__(self, policy, shapes, world_size, alone=()):
@@ -136,12 +135,9 @@ class Plan:
         """(start, stop): the entries of a parameter that a rank encodes and remembers; (0, 0) if none."""
         return 0, self.entries[name].numel
 
-    def owned(self, rank: int) -> dict[str, list[Piece]]:
-        """{name: pieces} of which a rank sums all payloads, and remembers what its encoding lost."""
-        return {
-            name: [piece for piece in entry.summed_pieces if piece.owner == rank]
-            for name, entry in self.entries.items()
-        }
+    def owned(self, name: str, rank: int) -> list[Piece]:
+        """The pieces of a parameter of which a rank sums all payloads, and remembers what its encoding lost."""
+        return [piece for piece in self.entries[name].summed_pieces if piece.owner == rank]
 
     def unused_rules(self) -> list[Rule]:
         """The policy's rules for gradients that match none of the parameters."""
@@ -210,7 +206,7 @@ class Plan:
                 f"proposed{scratch}"
             )
         lines.append(
-            f"{self.world_size} ranks send {total:,} bytes each {self.where}per step; "
+            f"{self.world_size} ranks send {total:,} bytes each {'to other nodes ' if self.by_nodes else ''}per step; "
             f"a float16 {self.reference} would send {self.reference_bytes():,}"
         )
         if self.topology is not None:

@@ -41,7 +41,7 @@ MERGED_KEYS = ("world_size", "policy", "shapes", "report", "steps", "sums", "mem
 def of_rank(exchange: GradientExchange) -> dict:
     """A rank's own state: tensors (copies), numbers and strings."""
     shares = {name: list(share) for name, share in own_shares(exchange).items()}
-    by_nodes = exchange.plan is not None and not exchange.plan.whole
+    by_nodes = exchange.plan is not None and exchange.plan.by_nodes
     return {
         "rank": exchange.engine.rank() if exchange.engine else 0,
         "world_size": exchange.engine.world_size() if exchange.engine else 1,
@@ -75,7 +75,7 @@ def of_all_ranks(exchange: GradientExchange) -> dict:
     for name, vector in sums.items():
         sums[name] = result(exchange.engine.allreduce(f"state.{name}", 0, vector, "sum"), f"the ranks' sum of {name}")
     state = {"world_size": exchange.engine.world_size(), **_of_any_rank(exchange), "sums": sums}
-    if exchange.plan.whole:
+    if not exchange.plan.by_nodes:
         return state
     device = next((vector.device for vector in sums.values()), torch.device("cpu"))
     return {**state, "memories": _memories_of_node(exchange, state["memories"], device)}
@@ -90,7 +90,7 @@ def _memories_of_node(exchange, memories, device):
     length, four = u32_bytes(own.numel(), device), [4] * engine.world_size()
     sizes = unpack_bits(result(engine.allgather("state.sizes", 0, length, four), what), len(four), 32).tolist()
     parts = result(engine.allgather("state.memories", 0, own, sizes), what).split(sizes)
-    loaded = [torch.load(io.BytesIO(bytes(part.tolist())), weights_only=True) for part in parts]
+    loaded = [torch.load(io.BytesIO(part.cpu().numpy().tobytes()), weights_only=True) for part in parts]
     return {name: memory for each in loaded for name, memory in each.items()}
 
 

@@ -124,7 +124,7 @@ class GradientState:
             future = self._start_dense(bucket, buffer)
         if bucket.is_last():
             self.exchange.end_step()
-            if _has_joined() and not self.exchange.plan.whole:
+            if _has_joined() and self.exchange.plan.by_nodes:
                 self.exchange.applied()  # by the ranks that go on, for which this one encodes its node's shares
         return future
 
