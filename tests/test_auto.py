@@ -14,7 +14,7 @@ from gcompress.exchange.exchange import GradientExchange
 from gcompress.forecast import decide as deciding
 from gcompress.forecast.decide import decide, measure_link
 from gcompress.policy import check_types
-from tests.local_ranks import ThreadEngine, World, run_ranks
+from tests.local_ranks import ThreadEngine, World, engines_of_nodes, run_ranks
 from tests.test_forecast import QuickBench
 
 SHAPES = {"a": torch.Size((300, 700)), "b": torch.Size((5000,)), "c": torch.Size((10,))}
@@ -112,6 +112,26 @@ def test_ranks_that_measure_differently_follow_rank_0_by_the_slowest(monkeypatch
     assert str(decided[0] or "none") == found[1]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and found[1] in messages[0] and "1gbit" in messages[0]
+
+
+def test_ranks_of_nodes_choose_for_the_exchange_that_they_will_have(monkeypatch):
+    seen, candidates = [], deciding.candidates
+
+    def watched(policy, situation, bench):
+        seen.append((situation.network.local, situation.topology(policy).by_nodes))
+        return candidates(policy, situation, bench)
+
+    monkeypatch.setattr(deciding, "candidates", watched)
+    for text, local_size, expected in (
+        ("auto:link=1gbit", 2, (2, True)),
+        ("auto:link=1gbit,shared=true", 2, (1, False)),
+        ("auto:link=1gbit", 1, (1, False)),
+    ):
+        world = World(4)
+        make = engines_of_nodes(world, 2)[0] if local_size > 1 else ThreadEngine
+        policies = run_ranks(world, text, lambda rank, exchange: exchange.prepare(SHAPES) or exchange.policy, make)
+        assert len(set(policies)) == 1 and seen == [expected] * 4
+        seen.clear()
 
 
 def test_the_choice_keeps_the_policys_rules_and_options():

@@ -27,7 +27,7 @@ from gcompress.forecast.gloo_costs import GlooCosts, measure_gloo
 from gcompress.forecast.network import Network
 from gcompress.forecast.path_costs import PathCosts, TorchCosts, measure_path, sampled
 from gcompress.forecast.step_bytes import buckets_of, step_bytes
-from gcompress.forecast.timeline import Computing, Errand, Transfer, play, slowest_of
+from gcompress.forecast.timeline import TIME_SLICE, Computing, Errand, Transfer, play, slowest_of
 from tests.local_ranks import World, run_ranks
 
 SHAPES = {
@@ -163,6 +163,28 @@ def test_a_pause_fills_the_bucket_of_a_burst():
         play([[errand]], [1], Network(8e6, 0, True, 1, 1, burst), Computing(1.0), 2) for burst in (0, 500_000)
     )
     assert plain.step - bursting.step == pytest.approx(0.5, abs=0.01)  # at a megabyte a second
+
+
+def test_what_an_operation_leaves_in_the_bucket_is_there_for_the_next():
+    """Of three operations of 250 kB, at a megabyte a second, two pass in a burst after a pause."""
+    errand = Errand((Transfer("allreduce", (125_000,)),), (0.0,), (0.0,), 0.0)
+    network = Network(8e6, 0, True, 1, 1, 500_000)
+    rested, busy = (play([[errand]] * 3, [1] * 3, network, Computing(pause=each), 2) for each in (10.0, 0.0))
+    assert rested.link == pytest.approx(0.25, abs=1e-3)
+    assert busy.link == pytest.approx(0.75, abs=1e-3)  # but for what passes while a message is under way
+    assert busy.step - rested.step == pytest.approx(0.5, abs=1e-3)
+
+
+def test_messages_wait_for_a_core_as_far_as_cores_are_busy():
+    errand = Errand((Transfer("allreduce", (1000,)),), (0.0,), (0.0,), 0.0)
+    network, ranks = Network(1e12, latency=0), 4
+    alone, shared, idle = (
+        play([[errand]], [1], network, computing, ranks).step
+        for computing in (Computing(1.0, others=0.0), Computing(1.0, others=2.0), Computing(0.0, others=2.0))
+    )
+    assert shared - alone == pytest.approx(2 * (ranks - 1) * 2 * TIME_SLICE, rel=0.05)  # of a ring's messages
+    assert idle < 1e-3 + network.delay("allreduce", (1000,), ranks)
+    assert play([[errand]], [1], network, Computing(1.0, share=3.0), ranks).step == pytest.approx(shared, rel=1e-3)
 
 
 def test_loads_of_rings_and_direct_messages():

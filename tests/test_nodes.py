@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gcompress
-from gcompress import ConfigError, Policy, Rule
+from gcompress import ConfigError, Policy, Rule, from_spec
 from gcompress.exchange.node_engine import Place, Topology, topology_of
 from gcompress.exchange.node_plan import NodePlan
 from gcompress.exchange.plan import Plan
@@ -250,6 +250,35 @@ def test_memory_waits_only_where_no_rank_of_the_node_has_a_gradient(exchange):
     make, _ = engines_of_nodes(World(4), 2)
     found = run_ranks(World(4), Policy("topk:sparsity=0.9", exchange=exchange), run, make)
     assert found == [(True, True), (True, True), (False, True), (False, True)]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "twophase"])
+def test_errors_of_encoding_are_those_of_a_ranks_shares(exchange):
+    """Of what a rank encodes, the mean over its node, in the pieces in which it does."""
+    shapes, compressor = {"w": (200, 100), "v": (90, 50)}, from_spec("topk:sparsity=0.9")
+
+    def run(rank, exchange):
+        exchange.prepare(shapes)
+        exchange.measure_errors(1)
+        own = gradients(0, rank, shapes)
+        finish = {name: exchange.start(name, own[name]) for name in shapes}
+        for wait in finish.values():
+            wait()
+        exchange.end_step()
+        return exchange.report.errors, exchange.plan
+
+    found = run_ranks(World(4), Policy(compressor, exchange=exchange), run, engines_of_nodes(World(4), 2)[0])
+    for rank, (errors, plan) in enumerate(found):
+        node, local = divmod(rank, 2)
+        own = [gradients(0, 2 * node + each, shapes) for each in range(2)]
+        peers, expected = plan.of_local[local], {}
+        for name, entry in peers.entries.items():
+            mean = (own[0][name].reshape(-1) + own[1][name].reshape(-1)) * 0.5
+            share = mean[peers.offsets[name] :][: entry.numel]
+            cuts = [(piece.start, piece.stop) for piece in entry.pieces] or [(0, entry.numel)]
+            sent = torch.cat([compressor.decompress(*compressor.compress(share[a:b])) for a, b in cuts])
+            expected[name] = float((share - sent).double().square().sum() / share.double().square().sum())
+        assert errors == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (4, 2), (2, 4)])

@@ -40,6 +40,16 @@ def test_do_not_compress_is_an_answer(capsys):
     assert "No advice" in plan(capsys, "--methods", "sign").out
 
 
+def test_machines_of_several_ranks_exchange_by_nodes_unless_a_method_says_otherwise(capsys):
+    methods = ["quantize:bits=4", "quantize:bits=4; local_size=1"]
+    for options, by_nodes in ((("--ranks-per-machine", "2"), True), (("--ranks-per-machine", "3"), False), ((), False)):
+        found = json.loads(plan(capsys, "--json", *options, "--methods", *methods).out)["methods"]
+        sent = {each["method"]: each["wire_bytes"] for each in found}
+        assert (sent[methods[0]] < 0.7 * sent[methods[1]]) == by_nodes
+        shown = plan(capsys, *options, "--methods", "sign").out
+        assert ("summed within each machine first" in shown) == by_nodes
+
+
 def seconds(capsys, *arguments):
     return json.loads(plan(capsys, "--json", "--methods", "none", *arguments).out)["methods"][0]["seconds"]
 
