@@ -212,6 +212,8 @@ def test_by_nodes_what_leaves_a_machine_is_what_its_plan_says(text):
     plain = sum(4 * entry.numel for entry in plan.entries.values() if not entry.compressor) * 2 * 3 / 4
     most = max(sum(each.wire_bytes().values()) for each in plan.of_local)  # of a machine's two ranks
     assert found.wire_bytes == pytest.approx(most + plain / 2, rel=0.03, abs=40)
+    leaving = there.network.seconds_of(plan.between_nodes_bytes() + plain)
+    assert found.link_seconds == pytest.approx(leaving, rel=0.1)
     flat = forecast_of("", dataclasses.replace(policy, local_size=1), there, QuickBench())
     # A ring of ranks that are numbered machine by machine leaves a machine once, with 7 / 8 of the bytes; now 3 / 4.
     assert found.link_seconds < (0.9 if "randomk" in text else 0.7) * flat.link_seconds
