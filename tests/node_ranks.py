@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import gcompress
 from gcompress import Policy
+from tests.placement import place_for_horovodrun, place_for_torchrun
 from tests.processes import expect_error
 from tests.scenarios import run_scenarios
 from tests.simulation import NodeSimulation, Simulation
@@ -53,8 +54,7 @@ class DdpRank:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            node, local = divmod(self.rank, LOCAL_SIZE)
-            os.environ.update(GROUP_RANK=str(node), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(LOCAL_SIZE))
+            place_for_torchrun(self.rank, LOCAL_SIZE)
 
     def compressed(self, model, policy):
         """(The model to call, a function that has all means in its gradients, the exchange)."""
@@ -76,13 +76,9 @@ class HorovodRank:
     def __init__(self):
         import horovod.torch as hvd
 
-        self.hvd, rank = hvd, int(os.environ["HOROVOD_RANK"])
-        node, local = divmod(rank, LOCAL_SIZE)
-        # What horovodrun tells ranks on two hosts, to whom it comes by ssh.
-        os.environ.update(HOROVOD_HOSTNAME=f"node-{node}", HOROVOD_LOCAL_RANK=str(local), HOROVOD_CROSS_RANK=str(node))
-        os.environ.update(HOROVOD_LOCAL_SIZE=str(LOCAL_SIZE), HOROVOD_CROSS_SIZE=str(NODES))
+        place_for_horovodrun(LOCAL_SIZE)
         hvd.init()
-        self.rank, self.size = hvd.rank(), hvd.size()
+        self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
 
     def compressed(self, model, policy, op=None):
         import gcompress.plugins.horovod as plugin

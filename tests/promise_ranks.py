@@ -6,7 +6,6 @@ Every rank writes {promise: "ok" or its error} to OUT.RANK.
 import contextlib
 import itertools
 import json
-import os
 import sys
 import traceback
 
@@ -20,7 +19,10 @@ import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
 import tests.promises_of_times  # noqa: F401
 from gcompress.feedback import EstimateFeedback
+from tests.placement import place_for_horovodrun, place_for_torchrun
 from tests.promises import PROMISES, Trainer, sgd
+
+LOCAL_SIZE = 2
 
 
 class Ddp(Trainer):
@@ -53,15 +55,41 @@ class Ddp(Trainer):
         yield ddp.engine(), dist.get_rank(), dist.get_world_size()
 
 
-class DdpByNodes(Ddp):
+class Horovod(Trainer):
+    engine = "horovod"
+
+    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
+        import gcompress.plugins.horovod as plugin
+
+        self.rank, self.size, self.model = hvd.rank(), hvd.size(), model
+        optimizer = make_optimizer(list(model.parameters()))
+        self.optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+        self.exchange = plugin.exchange(self.optimizer)
+        self.exchange.scaler = scaler
+
+    def synchronize(self):
+        self.optimizer.synchronize()
+
+    def step(self, scaler=None):
+        with self.optimizer.skip_synchronize():
+            super().step(scaler)
+
+    def gather(self, tensor):
+        gathering = hvd.allgather_async(tensor.unsqueeze(0).clone(), name="gathered")
+        return list(patient_synchronize(gathering).unbind(0))  # Horovod's own wait takes the others' cores
+
+    @staticmethod
+    @contextlib.contextmanager
+    def outer_engine():
+        import gcompress.plugins.horovod as plugin
+
+        yield plugin.engine(), hvd.rank(), hvd.size()
+
+
+class ByNodes:
     """Four ranks that are told that they are on two nodes; what a rank remembers of its shares is shown as a whole."""
 
-    local_size = 2
-
-    def __init__(self, *arguments, **options):
-        node, local = divmod(dist.get_rank(), self.local_size)
-        os.environ.update(GROUP_RANK=str(node), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(self.local_size))
-        super().__init__(*arguments, **options)
+    local_size = LOCAL_SIZE
 
     def memory(self):
         found, feedback = super().memory(), self.exchange.feedback
@@ -86,34 +114,12 @@ class DdpByNodes(Ddp):
         return found
 
 
-class Horovod(Trainer):
-    engine = "horovod"
+class DdpByNodes(ByNodes, Ddp):
+    pass
 
-    def __init__(self, model, compression, make_optimizer=sgd, *, scaler=None, unused=False):
-        import gcompress.plugins.horovod as plugin
 
-        self.rank, self.size, self.model = hvd.rank(), hvd.size(), model
-        optimizer = make_optimizer(list(model.parameters()))
-        self.optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
-        self.exchange = plugin.exchange(self.optimizer)
-        self.exchange.scaler = scaler
-
-    def synchronize(self):
-        self.optimizer.synchronize()
-
-    def step(self, scaler=None):
-        with self.optimizer.skip_synchronize():
-            super().step(scaler)
-
-    def gather(self, tensor):
-        return list(hvd.allgather(tensor.unsqueeze(0).clone(), name="gathered").unbind(0))
-
-    @staticmethod
-    @contextlib.contextmanager
-    def outer_engine():
-        import gcompress.plugins.horovod as plugin
-
-        yield plugin.engine(), hvd.rank(), hvd.size()
+class HorovodByNodes(ByNodes, Horovod):
+    pass
 
 
 class Mpi(Trainer):
@@ -189,22 +195,28 @@ class Byteps(Trainer):
         return [row.view(tensor.shape) for row in table]
 
 
-TRAINERS = {"ddp_by_nodes": DdpByNodes, **{each.engine: each for each in (Ddp, Horovod, Mpi, Byteps)}}
+TRAINERS = {each.engine: each for each in (Ddp, Horovod, Mpi, Byteps)}
+TRAINERS |= {"ddp_by_nodes": DdpByNodes, "horovod_by_nodes": HorovodByNodes}
 
 
 def start(engine):
     """Start the engine; returns this rank, or None on a server that has served all trainers."""
-    global dist, hvd, bps, byteps_plugin, servers, world
+    global dist, hvd, patient_synchronize, bps, byteps_plugin, servers, world
     if engine in ("ddp", "ddp_by_nodes"):
         import datetime
 
         import torch.distributed as dist
 
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        if engine == "ddp_by_nodes":
+            place_for_torchrun(dist.get_rank(), LOCAL_SIZE)
         return dist.get_rank()
-    if engine == "horovod":
+    if engine in ("horovod", "horovod_by_nodes"):
         import horovod.torch as hvd
+        from gcompress.plugins.horovod.collectives import patient_synchronize
 
+        if engine == "horovod_by_nodes":
+            place_for_horovodrun(LOCAL_SIZE)
         hvd.init()
         return hvd.rank()
     if engine == "byteps":
@@ -221,7 +233,7 @@ def start(engine):
     while world.bcast(None, root=0):
         try:
             servers.Job(1).serve()
-        except gcompress.ConfigMismatchError:
+        except (gcompress.ConfigMismatchError, gcompress.ConfigError):
             pass  # which the workers must be told, too
     return None
 

@@ -16,12 +16,15 @@ from tests.promises import PROMISES
 
 pytestmark = pytest.mark.ranks
 
-RANKS = "-m", "tests.promise_ranks"
+RANKS, BY_NODES = ("-m", "tests.promise_ranks"), "_by_nodes"
+ONE_BY_ONE = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", "HOROVOD_FUSION_THRESHOLD": "0"}
 LAUNCHES = {
     "ddp_by_nodes": lambda out: launch_ddp(4, *RANKS, "ddp_by_nodes", out, timeout=500),
     "ddp": lambda out: launch_ddp(3, *RANKS, "ddp", out, timeout=400),
     # Of two: Horovod adds the floats of three in an order that follows what it happens to fuse.
     "horovod": lambda out: launch_horovod(2, *RANKS, "horovod", out, timeout=400),
+    # Of two nodes, and one by one, for the same reason.
+    "horovod_by_nodes": lambda out: launch_horovod(4, *RANKS, "horovod_by_nodes", out, timeout=500, **ONE_BY_ONE),
     "mpi": lambda out: launch_mpi(4, *RANKS, "mpi", out, timeout=400),
     "byteps": lambda out: launch_byteps(2, *RANKS, "byteps", out, timeout=400),
 }
@@ -29,10 +32,8 @@ LAUNCHES = {
 
 def missing(engine):
     """Why an engine's ranks cannot be started here, or None."""
-    module = {"ddp": "torch", "ddp_by_nodes": "torch", "horovod": "horovod.torch", "mpi": "mpi4py", "byteps": "byteps"}[
-        engine
-    ]
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    module = {"ddp": "torch", "horovod": "horovod", "mpi": "mpi4py", "byteps": "byteps"}[engine.removesuffix(BY_NODES)]
+    if importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
     built = REPOSITORY / "plugins" / "byteps" / "_server.so"
     return "BytePS's compressors are not built" if engine == "byteps" and not built.exists() else None
@@ -58,6 +59,7 @@ MARKS = {
     "ddp": (),
     "ddp_by_nodes": (),
     "horovod": pytest.mark.horovod,
+    "horovod_by_nodes": pytest.mark.horovod,
     "mpi": pytest.mark.mpi,
     "byteps": pytest.mark.byteps,
 }
@@ -65,7 +67,7 @@ CASES = [
     pytest.param(engine, name, marks=marks, id=f"{engine}-{name}")
     for engine, marks in MARKS.items()
     for name, (_, engines) in PROMISES.items()
-    if not engines or engine.removesuffix("_by_nodes") in engines
+    if not engines or engine.removesuffix(BY_NODES) in engines
 ]
 
 

@@ -4,12 +4,14 @@ What is missing from a mean is the mean of the ranks' residuals, and from a sum 
 the ranks that were; then every rank that is takes the same part of it, and the owners of pieces take their pieces.
 """
 
+import io
 import re
 
 import torch
 
 from ..errors import ConfigError
 from ..feedback import EstimateFeedback, new_memory, second_memory
+from ..packing import u32_bytes, unpack_bits
 from .engine import result
 
 
@@ -118,9 +120,20 @@ def take_over(exchange, sums, ranks, memories, steps):
 
 
 def replan(exchange, shapes):
-    """Plan other parameters, on all ranks between the same steps; the residuals of pieces go to their new owners."""
-    sums = memory_sums(exchange, exchange.state_dict())
+    """Plan other parameters, on all ranks between the same steps.
+
+    The residuals of pieces go to their new owners, and by nodes what a rank remembers of a share to the rank of its
+    node that has the share then.
+    """
+    # As if of nodes of one rank: what is remembered of a share stays as it is.
+    sums = memory_sums(exchange, {**exchange.state_dict(), "local_size": 1})
+    by_nodes = exchange.plan.by_nodes
+    if by_nodes:
+        device = next((vector.device for vector in sums.values()), torch.device("cpu"))
+        memories = memories_of_node(exchange, exchange.memories.values(), device)
     exchange.prepare(shapes)
+    if by_nodes:
+        _take_shares(exchange, sums, memories)
     pieces = {}
     for name, entry in exchange.plan.entries.items():
         if f"owner/{name}" not in sums or not entry.summed_pieces:
@@ -129,6 +142,40 @@ def replan(exchange, shapes):
         owner = result(adding, f"the owners' residuals of {name}")
         pieces.update(_own_pieces(exchange, name, owner))
     exchange.owner_feedback.load_vectors({"residual": pieces})
+
+
+def _take_shares(exchange, vectors, memories):
+    """Let this rank take its shares of what its node remembers.
+
+    Args:
+        exchange: by nodes, with the new plan.
+        vectors: {name: this rank's} as of `memory_sums`, zero outside of the shares that it had.
+        memories: as of `memories_of_node`.
+    """
+    shares, kinds = own_shares(exchange), {kind: {} for kind in (exchange.feedback.kinds if exchange.feedback else ())}
+    for key, vector in vectors.items():
+        kind, _, name = key.partition("/")
+        if kind in kinds:
+            adding = exchange.engine.local.allreduce(f"replan.{key}", 0, vector, "sum")
+            total = result(adding, f"what the ranks of this node remember of {name}")
+            if name in shares:
+                kinds[kind][name] = total[slice(*shares[name])].clone()
+    if exchange.feedback:
+        exchange.feedback.load_vectors(kinds)
+    exchange.memories.load({name: memory for name, memory in memories.items() if name in shares})
+
+
+def memories_of_node(exchange, memories, device):
+    """What all ranks of this node have learned, {name: memory}: each has it of other parameters, and as its peers do."""
+    file = io.BytesIO()
+    torch.save(memories, file)
+    own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
+    engine, what = exchange.engine.local, "what the ranks of this node remember"
+    length, four = u32_bytes(own.numel(), device), [4] * engine.world_size()
+    sizes = unpack_bits(result(engine.allgather("state.sizes", 0, length, four), what), len(four), 32).tolist()
+    parts = result(engine.allgather("state.memories", 0, own, sizes), what).split(sizes)
+    loaded = [torch.load(io.BytesIO(part.cpu().numpy().tobytes()), weights_only=True) for part in parts]
+    return {name: memory for each in loaded for name, memory in each.items()}
 
 
 def _own_pieces(exchange, name, owner):

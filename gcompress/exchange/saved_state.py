@@ -18,7 +18,6 @@ Of all ranks: no rank, and in place of both feedbacks `sums`, {"residual/NAME", 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,9 @@ import torch
 
 from ..errors import ConfigError
 from ..memory import checked_copies
-from ..packing import u32_bytes, unpack_bits
 from ..policy import as_policy
 from .engine import result
-from .hand_on import memory_sums, own_shares, shares_of, sums_of, take_over
+from .hand_on import memories_of_node, memory_sums, own_shares, shares_of, sums_of, take_over
 
 if TYPE_CHECKING:
     from .exchange import GradientExchange
@@ -78,20 +76,7 @@ def of_all_ranks(exchange: GradientExchange) -> dict:
     if not exchange.plan.by_nodes:
         return state
     device = next((vector.device for vector in sums.values()), torch.device("cpu"))
-    return {**state, "memories": _memories_of_node(exchange, state["memories"], device)}
-
-
-def _memories_of_node(exchange, memories, device):
-    """What all ranks of this node have learned: each has it of other parameters, and as its peers do."""
-    file = io.BytesIO()
-    torch.save(memories, file)
-    own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
-    engine, what = exchange.engine.local, "what the ranks of this node remember"
-    length, four = u32_bytes(own.numel(), device), [4] * engine.world_size()
-    sizes = unpack_bits(result(engine.allgather("state.sizes", 0, length, four), what), len(four), 32).tolist()
-    parts = result(engine.allgather("state.memories", 0, own, sizes), what).split(sizes)
-    loaded = [torch.load(io.BytesIO(part.cpu().numpy().tobytes()), weights_only=True) for part in parts]
-    return {name: memory for each in loaded for name, memory in each.items()}
+    return {**state, "memories": memories_of_node(exchange, state["memories"], device)}
 
 
 class AllRanks:

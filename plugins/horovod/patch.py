@@ -78,10 +78,9 @@ def init(self, params, named_parameters, compression, *arguments, **keywords):
         check_momentum(self._gcompress.policy, self.param_groups, self._parameter_names)
         check_types(self._gcompress.policy, {name: p for p, name in self._parameter_names.items()})
     number, included = next(_numbers), self.process_set.included()
-    policy = self._gcompress.policy if included else None
-    self._gcompress.engine = (
-        engine_for(self.process_set, number, policy) if policy else HorovodEngine(self.process_set, number)
-    )
+    self._gcompress.engine = HorovodEngine(self.process_set, number)
+    if included:
+        self._gcompress.engine = engine_for(self._gcompress.engine, self._gcompress.policy)
     self._gcompress.average = self.op == hvd.Average
     inner = hvd.Compression.none if ours else compression
     self._compression = CountedCompression(inner, self._gcompress, self.process_set)

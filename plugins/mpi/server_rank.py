@@ -13,6 +13,7 @@ from gcompress.exchange.parameter_server import ParameterServer
 from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.policy import as_policy
 
+from .configuration import check_configuration
 from .messages import (
     TAGS,
     given_up_tag,
@@ -55,6 +56,7 @@ class ServerRank:
     def __init__(self, job):
         self.job = job
         agreed = agree(job.all_ranks, job.settings)
+        check_configuration(agreed)
         policy = as_policy(agreed["compression"]) if agreed["compression"] else None
         self.partitions = partition(dict(agreed["sizes"]), policy, job.servers, agreed["partition_numel"])
         codec = PartitionCodec(self.partitions, policy, "server")

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from gcompress.checks import check_integer
 from gcompress.errors import ConfigError, ExchangeError
 from gcompress.exchange.engine import agree
-from gcompress.exchange.parameter_server import check_for_servers, memory_sizes
+from gcompress.exchange.parameter_server import memory_sizes
 from gcompress.exchange.partition import PartitionCodec, partition
 from gcompress.exchange.results import Results
 from gcompress.exchange.saved_state import check_counts
@@ -20,6 +20,7 @@ from gcompress.forecast.decide import decide
 from gcompress.packing import saturated, to_type
 from gcompress.policy import as_policy
 
+from .configuration import check_configuration
 from .messages import leave_tag, memory_tag, pull_tag, push_tag, sum_tag
 
 SMALLEST_PARTITION, LARGEST_PARTITION = 1 << 16, 1 << 20  # entries
@@ -57,12 +58,6 @@ class Worker(Results):
         check_integer("partition_bytes", partition_bytes, 4)
         check_integer("staleness", staleness, 0)
         super().__init__(None if compression is None else as_policy(compression), scaler)
-        if self.policy and self.policy.error_feedback == "ef21" and (staleness or momentum or job.on_failure != "end"):
-            raise ConfigError(
-                "error_feedback: got 'ef21', which needs the same means on all workers, without staleness or momentum "
-                "on the servers, and workers that all stay"
-            )
-        check_for_servers(self.policy)
         if self.policy and self.policy.undecided:
             self.policy = decide(self.policy, job.all_workers, {name: torch.Size([n]) for name, n in sizes.items()})
         self.job = job
@@ -75,6 +70,7 @@ class Worker(Results):
             "sizes": list(sizes.items()),  # in their order, which decides the keys
         }
         agree(job.all_ranks, configuration)
+        check_configuration(configuration)
         self.partitions = partition(sizes, self.policy, job.servers, partition_bytes // 4)
         if sum_tag(self.partitions) > job.world.Get_attr(MPI.TAG_UB):
             raise ConfigError(f"partition_bytes: {len(self.partitions)} partitions are more than MPI has tags for")
