@@ -68,7 +68,7 @@ class BuildNative(build_ext):
             objects = sum((job.result() for job in jobs), [])
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        compiler.link_shared_object(objects, target, target_lang="c++")
+        compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
 
     @staticmethod
     def without_search_paths(compiler):

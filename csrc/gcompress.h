@@ -1,8 +1,9 @@
 // The C ABI of gcompress's CPU kernels. docs/FORMAT.md specifies every payload.
 //
-// Nothing here allocates, throws or keeps state; callers own all memory. Sizes are
-// entries unless a name says bytes. Functions that can meet bad data return GC_OK or a
-// negative code. Every instruction set gives the same bytes.
+// Nothing here allocates, throws or keeps state; callers own all memory. Threads that a kernel
+// starts end before it returns. Sizes are entries unless a name says bytes. Functions that can
+// meet bad data return GC_OK or a negative code. Every instruction set and every number of
+// threads gives the same bytes.
 #ifndef GCOMPRESS_H
 #define GCOMPRESS_H
 

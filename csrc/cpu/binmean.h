@@ -94,16 +94,16 @@ void binmean_decode_range(const uint8_t* payload, int64_t n, int64_t first, int6
 template <int bits>
 void binmean_encode_bits(gc_memory* memory, const float* x, int64_t n, double range, uint8_t* payload) {
     encode_units(
-        memory, x, n, n,
-        [&](const float* source, int64_t, int64_t) { binmean_encode_all<bits>(source, n, range, payload); },
-        [&](int64_t first, int64_t end, float* sent) {
+        1, memory, x, n, n,
+        [&](const float* source, int64_t, int64_t, int64_t) { binmean_encode_all<bits>(source, n, range, payload); },
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
             binmean_decode_range<bits, false>(payload, n, first, end, sent);
         });
 }
 
 template <int bits>
-void binmean_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
-    decode_units(more, payload, n, 64, add, out,
+void binmean_decode_bits(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
+    decode_units(threads, more, payload, n, 64, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      binmean_decode_range<bits, decltype(adds)::value>(one, n, first, end, target);
                  });
@@ -113,8 +113,9 @@ void binmean_encode(gc_memory* memory, const float* x, int64_t n, int bits, doub
     GC_FOR_BITS(bits, (binmean_encode_bits<B>(memory, x, n, range, payload)))
 }
 
-void binmean_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int add, float* out) {
-    GC_FOR_BITS(bits, (binmean_decode_bits<B>(more, payload, n, add, out)))
+void binmean_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int bits, int add,
+                    float* out) {
+    GC_FOR_BITS(bits, (binmean_decode_bits<B>(threads, more, payload, n, add, out)))
 }
 
 }  // namespace

@@ -202,49 +202,51 @@ void cast_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
 }
 
 template <int form>
-void cast_encode_form(gc_memory* memory, const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
+void cast_encode_form(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, uint8_t* payload) {
     encode_units(
-        memory, x, n, bucket < 64 ? 64 : bucket,
-        [&](const float* source, int64_t first, int64_t end) {
+        threads, memory, x, n, bucket < 64 ? 64 : bucket,
+        [&](const float* source, int64_t first, int64_t end, int64_t) {
             cast_encode_range<form>(source, n, bucket, first, end, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) {
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
             cast_decode_range<form, false>(payload, n, bucket, first, end, sent);
         });
 }
 
-void cast_encode(gc_memory* memory, const float* x, int64_t n, int form, int64_t bucket, uint8_t* payload) {
+void cast_encode(int threads, gc_memory* memory, const float* x, int64_t n, int form, int64_t bucket,
+                 uint8_t* payload) {
     if (form == GC_FP16)
-        cast_encode_form<GC_FP16>(memory, x, n, bucket, payload);
+        cast_encode_form<GC_FP16>(threads, memory, x, n, bucket, payload);
     else if (form == GC_FP8)
-        cast_encode_form<GC_FP8>(memory, x, n, bucket, payload);
+        cast_encode_form<GC_FP8>(threads, memory, x, n, bucket, payload);
     else
-        cast_encode_form<GC_MXFP4>(memory, x, n, bucket, payload);
+        cast_encode_form<GC_MXFP4>(threads, memory, x, n, bucket, payload);
 }
 
 template <int form>
-void cast_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
-    decode_units(more, payload, n, bucket < 64 ? 64 : bucket, add, out,
+void cast_decode_form(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add,
+                      float* out) {
+    decode_units(threads, more, payload, n, bucket < 64 ? 64 : bucket, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      cast_decode_range<form, decltype(adds)::value>(one, n, bucket, first, end, target);
                  });
 }
 
-void cast_decode(const gc_more* more, const uint8_t* payload, int64_t n, int form, int64_t bucket, int add,
+void cast_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int form, int64_t bucket, int add,
                  float* out) {
     if (form == GC_FP16)
-        cast_decode_form<GC_FP16>(more, payload, n, bucket, add, out);
+        cast_decode_form<GC_FP16>(threads, more, payload, n, bucket, add, out);
     else if (form == GC_FP8)
-        cast_decode_form<GC_FP8>(more, payload, n, bucket, add, out);
+        cast_decode_form<GC_FP8>(threads, more, payload, n, bucket, add, out);
     else
-        cast_decode_form<GC_MXFP4>(more, payload, n, bucket, add, out);
+        cast_decode_form<GC_MXFP4>(threads, more, payload, n, bucket, add, out);
 }
 
 template <bool stochastic>
-void bf16_encode_rounding(gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
+void bf16_encode_rounding(int threads, gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
     encode_units(
-        memory, x, n, 64,
-        [&](const float* source, int64_t first, int64_t end) {
+        threads, memory, x, n, 64,
+        [&](const float* source, int64_t first, int64_t end, int64_t) {
             uint16_t codes[64];
             for (int64_t i = first; i < end; i += 64) {
                 const int64_t size = min64(64, end - i);
@@ -257,20 +259,21 @@ void bf16_encode_rounding(gc_memory* memory, const float* x, int64_t n, uint32_t
                 memcpy(payload + 2 * i, codes, (size_t)size * sizeof *codes);
             }
         },
-        [&](int64_t first, int64_t end, float* sent) {
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
             for (int64_t i = first; i < end; ++i) sent[i - first] = from_bf16(load<uint16_t>(payload + 2 * i));
         });
 }
 
-void bf16_encode(gc_memory* memory, const float* x, int64_t n, int stochastic, uint32_t seed, uint8_t* payload) {
+void bf16_encode(int threads, gc_memory* memory, const float* x, int64_t n, int stochastic, uint32_t seed,
+                 uint8_t* payload) {
     if (stochastic)
-        bf16_encode_rounding<true>(memory, x, n, seed, payload);
+        bf16_encode_rounding<true>(threads, memory, x, n, seed, payload);
     else
-        bf16_encode_rounding<false>(memory, x, n, seed, payload);
+        bf16_encode_rounding<false>(threads, memory, x, n, seed, payload);
 }
 
-void bf16_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
-    decode_units(more, payload, n, 64, add, out,
+void bf16_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
+    decode_units(threads, more, payload, n, 64, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      const uint8_t* codes = one + 2 * first;
                      for (int64_t i = 0; i < end - first; ++i) {  // vectorised

@@ -187,7 +187,8 @@ void pack_codes(const uint8_t* codes, int64_t count, int64_t following, uint8_t*
 
 template <int bits>
 void eden_encode_range(const float* x, int64_t n, int64_t block, int64_t sent, int64_t sent_tail, bool unbiased,
-                       uint32_t seed, const EdenLevels<bits>& levels, int64_t from, int64_t to, uint8_t* payload) {
+                       uint32_t seed, const EdenLevels<bits>& levels, int64_t from, int64_t to, int64_t limit,
+                       uint8_t* payload) {
     uint8_t codes[EDEN_LARGEST_BLOCK];
     uint8_t* packed = payload + 4 + 4 * ((n + block - 1) / block) + from / block * (sent / 8 * bits);
     for (int64_t first = from; first < to; first += block) {
@@ -196,7 +197,7 @@ void eden_encode_range(const float* x, int64_t n, int64_t block, int64_t sent, i
         const float scale =
             eden_encode_block<bits>(x + first, EdenBlock(first, entries, seed), here, number, unbiased, levels, codes);
         store<float>(payload + 4 + 4 * (int64_t)number, scale);
-        pack_codes<bits>(codes, here, n - first - entries >= block ? 64 : 0, packed);
+        pack_codes<bits>(codes, here, limit - first - entries >= block ? 64 : 0, packed);
         packed += here / 8 * bits;
     }
 }
@@ -242,38 +243,40 @@ void eden_decode_range(const uint8_t* payload, int64_t n, int64_t block, int64_t
 }
 
 template <int bits>
-void eden_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t block, int64_t sent, int64_t sent_tail,
-                      bool unbiased, uint32_t seed, const float* level_table, uint8_t* payload) {
+void eden_encode_bits(int threads, gc_memory* memory, const float* x, int64_t n, int64_t block, int64_t sent,
+                      int64_t sent_tail, bool unbiased, uint32_t seed, const float* level_table, uint8_t* payload) {
     const EdenLevels<bits> levels(level_table);
     store<uint32_t>(payload, seed);
     encode_units<EDEN_LARGEST_BLOCK>(
-        memory, x, n, block,
-        [&](const float* source, int64_t first, int64_t end) {
-            eden_encode_range<bits>(source, n, block, sent, sent_tail, unbiased, seed, levels, first, end, payload);
+        threads, memory, x, n, block,
+        [&](const float* source, int64_t first, int64_t end, int64_t limit) {
+            eden_encode_range<bits>(source, n, block, sent, sent_tail, unbiased, seed, levels, first, end, limit,
+                                    payload);
         },
-        [&](int64_t first, int64_t end, float* decoded) {
+        [&](int64_t first, int64_t end, int64_t, float* decoded) {
             eden_decode_range<bits>(payload, n, block, sent, sent_tail, level_table, first, end, false, decoded);
         });
 }
 
-void eden_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t block, int64_t sent, int64_t sent_tail,
-                 int unbiased, uint32_t seed, const float* levels, uint8_t* payload) {
-    GC_FOR_BITS(bits, (eden_encode_bits<B>(memory, x, n, block, sent, sent_tail, unbiased != 0, seed, levels, payload)))
+void eden_encode(int threads, gc_memory* memory, const float* x, int64_t n, int bits, int64_t block, int64_t sent,
+                 int64_t sent_tail, int unbiased, uint32_t seed, const float* levels, uint8_t* payload) {
+    GC_FOR_BITS(bits, (eden_encode_bits<B>(threads, memory, x, n, block, sent, sent_tail, unbiased != 0, seed, levels,
+                                           payload)))
 }
 
 template <int bits>
-void eden_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t block, int64_t sent,
+void eden_decode_bits(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t block, int64_t sent,
                       int64_t sent_tail, const float* levels, int add, float* out) {
-    decode_units<EDEN_LARGEST_BLOCK>(more, payload, n, block, add, out,
+    decode_units<EDEN_LARGEST_BLOCK>(threads, more, payload, n, block, add, out,
                                      [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                                          eden_decode_range<bits>(one, n, block, sent, sent_tail, levels, first, end,
                                                                  adds.value, target);
                                      });
 }
 
-void eden_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t block, int64_t sent,
-                 int64_t sent_tail, const float* levels, int add, float* out) {
-    GC_FOR_BITS(bits, (eden_decode_bits<B>(more, payload, n, block, sent, sent_tail, levels, add, out)))
+void eden_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t block,
+                 int64_t sent, int64_t sent_tail, const float* levels, int add, float* out) {
+    GC_FOR_BITS(bits, (eden_decode_bits<B>(threads, more, payload, n, block, sent, sent_tail, levels, add, out)))
 }
 
 }  // namespace

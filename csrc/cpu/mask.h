@@ -55,113 +55,130 @@ void lloyd_classes(const int64_t* histogram, uint8_t* class_of_bin) {
         for (int bin = edge[m]; bin < edge[m + 1]; ++bin) class_of_bin[bin] = (uint8_t)m;
 }
 
+// Behind the levels: of every class the fixed magnitudes, and how many there are.
+struct MaskSums {
+    int64_t sums[256], counts[256];
+};
+
 template <int bits, bool is_signed, bool lloyd>
-void mask_encode_form(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+void mask_encode_form(const Shares& shares, const float* x, int64_t k, uint32_t* workspace, int64_t capacity,
+                      ShareSelection* of_shares, uint8_t* payload) {
     typedef MaskClasses<bits, is_signed> Classes;
-    Selection selection = select_largest<is_signed>(x, n, k, workspace, capacity);
+    const Selection selection = select_largest<is_signed>(shares, x, k, workspace, capacity, of_shares);
     const MaskScale scale = mask_scale(selection.threshold);
 
     uint8_t class_of_bin[BINS] = {0};
     int32_t border[4] = {0, BINS, BINS, BINS};  // the first bin of classes 1 to 3
     if (lloyd) {
-        int64_t histogram[2][BINS] = {{0}};  // two, so that equal neighbours do not wait for each other
-        Selection counting = selection;
-        uint32_t keys[64] = {0};
-        int32_t bins[64];
-        for (int64_t i = 0; i < n; i += 64) {
-            const int64_t block = min64(64, n - i);
-            if (block == 64)
-                keys_64<is_signed>(x + i, keys);
-            else
-                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
-            for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
-            for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
-            uint64_t kept = kept_of_block(keys, block, &counting);
-            for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
-        }
-        for (int bin = 0; bin < BINS; ++bin) histogram[0][bin] += histogram[1][bin];
-        lloyd_classes<bits, is_signed>(histogram[0], class_of_bin);
+        int64_t total[BINS] = {0};
+        on_shares(shares, [&](int share, int64_t from, int64_t to) {
+            int64_t histogram[2][BINS] = {{0}};  // two, so that equal neighbours do not wait for each other
+            Selection counting = of_shares[share].selection;
+            uint32_t keys[64] = {0};
+            int32_t bins[64];
+            for (int64_t i = from; i < to; i += 64) {
+                const int64_t block = min64(64, to - i);
+                if (block == 64)
+                    keys_64<is_signed>(x + i, keys);
+                else
+                    for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
+                for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
+                for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
+                uint64_t kept = kept_of_block(keys, block, &counting);
+                for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
+            }
+            for (int bin = 0; bin < BINS; ++bin) add_to_shared(total + bin, histogram[0][bin] + histogram[1][bin]);
+        });
+        lloyd_classes<bits, is_signed>(total, class_of_bin);
         for (int bin = BINS - 1; bin >= 0; --bin)
             for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) border[m] = bin;
     }
 
-    uint8_t* values = payload + 4 * Classes::sent;
-    uint8_t* packed = values + 4 * k;
-    int64_t sums[256] = {0}, counts[256] = {0};
-    uint32_t keys[64] = {0};
-    int32_t fixed[CHUNK], classes[CHUNK];
-    uint8_t codes[CHUNK];
-    float tail[64] = {0};
-    for (int64_t chunk = 0; chunk < n; chunk += CHUNK) {
-        const int64_t size = min64(CHUNK, n - chunk);
-        for (int64_t i = 0; i < size; i += 64) {
-            const int64_t block = min64(64, size - i);
-            const float* source = x + chunk + i;
-            if (block < 64) {
-                memcpy(tail, source, (size_t)block * sizeof(float));
-                source = tail;
-            }
-            int32_t* block_fixed = fixed + i;
-            int32_t* block_classes = classes + i;
-            uint8_t* block_codes = codes + i;
-            if (lloyd) {
-                for (int j = 0; j < 64; ++j) {  // vectorised
-                    keys[j] = key_of<is_signed>(source[j]);
-                    block_fixed[j] = fixed_magnitude(keys[j], scale);
+    uint8_t* packed = payload + 4 * Classes::sent + 4 * k;
+    MaskSums all = {{0}, {0}};
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
+        uint8_t* values = payload + 4 * Classes::sent + 4 * of_shares[share].before;
+        Selection left = of_shares[share].selection;
+        MaskSums mine = {{0}, {0}};
+        uint32_t keys[64] = {0};
+        int32_t fixed[CHUNK], classes[CHUNK];
+        uint8_t codes[CHUNK];
+        float tail[64] = {0};
+        for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
+            const int64_t size = min64(CHUNK, to - chunk);
+            for (int64_t i = 0; i < size; i += 64) {
+                const int64_t block = min64(64, size - i);
+                const float* source = x + chunk + i;
+                if (block < 64) {
+                    memcpy(tail, source, (size_t)block * sizeof(float));
+                    source = tail;
                 }
-                if (Classes::half <= 3) {
+                int32_t* block_fixed = fixed + i;
+                int32_t* block_classes = classes + i;
+                uint8_t* block_codes = codes + i;
+                if (lloyd) {
                     for (int j = 0; j < 64; ++j) {  // vectorised
-                        const int32_t bin = block_fixed[j] >> 4;
-                        block_classes[j] = (bin >= border[1]) + (bin >= border[2]) + (bin >= border[3]);
+                        keys[j] = key_of<is_signed>(source[j]);
+                        block_fixed[j] = fixed_magnitude(keys[j], scale);
                     }
-                } else {
-                    for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
+                    if (Classes::half <= 3) {
+                        for (int j = 0; j < 64; ++j) {  // vectorised
+                            const int32_t bin = block_fixed[j] >> 4;
+                            block_classes[j] = (bin >= border[1]) + (bin >= border[2]) + (bin >= border[3]);
+                        }
+                    } else {
+                        for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
+                    }
                 }
-            }
-            for (int j = 0; j < 64; ++j) {  // vectorised
-                if (!lloyd) {
-                    keys[j] = key_of<is_signed>(source[j]);
-                    block_fixed[j] = fixed_magnitude(keys[j], scale);
-                    block_classes[j] = Classes::linear(block_fixed[j]);
+                for (int j = 0; j < 64; ++j) {  // vectorised
+                    if (!lloyd) {
+                        keys[j] = key_of<is_signed>(source[j]);
+                        block_fixed[j] = fixed_magnitude(keys[j], scale);
+                        block_classes[j] = Classes::linear(block_fixed[j]);
+                    }
+                    const int32_t minus = is_signed ? load<int32_t>(source + j) >> 31 : 0;
+                    block_codes[j] = (uint8_t)(Classes::centre + ((block_classes[j] ^ minus) - minus));
                 }
-                const int32_t minus = is_signed ? load<int32_t>(source + j) >> 31 : 0;
-                block_codes[j] = (uint8_t)(Classes::centre + ((block_classes[j] ^ minus) - minus));
+                uint64_t kept = kept_of_block(keys, block, &left);
+                for (; kept; kept &= kept - 1) {
+                    const int j = __builtin_ctzll(kept);
+                    store<float>(values, source[j]);
+                    values += 4;
+                    block_codes[j] = (uint8_t)Classes::codes;
+                    block_classes[j] = -1;
+                }
+                if (chunk + i + 128 <= to)
+                    pack_64<bits>(block_codes, packed + (chunk + i) / 8 * bits);
+                else
+                    pack_tail<bits>(block_codes, block, packed + (chunk + i) / 8 * bits);
             }
-            uint64_t kept = kept_of_block(keys, block, &selection);
-            for (; kept; kept &= kept - 1) {
-                const int j = __builtin_ctzll(kept);
-                store<float>(values, source[j]);
-                values += 4;
-                block_codes[j] = (uint8_t)Classes::codes;
-                block_classes[j] = -1;
-            }
-            if (chunk + i + 128 <= n)
-                pack_64<bits>(block_codes, packed + (chunk + i) / 8 * bits);
-            else
-                pack_tail<bits>(block_codes, block, packed + (chunk + i) / 8 * bits);
-        }
-        // The sums behind the levels: a vectorised scan per class while there are few.
-        if (Classes::sent <= 7) {
-            for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
-                int32_t sum = 0, members = 0;
+            // The sums behind the levels: a vectorised scan per class while there are few.
+            if (Classes::sent <= 7) {
+                for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
+                    int32_t sum = 0, members = 0;
+                    for (int64_t i = 0; i < size; ++i) {
+                        sum += classes[i] == m ? fixed[i] : 0;
+                        members += classes[i] == m;
+                    }
+                    mine.sums[m] += sum;
+                    mine.counts[m] += members;
+                }
+            } else {
                 for (int64_t i = 0; i < size; ++i) {
-                    sum += classes[i] == m ? fixed[i] : 0;
-                    members += classes[i] == m;
+                    const int m = classes[i] < 0 ? 255 : classes[i];
+                    mine.sums[m] += fixed[i];
+                    ++mine.counts[m];
                 }
-                sums[m] += sum;
-                counts[m] += members;
-            }
-        } else {
-            for (int64_t i = 0; i < size; ++i) {
-                const int m = classes[i] < 0 ? 255 : classes[i];
-                sums[m] += fixed[i];
-                ++counts[m];
             }
         }
-    }
+        for (int m = 0; m < 256; ++m) {
+            add_to_shared(all.sums + m, mine.sums[m]);
+            add_to_shared(all.counts + m, mine.counts[m]);
+        }
+    });
     for (int s = 0; s < Classes::sent; ++s) {
         const int m = is_signed ? s + 1 : s;
-        store<float>(payload + 4 * s, mask_level(sums[m], counts[m], scale.threshold));
+        store<float>(payload + 4 * s, mask_level(all.sums[m], all.counts[m], scale.threshold));
     }
 }
 
@@ -173,7 +190,7 @@ struct MaskReader {
     const uint8_t *packed, *values;
 
     MaskReader() {}
-    MaskReader(const uint8_t* payload, int64_t k) : table() {
+    MaskReader(const uint8_t* payload, int64_t k, int64_t before) : table() {  // `before`: kept values passed over
         for (int s = 0; s < Classes::sent; ++s) {
             const float level = load<float>(payload + 4 * s);
             if (is_signed) {
@@ -183,8 +200,19 @@ struct MaskReader {
                 table[s] = level;
             }
         }
-        values = payload + 4 * Classes::sent;
-        packed = values + 4 * k;
+        packed = payload + 4 * Classes::sent + 4 * k;
+        values = payload + 4 * Classes::sent + 4 * before;
+    }
+
+    // How many of the entries [from, to), whole blocks with another one behind them, are marked as kept.
+    int64_t count_kept(int64_t from, int64_t to) const {
+        uint8_t codes[64];
+        int64_t count = 0;
+        for (int64_t i = from; i < to; i += 64) {
+            unpack_64<bits>(packed + i / 8 * bits, codes);
+            count += __builtin_popcountll(equal_64(codes, (uint8_t)Classes::codes));
+        }
+        return count;
     }
 
     template <bool add>
@@ -221,51 +249,82 @@ struct MaskReader {
 };
 
 template <int bits, bool is_signed>
-void mask_encode_keeping(gc_memory* memory, const float* x, int64_t n, int64_t k, bool lloyd, uint32_t* workspace,
-                         int64_t capacity, uint8_t* payload) {
+void mask_encode_keeping(int threads, gc_memory* memory, const float* x, int64_t n, int64_t k, bool lloyd,
+                         uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+    const Shares shares = shares_of(threads, n, CHUNK);
+    ShareSelection of_shares[MOST_THREADS];
     if (memory) {
-        correct_all(memory, x, n);
+        correct_all(shares, memory, x);
         x = memory->fresh;
     }
     if (lloyd)
-        mask_encode_form<bits, is_signed, true>(x, n, k, workspace, capacity, payload);
+        mask_encode_form<bits, is_signed, true>(shares, x, k, workspace, capacity, of_shares, payload);
     else
-        mask_encode_form<bits, is_signed, false>(x, n, k, workspace, capacity, payload);
+        mask_encode_form<bits, is_signed, false>(shares, x, k, workspace, capacity, of_shares, payload);
     if (!memory) return;
-    MaskReader<bits, is_signed> reader(payload, k);
-    keep_decoded<STRETCH>(memory, 0, n, 64, [&](int64_t first, int64_t end, float* sent) {
-        reader.template decode<false>(n, first, end, sent);
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
+        MaskReader<bits, is_signed> reader(payload, k, of_shares[share].before);
+        keep_decoded<STRETCH>(memory, from, to, 64, [&](int64_t first, int64_t end, float* sent) {
+            reader.template decode<false>(n, first, end, sent);
+        });
     });
 }
 
 template <int bits, bool is_signed>
-int mask_decode_form(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int add, float* out) {
+int mask_decode_form(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int add,
+                     float* out) {
     typedef MaskReader<bits, is_signed> Reader;
-    Reader readers[1 + GC_MOST_MORE];
-    readers[0] = Reader(payload, k);
-    for (int64_t r = 0; more && r < more->count; ++r) readers[r + 1] = Reader(more->payloads[r], k);
-    return decode_in_turn(more, payload, n, 64, add, out,
-                          [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
-                              return adds ? readers[r].template decode<true>(n, first, end, target)
-                                          : readers[r].template decode<false>(n, first, end, target);
-                          });
+    const Shares shares = shares_of(threads, n, CHUNK);
+    const int64_t count = more ? 1 + more->count : 1;
+    int64_t kept[MOST_THREADS][1 + GC_MOST_MORE];  // of a share and payload
+    int results[MOST_THREADS];
+    const auto payload_of = [=](int64_t r) { return r ? more->payloads[r - 1] : payload; };
+    if (shares.count > 1) {
+        memset(kept, 0, sizeof kept);
+        at_once(shares.count, [&](int part) {  // a part of every share but the last one, which nothing follows
+            const int64_t blocks = shares.each / 64;
+            const int64_t from = part * blocks / shares.count * 64, to = (part + 1) * blocks / shares.count * 64;
+            for (int share = 0; share + 1 < shares.count; ++share) {
+                const int64_t first = shares.begin(share);
+                for (int64_t r = 0; r < count; ++r)
+                    add_to_shared(kept[share] + r, Reader(payload_of(r), k, 0).count_kept(first + from, first + to));
+            }
+        });
+    }
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
+        Reader readers[1 + GC_MOST_MORE];
+        for (int64_t r = 0; r < count; ++r) {
+            int64_t before = 0;
+            for (int other = 0; other < share; ++other) before += kept[other][r];
+            readers[r] = Reader(payload_of(r), k, before);
+        }
+        results[share] =
+            decode_in_turn(more, payload, from, to, 64, add, out,
+                           [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+                               return adds ? readers[r].template decode<true>(n, first, end, target)
+                                           : readers[r].template decode<false>(n, first, end, target);
+                           });
+    });
+    return first_error(results, shares.count);
 }
 
-void mask_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int bits, int is_signed, int lloyd,
-                 uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+void mask_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t k, int bits, int is_signed,
+                 int lloyd, uint32_t* workspace, int64_t capacity, uint8_t* payload) {
     if (is_signed)
-        GC_FOR_BITS(bits, (mask_encode_keeping<B, true>(memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
+        GC_FOR_BITS(bits,
+                    (mask_encode_keeping<B, true>(threads, memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
     else
-        GC_FOR_BITS(bits, (mask_encode_keeping<B, false>(memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
+        GC_FOR_BITS(bits,
+                    (mask_encode_keeping<B, false>(threads, memory, x, n, k, lloyd != 0, workspace, capacity, payload)))
 }
 
-int mask_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int bits, int is_signed, int add,
-                float* out) {
+int mask_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int bits, int is_signed,
+                int add, float* out) {
     int result = GC_OK;
     if (is_signed)
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, true>(more, payload, n, k, add, out)))
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, true>(threads, more, payload, n, k, add, out)))
     else
-        GC_FOR_BITS(bits, (result = mask_decode_form<B, false>(more, payload, n, k, add, out)))
+        GC_FOR_BITS(bits, (result = mask_decode_form<B, false>(threads, more, payload, n, k, add, out)))
     return result;
 }
 

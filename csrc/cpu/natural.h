@@ -50,17 +50,19 @@ inline void natural_decode_range(const uint8_t* payload, int64_t n, int64_t from
     }
 }
 
-void natural_encode(gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
+void natural_encode(int threads, gc_memory* memory, const float* x, int64_t n, uint32_t seed, uint8_t* payload) {
     encode_units(
-        memory, x, n, 64,
-        [&](const float* source, int64_t first, int64_t end) {
+        threads, memory, x, n, 64,
+        [&](const float* source, int64_t first, int64_t end, int64_t) {
             natural_encode_range(source, n, seed, first, end, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) { natural_decode_range(payload, n, first, end, false, sent); });
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
+            natural_decode_range(payload, n, first, end, false, sent);
+        });
 }
 
-void natural_decode(const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
-    decode_units(more, payload, n, 64, add, out,
+void natural_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int add, float* out) {
+    decode_units(threads, more, payload, n, 64, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      natural_decode_range(one, n, first, end, adds.value, target);
                  });

@@ -8,29 +8,34 @@
 namespace {
 
 void polar_sums(const float* x, int64_t n, int64_t cols, float* row_sums, float* column_sums) {
-    polar_sums_of(x, n, cols, row_sums, column_sums);
+    polar_sums_of(1, x, n, cols, row_sums, column_sums);
 }
 
 int64_t polar_beyond(const float* x, int64_t n, int64_t cols, const float* row_factors, int by_row,
                      const float* column_factors, int by_column, float floor, float slope, float intercept,
                      int64_t capacity, int64_t* places) {
-    return polar_places_beyond(x, n, cols, row_factors, by_row != 0, column_factors, by_column != 0, floor, slope,
+    return polar_places_beyond(x, 0, n, cols, row_factors, by_row != 0, column_factors, by_column != 0, floor, slope,
                                intercept, capacity, places);
 }
 
+inline Shares all_rows(const void* layout) {
+    const int64_t n = ((const PolarLayout*)layout)->n;
+    return {n, n, 1};
+}
+
 void polar_energies(const float* x, const void* layout, float* row_buffer, int64_t* totals) {
-    polar_class_energies(x, (const PolarLayout*)layout, row_buffer, totals);
+    polar_class_energies(all_rows(layout), x, (const PolarLayout*)layout, row_buffer, totals);
 }
 
 void polar_gather(const float* x, const void* layout, int64_t* cursors, float* row_buffer, int8_t* samples) {
-    polar_gather_rows(x, (const PolarLayout*)layout, cursors, row_buffer, samples);
+    polar_gather_rows(all_rows(layout), x, (const PolarLayout*)layout, cursors, row_buffer, samples);
 }
 
 void polar_scatter(const float* values, const void* layout, int64_t* cursors, float* row_buffer, int add, float* out) {
     if (add)
-        polar_scatter_rows<true>(values, (const PolarLayout*)layout, cursors, row_buffer, out);
+        polar_scatter_rows<true>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
     else
-        polar_scatter_rows<false>(values, (const PolarLayout*)layout, cursors, row_buffer, out);
+        polar_scatter_rows<false>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
 }
 
 inline void read_polar_tables(const PolarTile* tile, int64_t count, const uint8_t* slots, const PolarDesign* designs,
@@ -50,7 +55,7 @@ inline void polar_encode_source(PolarSource source, int64_t count, const void* t
                                 int64_t* products) {
     PolarTables tables;
     read_polar_tables((const PolarTile*)tiles, count, slots, (const PolarDesign*)designs, &tables);
-    encode_tiles(source, count, (const PolarTile*)tiles, slots, &tables, list_size, workspace, words, products);
+    encode_tiles(source, count, (const PolarTile*)tiles, slots, &tables, list_size, workspace, 0, words, products);
 }
 
 void polar_encode(const int8_t* samples, int64_t count, const void* tiles, const uint8_t* slots, const void* designs,
@@ -65,7 +70,7 @@ void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, 
 
 void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
                   int64_t n, int add, uint64_t* workspace, float* out) {
-    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n, add != 0, workspace, out);
+    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n, add != 0, streams(out, n), workspace, out);
 }
 
 void polar_turn(const float* x, int64_t n, uint32_t seed, float* y, double* lengths) {
@@ -83,22 +88,22 @@ void polar_turn_back(float* y, int64_t n, uint32_t seed, const float* scales, in
         polar_turn_blocks_back<false>(y, n, seed, scales, out);
 }
 
-int polar_compress(const void* tables, const float* x, int64_t n, int64_t first, int scales, int flat, double share,
-                   int list_size, int rank, int64_t block, int unbiased, uint32_t seed, uint8_t* workspace,
-                   int64_t workspace_bytes, uint8_t* payload, int64_t nbytes) {
+int polar_compress(int threads, const void* tables, const float* x, int64_t n, int64_t first, int scales, int flat,
+                   double share, int list_size, int rank, int64_t block, int unbiased, uint32_t seed,
+                   uint8_t* workspace, int64_t workspace_bytes, uint8_t* payload, int64_t nbytes) {
     CompressOptions options = {0, block, false, scales == 2, flat != 0, list_size, rank, share};
     set_matrix(n, first, first > 0, &options);
-    Compressor compressor = {(const PlanTables*)tables,          options, payload, 0, n, nbytes,
-                             room_of(workspace, workspace_bytes)};
+    Compressor compressor = {threads, (const PlanTables*)tables,          options, payload, 0, n,
+                             nbytes,  room_of(workspace, workspace_bytes)};
     compressor.workspace = compressor.room.take<uint8_t>(ENCODER_BYTES);
     if (compressor.room.full()) return GC_BAD_COUNT;
     const bool done = unbiased ? compressor.encode_unbiased(x, seed) : compressor.encode(x);
     return done ? GC_OK : GC_BAD_COUNT;
 }
 
-int polar_decompress(const void* tables, const uint8_t* payload, int64_t nbytes, int64_t n, int64_t block, int add,
-                     uint8_t* workspace, int64_t workspace_bytes, float* out) {
-    return polar_decompress_into((const PlanTables*)tables, payload, nbytes, n, block, add != 0, workspace,
+int polar_decompress(int threads, const void* tables, const uint8_t* payload, int64_t nbytes, int64_t n, int64_t block,
+                     int add, uint8_t* workspace, int64_t workspace_bytes, float* out) {
+    return polar_decompress_into(threads, (const PlanTables*)tables, payload, nbytes, n, block, add != 0, workspace,
                                  workspace_bytes, out);
 }
 

@@ -44,7 +44,7 @@ inline Magnitudes magnitudes_of(const float* x, int64_t count) {
 
 template <int bits>
 void qsgd_encode_range(const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed, int64_t from,
-                       int64_t to, uint8_t* payload) {
+                       int64_t to, int64_t limit, uint8_t* payload) {
     const int levels = (1 << (bits - 1)) - 1;
     uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     QsgdScale scale = {0.0f, 0.0f, true};
@@ -66,7 +66,7 @@ void qsgd_encode_range(const float* x, int64_t n, int64_t bucket, bool largest_n
         }
         for (int j = 0; j < 64; ++j)  // vectorised
             codes[j] = qsgd_code(source[j], scale.inverse, uniform((uint32_t)i + (uint32_t)j, seed), levels);
-        if (i + 128 <= n)
+        if (i + 128 <= limit)
             pack_64<bits>(codes, packed + i / 8 * bits);
         else
             pack_tail<bits>(codes, size, packed + i / 8 * bits);
@@ -74,7 +74,8 @@ void qsgd_encode_range(const float* x, int64_t n, int64_t bucket, bool largest_n
 }
 
 template <int bits, bool add>
-void qsgd_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
+void qsgd_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, int64_t limit,
+                       float* out) {
     const float levels = (float)((1 << (bits - 1)) - 1);
     const uint8_t* packed = payload + 4 * ((n + bucket - 1) / bucket);
     uint8_t codes[64];
@@ -82,7 +83,7 @@ void qsgd_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
     for (int64_t i = from; i < to; i += 64, out += 64) {
         if (i == from || i % bucket == 0) step = load<float>(payload + 4 * (i / bucket));
         const int64_t size = min64(64, n - i);
-        if (i + 128 <= n)
+        if (i + 128 <= limit)
             unpack_64<bits>(packed + i / 8 * bits, codes);
         else
             unpack_tail<bits>(packed + i / 8 * bits, size, codes);
@@ -95,34 +96,35 @@ void qsgd_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_
 }
 
 template <int bits>
-void qsgd_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool largest_norm, uint32_t seed,
-                      uint8_t* payload) {
+void qsgd_encode_bits(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool largest_norm,
+                      uint32_t seed, uint8_t* payload) {
     encode_units(
-        memory, x, n, bucket,
-        [&](const float* source, int64_t first, int64_t end) {
-            qsgd_encode_range<bits>(source, n, bucket, largest_norm, seed, first, end, payload);
+        threads, memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end, int64_t limit) {
+            qsgd_encode_range<bits>(source, n, bucket, largest_norm, seed, first, end, limit, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) {
-            qsgd_decode_range<bits, false>(payload, n, bucket, first, end, sent);
+        [&](int64_t first, int64_t end, int64_t limit, float* sent) {
+            qsgd_decode_range<bits, false>(payload, n, bucket, first, end, limit, sent);
         });
 }
 
 template <int bits>
-void qsgd_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
-    decode_units(more, payload, n, bucket, add, out,
+void qsgd_decode_bits(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add,
+                      float* out) {
+    decode_units(threads, more, payload, n, bucket, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
-                     qsgd_decode_range<bits, decltype(adds)::value>(one, n, bucket, first, end, target);
+                     qsgd_decode_range<bits, decltype(adds)::value>(one, n, bucket, first, end, n, target);
                  });
 }
 
-void qsgd_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket, int largest_norm,
+void qsgd_encode(int threads, gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket, int largest_norm,
                  uint32_t seed, uint8_t* payload) {
-    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(memory, x, n, bucket, largest_norm != 0, seed, payload)))
+    GC_FOR_BITS(bits, (qsgd_encode_bits<B>(threads, memory, x, n, bucket, largest_norm != 0, seed, payload)))
 }
 
-void qsgd_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add,
+void qsgd_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add,
                  float* out) {
-    GC_FOR_BITS(bits, (qsgd_decode_bits<B>(more, payload, n, bucket, add, out)))
+    GC_FOR_BITS(bits, (qsgd_decode_bits<B>(threads, more, payload, n, bucket, add, out)))
 }
 
 }  // namespace

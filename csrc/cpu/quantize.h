@@ -112,7 +112,7 @@ void quantize_bucket(const float* x, int64_t count, int64_t first, const Grid& g
 
 template <int bits>
 void quantize_encode_range(const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed, int64_t from,
-                           int64_t to, uint8_t* payload) {
+                           int64_t to, int64_t limit, uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* zeros = payload + 4 * buckets;
     uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);
@@ -121,8 +121,8 @@ void quantize_encode_range(const float* x, int64_t n, int64_t bucket, bool stoch
         const Grid grid = grid_of<bits>(x + first, count, stochastic);
         store<float>(payload + 4 * b, grid.step);
         if (bits > 1) zeros[b] = (uint8_t)grid.zero;
-        // "last": fewer than eight bytes may follow this bucket.
-        const bool last = n - (first + count) < 64;
+        // "last": fewer than eight bytes may be touched behind this bucket.
+        const bool last = limit - (first + count) < 64;
         uint8_t* target = packed + first / 8 * bits;
         if (stochastic)
             quantize_bucket<bits, true>(x + first, count, first, grid, seed, last, target);
@@ -131,14 +131,14 @@ void quantize_encode_range(const float* x, int64_t n, int64_t bucket, bool stoch
     }
 }
 
-// The entries from `first` to `end` of n, which lie in one bucket.
+// The entries from `first` to `end`, which lie in one bucket; `limit`: where entries end whose codes may be read.
 template <int bits, bool add, bool limited>
-void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_t n, float zero, float step,
+void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_t limit, float zero, float step,
                        float* out) {
     uint8_t codes[64];
     for (int64_t i = first; i < end; i += 64) {
         const int64_t block = min64(64, end - i);
-        if (block == 64 && i + 128 <= n) {
+        if (block == 64 && i + 128 <= limit) {
             unpack_64<bits>(packed + i / 8 * bits, codes);
         } else {
             unpack_tail<bits>(packed + i / 8 * bits, block, codes);
@@ -159,7 +159,8 @@ void dequantize_bucket(const uint8_t* packed, int64_t first, int64_t end, int64_
 }
 
 template <int bits, bool add>
-void quantize_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, float* out) {
+void quantize_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int64_t from, int64_t to, int64_t limit,
+                           float* out) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     const uint8_t* zeros = payload + 4 * buckets;
     const uint8_t* packed = zeros + (bits == 1 ? 0 : buckets);
@@ -168,41 +169,42 @@ void quantize_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, in
         const float step = load<float>(payload + 4 * b), zero = bits == 1 ? 0.5f : (float)zeros[b];
         end = min64(to, (b + 1) * bucket);
         if (may_overflow(step, 255.0f))
-            dequantize_bucket<bits, add, true>(packed, first, end, n, zero, step, out);
+            dequantize_bucket<bits, add, true>(packed, first, end, limit, zero, step, out);
         else
-            dequantize_bucket<bits, add, false>(packed, first, end, n, zero, step, out);
+            dequantize_bucket<bits, add, false>(packed, first, end, limit, zero, step, out);
     }
 }
 
 template <int bits>
-void quantize_encode_bits(gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool stochastic, uint32_t seed,
-                          uint8_t* payload) {
+void quantize_encode_bits(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, bool stochastic,
+                          uint32_t seed, uint8_t* payload) {
     encode_units(
-        memory, x, n, bucket,
-        [&](const float* source, int64_t first, int64_t end) {
-            quantize_encode_range<bits>(source, n, bucket, stochastic, seed, first, end, payload);
+        threads, memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end, int64_t limit) {
+            quantize_encode_range<bits>(source, n, bucket, stochastic, seed, first, end, limit, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) {
-            quantize_decode_range<bits, false>(payload, n, bucket, first, end, sent);
+        [&](int64_t first, int64_t end, int64_t limit, float* sent) {
+            quantize_decode_range<bits, false>(payload, n, bucket, first, end, limit, sent);
         });
 }
 
 template <int bits>
-void quantize_decode_bits(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
-    decode_units(more, payload, n, bucket, add, out,
+void quantize_decode_bits(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add,
+                          float* out) {
+    decode_units(threads, more, payload, n, bucket, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
-                     quantize_decode_range<bits, decltype(adds)::value>(one, n, bucket, first, end, target);
+                     quantize_decode_range<bits, decltype(adds)::value>(one, n, bucket, first, end, n, target);
                  });
 }
 
-void quantize_encode(gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket, int stochastic,
-                     uint32_t seed, uint8_t* payload) {
-    GC_FOR_BITS(bits, (quantize_encode_bits<B>(memory, x, n, bucket, stochastic != 0, seed, payload)))
+void quantize_encode(int threads, gc_memory* memory, const float* x, int64_t n, int bits, int64_t bucket,
+                     int stochastic, uint32_t seed, uint8_t* payload) {
+    GC_FOR_BITS(bits, (quantize_encode_bits<B>(threads, memory, x, n, bucket, stochastic != 0, seed, payload)))
 }
 
-void quantize_decode(const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket, int add,
-                     float* out) {
-    GC_FOR_BITS(bits, (quantize_decode_bits<B>(more, payload, n, bucket, add, out)))
+void quantize_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int bits, int64_t bucket,
+                     int add, float* out) {
+    GC_FOR_BITS(bits, (quantize_decode_bits<B>(threads, more, payload, n, bucket, add, out)))
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #define GCOMPRESS_CPU_SELECT_H
 
 #include "simd.h"
+#include "threads.h"
 
 namespace {
 
@@ -22,20 +23,38 @@ struct StoredKeys {
     uint32_t operator()(int64_t i) const { return keys[i]; }
 };
 
+const int DIGITS = 2048;
+const int64_t FEW_KEYS = 1 << 15;  // that are there already: with fewer, a thread is not worth its start
+
+// How often every digit occurs in a range of keys, of those that have the prefix above it.
+template <class Keys>
+void count_digits(const Keys& key, int64_t from, int64_t to, int pass, int shift, int above, uint32_t prefix,
+                  uint32_t digit_mask, int64_t (*histogram)[DIGITS]) {
+    for (int64_t i = from; i < to; ++i) {
+        const uint32_t value = key(i);
+        if (pass == 0 || value >> above == prefix) ++histogram[i & 1][(value >> shift) & digit_mask];
+    }
+}
+
 // Radix selection: three histograms of 11, 10 and 10 bits, from the top.
 template <class Keys>
-Selection radix_select(const Keys& key, int64_t n, int64_t k) {
-    int64_t histogram[2][2048];  // two, so that equal neighbours do not wait for each other
+Selection radix_select(const Shares& shares, const Keys& key, int64_t k) {
+    int64_t histogram[2][DIGITS];  // two, so that equal neighbours do not wait for each other
     const int shifts[3] = {20, 10, 0}, digit_bits[3] = {11, 10, 10};
     uint32_t prefix = 0;
     for (int pass = 0; pass < 3; ++pass) {
         const int shift = shifts[pass], above = shift + digit_bits[pass];
         const uint32_t digit_mask = (1u << digit_bits[pass]) - 1;
         memset(histogram, 0, sizeof histogram);
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t value = key(i);
-            if (pass == 0 || value >> above == prefix) ++histogram[i & 1][(value >> shift) & digit_mask];
-        }
+        if (shares.count == 1)
+            count_digits(key, 0, shares.n, pass, shift, above, prefix, digit_mask, histogram);
+        else
+            on_shares(shares, [&](int, int64_t from, int64_t to) {
+                int64_t mine[2][DIGITS] = {{0}};
+                count_digits(key, from, to, pass, shift, above, prefix, digit_mask, mine);
+                for (int digit = 0; digit < DIGITS; ++digit)
+                    add_to_shared(histogram[0] + digit, mine[0][digit] + mine[1][digit]);
+            });
         uint32_t digit = digit_mask;
         for (;; --digit) {
             const int64_t count = histogram[0][digit] + histogram[1][digit];
@@ -52,13 +71,14 @@ GC_HOT void keys_64(const float* x, uint32_t* keys) {
     for (int j = 0; j < 64; ++j) keys[j] = key_of<is_signed>(x[j]);  // vectorised
 }
 
-// The keys of at least `bound`, which is at least 1, to `keys`; returns how many, or -1 where there is no room.
+// The keys of at least `bound`, which is at least 1, of entries from `*next` to `end`; returns how many. `*next` is `end`
+// afterwards, or where there was no room for 64 more.
 template <bool is_signed>
-GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t n, uint32_t* keys, int64_t capacity) {
-    int64_t found = 0;
+GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t end, uint32_t* keys, int64_t capacity) {
+    int64_t found = 0, i = *next;
     uint32_t block[64];
-    for (int64_t i = 0; i < n; i += 64) {
-        const int64_t count = min64(64, n - i);
+    for (; i < end && found + 64 <= capacity; i += 64) {
+        const int64_t count = min64(64, end - i);
         uint64_t mask;
         if (count == 64) {
             keys_64<is_signed>(x + i, block);
@@ -70,35 +90,128 @@ GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t n, uint32_t* ke
                 mask |= (uint64_t)(block[j] >= bound) << j;
             }
         }
-        if (found + 64 > capacity) return -1;
         for (; mask; mask &= mask - 1) keys[found++] = block[__builtin_ctzll(mask)];
     }
+    *next = min64(i, end);
     return found;
+}
+
+// What of a share is kept, and how many kept entries lie before it.
+struct ShareSelection {
+    Selection selection;
+    int64_t before;
+};
+
+// From how many keys of each share are above the threshold and how many equal it: ties count from the first entry on.
+inline void divide_selection(const Selection& whole, int count, const int64_t* above, const int64_t* equal,
+                             ShareSelection* of_shares) {
+    Selection left = whole;
+    int64_t before = 0;
+    for (int k = 0; k < count; ++k) {
+        of_shares[k] = {left, before};
+        const int64_t ties = min64(equal[k], left.ties);
+        left.ties -= ties;
+        before += above[k] + ties;
+    }
+}
+
+inline void count_beside(const uint32_t* keys, int64_t count, uint32_t threshold, int64_t* above, int64_t* equal) {
+    int32_t over = 0, at = 0;
+    for (int64_t i = 0; i < count; ++i) {  // vectorised
+        over += (int32_t)keys[i] > (int32_t)threshold;
+        at += keys[i] == threshold;
+    }
+    *above += over;
+    *equal += at;
+}
+
+// The selection from all entries.
+template <bool is_signed>
+Selection select_from_all(const Shares& shares, const float* x, int64_t k, ShareSelection* of_shares) {
+    const Selection whole = radix_select(shares, FloatKeys<is_signed>{x}, k);
+    int64_t above[MOST_THREADS] = {0}, equal[MOST_THREADS] = {0};
+    const Shares others = {shares.begin(shares.count - 1), shares.each, shares.count - 1};  // nothing follows the last
+    if (others.count > 0)
+        on_shares(others, [&](int share, int64_t from, int64_t to) {
+            uint32_t keys[64];
+            int64_t counts[2] = {0, 0};
+            for (int64_t i = from; i < to; i += 64) {  // shares but the last one end with a whole block
+                keys_64<is_signed>(x + i, keys);
+                count_beside(keys, 64, whole.threshold, counts, counts + 1);
+            }
+            above[share] = counts[0];
+            equal[share] = counts[1];
+        });
+    divide_selection(whole, shares.count, above, equal, of_shares);
+    return whole;
+}
+
+// The selection from entries that reach `bound`; false where fewer than k do, or too many for the workspace. Several
+// threads take parts of it as they need them, and leave keys of 0 behind what they find.
+template <bool is_signed>
+bool select_from_found(const Shares& shares, const float* x, int64_t k, uint32_t bound, uint32_t* workspace,
+                       int64_t capacity, Selection* whole, ShareSelection* of_shares) {
+    int64_t found = 0;
+    if (shares.count == 1) {
+        int64_t next = 0;
+        found = keys_from<is_signed>(bound, x, &next, shares.n, workspace, capacity);
+        if (next < shares.n || found < k) return false;
+        *whole = radix_select({found, found, 1}, StoredKeys{workspace}, k);
+        of_shares[0] = {*whole, 0};
+        return true;
+    }
+    const int MOST_PARTS = 512;
+    const int64_t part = capacity / MOST_PARTS > 1024 ? capacity / MOST_PARTS : 1024, parts = capacity / part;
+    uint8_t share_of[MOST_PARTS];
+    int64_t taken = 0;
+    on_shares(shares, [&](int share, int64_t next, int64_t to) {
+        int64_t mine = 0;
+        while (next < to) {
+            const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+            if (number >= parts) return;
+            uint32_t* keys = workspace + number * part;
+            const int64_t here = keys_from<is_signed>(bound, x, &next, to, keys, part);
+            memset(keys + here, 0, (size_t)(part - here) * sizeof *keys);
+            share_of[number] = (uint8_t)share;
+            mine += here;
+        }
+        add_to_shared(&found, mine);
+    });
+    if (taken > parts || found < k) return false;
+    *whole = radix_select(shares_of(shares.count, taken * part, 64, FEW_KEYS), StoredKeys{workspace}, k);
+    int64_t above[MOST_THREADS] = {0}, equal[MOST_THREADS] = {0};
+    for (int64_t number = 0; number < taken; ++number)
+        count_beside(workspace + number * part, part, whole->threshold, above + share_of[number],
+                     equal + share_of[number]);
+    divide_selection(*whole, shares.count, above, equal, of_shares);
+    return true;
 }
 
 // A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the
 // exact selection looks at them alone. When the sample misled (too few or too many reach
 // the bound), or n is small, the selection looks at everything: same result, slower.
 template <bool is_signed>
-Selection select_largest(const float* x, int64_t n, int64_t k, uint32_t* workspace, int64_t capacity) {
+Selection select_largest(const Shares& shares, const float* x, int64_t k, uint32_t* workspace, int64_t capacity,
+                         ShareSelection* of_shares) {
     const FloatKeys<is_signed> all{x};
-    const int64_t sample = min64(min64(16384, capacity), n / 8) / 4 * 4;
+    const int64_t n = shares.n, sample = min64(min64(16384, capacity), n / 8) / 4 * 4;
     const double expected = (double)sample * (double)k / (double)n;
     const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
-    if (n < 8192 || sample_rank > sample / 2) return radix_select(all, n, k);
+    if (n < 8192 || sample_rank > sample / 2) return select_from_all<is_signed>(shares, x, k, of_shares);
 
     // Four neighbours at a time, since reaching for a sample costs a cache miss.
     const int64_t runs = sample / 4, stride = n / runs;
-    for (int64_t run = 0; run < runs; ++run) {
-        const int64_t jitter = (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)(stride - 3));
-        for (int j = 0; j < 4; ++j) workspace[4 * run + j] = all(run * stride + jitter + j);
-    }
-    const uint32_t bound = radix_select(StoredKeys{workspace}, sample, sample_rank).threshold;
-    if (bound == 0) return radix_select(all, n, k);
-
-    const int64_t found = keys_from<is_signed>(bound, x, n, workspace, capacity);
-    if (found < k) return radix_select(all, n, k);
-    return radix_select(StoredKeys{workspace}, found, k);
+    on_shares(shares_of(shares.count, runs, 64, 2048), [=](int, int64_t from, int64_t to) {
+        for (int64_t run = from; run < to; ++run) {
+            const int64_t jitter = (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)(stride - 3));
+            for (int j = 0; j < 4; ++j) workspace[4 * run + j] = all(run * stride + jitter + j);
+        }
+    });
+    const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{workspace}, sample_rank).threshold;
+    Selection found;
+    if (bound > 0 && select_from_found<is_signed>(shares, x, k, bound, workspace, capacity, &found, of_shares))
+        return found;
+    return select_from_all<is_signed>(shares, x, k, of_shares);
 }
 
 // The selection of k of n stored keys, bit by bit: for so few that a histogram would take longer.
@@ -133,7 +246,8 @@ inline Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t*
     if (width == n) return selection;
     uint32_t* keys = workspace + width;
     const uint32_t bound = selection.threshold > 0 ? selection.threshold : 1;
-    const int64_t found = keys_from<true>(bound, x, n, keys, n + 64);
+    int64_t next = 0;
+    const int64_t found = keys_from<true>(bound, x, &next, n, keys, n + 64);
     return found < k ? Selection{0, k - found} : bit_select(keys, found, k);
 }
 

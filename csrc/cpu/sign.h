@@ -40,17 +40,44 @@ void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, in
     if (means == 2) sums[1] += minus.folded();
 }
 
+// The same for a bucket of any length: sums of blocks are made by several threads, and added up in turn.
 template <int means>
-void sign_encode_range(const float* x, int64_t n, int64_t bucket, int64_t from, int64_t to, uint8_t* payload) {
+void sign_bucket(int threads, const float* x, int64_t count, uint8_t* packed, double* sums, int64_t* minus_count) {
+    const int64_t most = 2048 * SUM_BLOCK;
+    for (int64_t from = 0; from < count; from += most) {
+        const int64_t some = min64(most, count - from);
+        const Shares shares = shares_of(threads, some, SUM_BLOCK);
+        if (shares.count == 1) {
+            for (int64_t i = from; i < from + some; i += SUM_BLOCK)
+                sign_block<means>(x + i, min64(SUM_BLOCK, count - i), packed + i / 8, sums, minus_count);
+            continue;
+        }
+        double parts[most / SUM_BLOCK][2];
+        on_shares(shares, [&](int, int64_t first, int64_t end) {
+            int64_t mine = 0;
+            for (int64_t i = first; i < end; i += SUM_BLOCK) {
+                double* part = parts[i / SUM_BLOCK];
+                part[0] = part[1] = 0.0;
+                sign_block<means>(x + from + i, min64(SUM_BLOCK, some - i), packed + (from + i) / 8, part, &mine);
+            }
+            add_to_shared(minus_count, mine);
+        });
+        for (int64_t i = 0; i < some; i += SUM_BLOCK)
+            for (int k = 0; k < 2; ++k) sums[k] += parts[i / SUM_BLOCK][k];
+    }
+}
+
+template <int means>
+void sign_encode_range(int threads, const float* x, int64_t n, int64_t bucket, int64_t from, int64_t to,
+                       uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* packed = payload + 4 * means * buckets;
     for (int64_t first = from; first < to; first += bucket) {
         const int64_t b = first / bucket, end = min64(n, first + bucket);
         double sums[2] = {0.0, 0.0};
         int64_t minus_count = 0;
-        for (int64_t i = first; i < end; i += SUM_BLOCK)
-            sign_block<means>(x + i, min64(SUM_BLOCK, end - i), packed + i / 8, sums, &minus_count);
         const int64_t count = end - first;
+        sign_bucket<means>(threads, x + first, count, packed + first / 8, sums, &minus_count);
         store<float>(payload + 4 * means * b, mean_of(sums[0], means == 1 ? count : count - minus_count));
         if (means == 2) store<float>(payload + 8 * b + 4, mean_of(sums[1], minus_count));
     }
@@ -83,23 +110,25 @@ void sign_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int me
     }
 }
 
-void sign_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket, int means, uint8_t* payload) {
+void sign_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, int means,
+                 uint8_t* payload) {
+    const int in_bucket = shares_of(threads, n, bucket).count > 1 ? 1 : threads;
     encode_units(
-        memory, x, n, bucket,
-        [&](const float* source, int64_t first, int64_t end) {
+        threads, memory, x, n, bucket,
+        [&](const float* source, int64_t first, int64_t end, int64_t) {
             if (means == 1)
-                sign_encode_range<1>(source, n, bucket, first, end, payload);
+                sign_encode_range<1>(in_bucket, source, n, bucket, first, end, payload);
             else
-                sign_encode_range<2>(source, n, bucket, first, end, payload);
+                sign_encode_range<2>(in_bucket, source, n, bucket, first, end, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) {
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
             sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
         });
 }
 
-void sign_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int means, int add,
-                 float* out) {
-    decode_units(more, payload, n, bucket, add, out,
+void sign_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int means,
+                 int add, float* out) {
+    decode_units(threads, more, payload, n, bucket, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      sign_decode_range<decltype(adds)::value>(one, n, bucket, means, first, end, target);
                  });

@@ -135,22 +135,23 @@ void ternary_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int
     }
 }
 
-void ternary_encode(gc_memory* memory, const float* x, int64_t n, int64_t bucket, int stochastic, double clip,
-                    uint32_t seed, uint8_t* payload) {
+void ternary_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, int stochastic,
+                    double clip, uint32_t seed, uint8_t* payload) {
     int64_t unit = bucket;  // whole groups and whole buckets
     while (unit % TRIT_GROUP && unit < n) unit += bucket;
     encode_units(
-        memory, x, n, unit,
-        [&](const float* source, int64_t first, int64_t end) {
+        threads, memory, x, n, unit,
+        [&](const float* source, int64_t first, int64_t end, int64_t) {
             ternary_encode_range(source, n, bucket, stochastic != 0, clip, seed, first, end, payload);
         },
-        [&](int64_t first, int64_t end, float* sent) {
+        [&](int64_t first, int64_t end, int64_t, float* sent) {
             ternary_decode_range<false>(payload, n, bucket, first, end, sent);
         });
 }
 
-void ternary_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add, float* out) {
-    decode_units(more, payload, n, TRIT_GROUP, add, out,
+void ternary_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int add,
+                    float* out) {
+    decode_units(threads, more, payload, n, TRIT_GROUP, add, out,
                  [&](auto adds, const uint8_t* one, int64_t first, int64_t end, float* target) {
                      ternary_decode_range<decltype(adds)::value>(one, n, bucket, first, end, target);
                  });

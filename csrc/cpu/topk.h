@@ -38,28 +38,47 @@ struct BitReader {
 
 inline int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
-// Writes a payload: the kept entries of one stretch after the other.
+// Writes the kept entries of one share of a payload's entries, or of all: of one stretch after the other.
 class KeptWriter {
 public:
-    KeptWriter(const float* x, int64_t n, int64_t k, int form, int width, uint8_t* payload)
+    KeptWriter() {}
+    // `fresh`: x itself, to clear what is kept, which is exact, or null. `first`: where the share begins; `before`: kept
+    // entries in front of it.
+    KeptWriter(const float* x, float* fresh, int64_t k, int form, int width, int64_t first, int64_t before,
+               uint8_t* payload)
         : x_(x),
+          fresh_(fresh),
           form_(form),
           width_(width),
           values_(payload),
           index_(payload + 4 * k),
           high_(index_ + bytes_of_bits(k * width)),
-          low_({index_, 0, 0}),
-          written_(0) {
-        if (form == GC_INDEX_GAPS) memset(high_, 0, (size_t)bytes_of_bits(k + ((n - 1) >> width)));
+          low_({index_ + before * width / 8, 0, (int)(before * width % 8)}),
+          written_(before),
+          first_high_(form == GC_INDEX_GAPS ? ((first >> width) + before) / 8 : 0),
+          border_(INT64_MAX),
+          beyond_(0) {}
+    // The bytes of the index to which bits are added, before anything is put.
+    static void clear_index(int64_t n, int64_t k, int form, int width, uint8_t* payload) {
+        uint8_t *low = payload + 4 * k, *high = low + bytes_of_bits(k * width);
+        if (form != GC_INDEX_BITMAP && k * width % 8) high[-1] = 0;
+        if (form == GC_INDEX_GAPS) memset(high, 0, (size_t)bytes_of_bits(k + ((n - 1) >> width)));
+    }
+    // Before anything is put: another share follows. A byte that has bits of both is the other's until the end.
+    void stop_before(const KeptWriter& next) {
+        if (form_ != GC_INDEX_BITMAP && next.low_.filled) *next.low_.target = 0;
+        if (form_ == GC_INDEX_GAPS) border_ = 8 * next.first_high_;
     }
     // Those of the entries from `first`, a multiple of 64, to `end`.
     GC_HOT void put(int64_t first, int64_t end, Selection selection) {
         // In registers: what is written might be any of the members, as far as the compiler knows.
         const float* x = x_;
+        float* fresh = fresh_;
         const int form = form_, width = width_;
         uint8_t *values = values_, *index = index_, *high = high_;
         BitWriter low = low_;
         int64_t written = written_;
+        const int64_t border = border_;
         const uint64_t low_mask = (1ull << width) - 1;
         uint32_t keys[64] = {0};
         for (int64_t i = first; i < end; i += 64) {
@@ -73,32 +92,46 @@ public:
             for (; kept; kept &= kept - 1, ++written) {
                 const int64_t entry = i + __builtin_ctzll(kept);
                 store<float>(values + 4 * written, x[entry]);
+                if (fresh) fresh[entry] = 0.0f;
                 if (form != GC_INDEX_BITMAP) low.put((uint64_t)entry & low_mask, width);
                 if (form == GC_INDEX_GAPS) {
                     const int64_t position = (entry >> width) + written;
-                    high[position >> 3] |= (uint8_t)(1u << (position & 7));
+                    uint8_t* place = position < border ? high + (position >> 3) : &beyond_;
+                    *place |= (uint8_t)(1u << (position & 7));
                 }
             }
         }
         low_ = low;
         written_ = written;
     }
+    // After all shares were put, for one after the other.
     void finish() {
-        if (form_ != GC_INDEX_BITMAP) low_.finish();
+        if (form_ != GC_INDEX_BITMAP && low_.filled) *low_.target |= (uint8_t)low_.pending;
+        if (beyond_) high_[border_ / 8] |= beyond_;
     }
 
 private:
     const float* x_;
+    float* fresh_;
     int form_, width_;
     uint8_t *values_, *index_, *high_;
     BitWriter low_;
-    int64_t written_;
+    int64_t written_, first_high_, border_;  // positions from `border_` on go to `beyond_`
+    uint8_t beyond_;
 };
 
-void encode_selected(const float* x, int64_t n, int64_t k, Selection selection, int form, int width, uint8_t* payload) {
-    KeptWriter writer(x, n, k, form, width, payload);
-    writer.put(0, n, selection);
-    writer.finish();
+// Puts what `of_shares` says is kept, share by share at the same time.
+void put_shares(const Shares& shares, const ShareSelection* of_shares, const float* x, float* fresh, int64_t k,
+                int form, int width, uint8_t* payload) {
+    KeptWriter writers[MOST_THREADS];
+    KeptWriter::clear_index(shares.n, k, form, width, payload);
+    for (int share = shares.count - 1; share >= 0; --share) {
+        writers[share] = KeptWriter(x, fresh, k, form, width, shares.begin(share), of_shares[share].before, payload);
+        if (share + 1 < shares.count) writers[share].stop_before(writers[share + 1]);
+    }
+    on_shares(shares,
+              [&](int share, int64_t from, int64_t to) { writers[share].put(from, to, of_shares[share].selection); });
+    for (int share = 0; share < shares.count; ++share) writers[share].finish();
 }
 
 // The entries that a payload keeps, in order.
@@ -127,7 +160,29 @@ public:
     int64_t entry;  // the one that is next; n if none is
     float value() const { return load<float>(values_ + 4 * (taken_ - 1)); }
     void next() { find(entry); }
-    // What is wrong with the index, once all entries were taken.
+    // Pass over the entries before `first`, a multiple of `share_unit`. Whether they are in order is not looked at.
+    void skip_to(int64_t first) {
+        if (form_ == GC_INDEX_FIXED)
+            for (; entry < first; next()) continue;
+        if (form_ == GC_INDEX_FIXED || first == 0 || error_) return;
+        if (form_ == GC_INDEX_PLACES) {
+            taken_ = min64(k_, (first >> width_) * kept_);
+            left_ = kept_;
+            chunk_ = first;
+        } else {
+            pass_bits(form_ == GC_INDEX_GAPS ? first >> width_ : first);
+            if (taken_ > k_) return stop(GC_BAD_COUNT);
+        }
+        low_ = {values_ + 4 * k_ + taken_ * width_ / 8, low_.end, 0, 0};
+        low_.get((int)(taken_ * width_ % 8));
+        find(first - 1);
+    }
+    static int64_t share_unit(int form, int width) {
+        const bool by_block = form == GC_INDEX_GAPS || form == GC_INDEX_PLACES;
+        return by_block && width > 6 ? (int64_t)1 << width : 64;
+    }
+    // What is wrong with the index as far as it was read, and once all entries were taken.
+    int found_error() const { return error_; }
     int error() const { return error_ ? error_ : taken_ == k_ ? GC_OK : GC_BAD_COUNT; }
 
 private:
@@ -144,6 +199,29 @@ private:
     void stop(int error) {
         error_ = error;
         entry = end_;
+    }
+    // Stand behind that many bits of the bitmap, a multiple of 64, or of gaps behind that many zeros.
+    void pass_bits(int64_t target) {
+        const bool gaps = form_ == GC_INDEX_GAPS;
+        taken_ = read_ = 0;
+        word_ = 0;
+        while (target > 0 && read_ < bytes_) {
+            memcpy(&word_, bitmap_ + read_, (size_t)min64(8, bytes_ - read_));
+            const int64_t ones = __builtin_popcountll(word_), passed = gaps ? 64 - ones : 64;
+            read_ += 8;
+            if (gaps && passed >= target) {  // in this word
+                uint64_t zeros = ~word_;
+                for (; target > 1; --target) zeros &= zeros - 1;
+                const int place = __builtin_ctzll(zeros) + 1;
+                const uint64_t later = place < 64 ? word_ >> place << place : 0;
+                taken_ += __builtin_popcountll(word_ ^ later);
+                word_ = later;
+                return;
+            }
+            taken_ += ones;
+            target -= passed;
+            word_ = 0;
+        }
     }
     __attribute__((always_inline)) void find(int64_t previous) {
         if (error_) return;
@@ -171,36 +249,29 @@ private:
     }
 };
 
-// Clear in `fresh` what a payload keeps, which is exact.
-inline void clear_kept(gc_memory* memory, KeptEntries kept, int64_t n) {
-    for (; kept.entry < n; kept.next()) memory->fresh[kept.entry] = 0.0f;
-}
-
-void topk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int form, int width, uint32_t* workspace,
-                 int64_t capacity, uint8_t* payload) {
-    const float* source = x;
-    if (memory) {
-        source = memory->fresh;
-        correct_all(memory, x, n);
-    }
-    encode_selected(source, n, k, select_largest<true>(source, n, k, workspace, capacity), form, width, payload);
-    if (memory) clear_kept(memory, KeptEntries(payload, n, k, form, width, 0), n);
+void topk_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t k, int form, int width,
+                 uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+    const Shares shares = shares_of(threads, n, 64);
+    ShareSelection of_shares[MOST_THREADS];
+    float* fresh = memory ? memory->fresh : nullptr;
+    if (memory) correct_all(shares, memory, x);
+    const float* source = memory ? fresh : x;
+    select_largest<true>(shares, source, k, workspace, capacity, of_shares);
+    put_shares(shares, of_shares, source, fresh, k, form, width, payload);
 }
 
 void chunk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int64_t chunk, int64_t kept, int form,
                   int width, uint32_t* workspace, int64_t, uint8_t* payload) {
-    const float* source = x;
-    if (memory) {
-        source = memory->fresh;
-        correct_all(memory, x, n);
-    }
-    KeptWriter writer(source, n, k, form, width, payload);
+    float* fresh = memory ? memory->fresh : nullptr;
+    if (memory) correct_all({n, n, 1}, memory, x);
+    const float* source = memory ? fresh : x;
+    KeptWriter::clear_index(n, k, form, width, payload);
+    KeptWriter writer(source, fresh, k, form, width, 0, 0, payload);
     for (int64_t first = 0, left = k; first < n; first += chunk, left -= kept) {
         const int64_t end = min64(n, first + chunk);
         writer.put(first, end, select_of_chunk(source + first, end - first, end < n ? kept : left, workspace));
     }
     writer.finish();
-    if (memory) clear_kept(memory, KeptEntries(payload, n, k, form, width, kept), n);
 }
 
 // Threshold (gcompress/compressors/threshold.py): the largest key, how many reach `key`, and those k.
@@ -225,7 +296,8 @@ int64_t count_keys(const float* x, int64_t n, uint32_t key) {
 }
 
 void keys_encode(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload) {
-    encode_selected(x, n, k, Selection{key - 1, 0}, form, width, payload);
+    const ShareSelection all = {{key - 1, 0}, 0};
+    put_shares({n, n, 1}, &all, x, nullptr, k, form, width, payload);
 }
 
 // Hybrid (gcompress/compressors/combine.py): what is left beside the outliers, in their place; and both together.
@@ -237,26 +309,33 @@ void hybrid_merge(const float* outliers, int64_t n, float* rest) {
     for (int64_t i = 0; i < n; ++i) rest[i] = outliers[i] == 0.0f ? rest[i] : outliers[i];  // vectorised
 }
 
-int topk_decode(const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int form, int width, int64_t kept,
-                int add, float* out) {
-    KeptEntries entries[1 + GC_MOST_MORE];
-    entries[0] = KeptEntries(payload, n, k, form, width, kept);
-    for (int64_t r = 0; more && r < more->count; ++r)
-        entries[r + 1] = KeptEntries(more->payloads[r], n, k, form, width, kept);
-    const auto decode = [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
-        if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
-        KeptEntries one = entries[r];  // in registers
-        for (; one.entry < end; one.next()) {
-            float* place = target + (one.entry - first);
-            *place = adds ? *place + one.value() : one.value();
+int topk_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t k, int form, int width,
+                int64_t kept, int add, float* out) {
+    const Shares shares = shares_of(threads, n, KeptEntries::share_unit(form, width));
+    int results[MOST_THREADS];
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
+        KeptEntries entries[1 + GC_MOST_MORE];
+        for (int64_t r = 0; r <= (more ? more->count : 0); ++r) {
+            entries[r] = KeptEntries(r ? more->payloads[r - 1] : payload, n, k, form, width, kept);
+            entries[r].skip_to(from);
         }
-        entries[r] = one;
-        return end < n ? (int)GC_OK : one.error();
-    };
-    // A stretch is still in the cache when its entries come. Where there are hardly any, clearing all at once is faster.
-    const int64_t all = (int64_t)1 << 62;
-    return more || k > n / 512 ? decode_in_turn(more, payload, n, 1, add, out, decode)
-                               : decode_in_turn<all>(more, payload, n, 1, add, out, decode);
+        const auto decode = [&](const uint8_t*, int64_t r, int64_t first, int64_t end, bool adds, float* target) {
+            if (!adds) memset(target, 0, (size_t)(end - first) * sizeof(float));
+            KeptEntries one = entries[r];  // in registers
+            for (; one.entry < end; one.next()) {
+                float* place = target + (one.entry - first);
+                *place = adds ? *place + one.value() : one.value();
+            }
+            entries[r] = one;
+            return end < to ? (int)GC_OK : to < n ? one.found_error() : one.error();
+        };
+        // A stretch is still in the cache when its entries come. Where there are hardly any, clearing all at once is
+        // faster.
+        const int64_t all = (int64_t)1 << 62;
+        results[share] = more || k > n / 512 ? decode_in_turn(more, payload, from, to, 1, add, out, decode)
+                                             : decode_in_turn<all>(more, payload, from, to, 1, add, out, decode);
+    });
+    return first_error(results, shares.count);
 }
 
 }  // namespace

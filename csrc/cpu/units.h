@@ -6,6 +6,7 @@
 #include "../arith/base.h"
 #include "../gcompress.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace {
 
@@ -38,21 +39,23 @@ inline void keep_lost(gc_memory* memory, int64_t first, int64_t count, const flo
         largest = largest > key ? largest : key;
         fresh[i] = lost;
     }
-    if (largest >= (int32_t)INFINITY_KEY) *memory->poisoned = 1;
+    if (largest >= (int32_t)INFINITY_KEY) set_shared(memory->poisoned);
 }
 
 // All entries of x + residual, in `fresh`.
-inline void correct_all(gc_memory* memory, const float* x, int64_t n) {
-    int32_t largest = 0;
-    for (int64_t first = 0; first < n; first += STRETCH) {
-        const int64_t end = min64(n, first + STRETCH);
-        correct(memory, x, first, end);
-        for (int64_t i = first; i < end; ++i) {  // vectorised
-            const int32_t key = (int32_t)(float_bits(memory->fresh[i]) & 0x7fffffffu);
-            largest = largest > key ? largest : key;
+inline void correct_all(const Shares& shares, gc_memory* memory, const float* x) {
+    on_shares(shares, [=](int, int64_t from, int64_t to) {
+        int32_t largest = 0;
+        for (int64_t first = from; first < to; first += STRETCH) {
+            const int64_t end = min64(to, first + STRETCH);
+            correct(memory, x, first, end);
+            for (int64_t i = first; i < end; ++i) {  // vectorised
+                const int32_t key = (int32_t)(float_bits(memory->fresh[i]) & 0x7fffffffu);
+                largest = largest > key ? largest : key;
+            }
         }
-    }
-    if (largest >= (int32_t)INFINITY_KEY) *memory->poisoned = 1;
+        if (largest >= (int32_t)INFINITY_KEY) set_shared(memory->poisoned);
+    });
 }
 
 // The entries [first, end) of x + residual were encoded: keep what `decode(first, end, sent)` tells of them, stretches in
@@ -68,22 +71,45 @@ void keep_decoded(gc_memory* memory, int64_t first, int64_t end, int64_t unit, c
     }
 }
 
-// Encode by `encode(x, first, end)`, where `first` is the beginning of a unit. With a memory: x + residual, of which what
-// `decode` does not give back is kept.
+// Encode units one after the other that are so long that threads take parts of a unit.
+template <int64_t stretch, class Encode, class Decode>
+void encode_long_units(int threads, gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
+                       const Decode& decode) {
+    for (int64_t first = 0; first < n; first += unit) {
+        const int64_t end = min64(n, first + unit);
+        const Shares shares = shares_of(threads, end - first, stretch);
+        on_shares(shares, [&](int, int64_t from, int64_t to) { correct(memory, x, first + from, first + to); });
+        encode(memory->fresh, first, end, end);
+        on_shares(shares, [&](int, int64_t from, int64_t to) {
+            keep_decoded<stretch>(memory, first + from, first + to, unit,
+                                  [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, end, sent); });
+        });
+    }
+}
+
+// Encode by `encode(x, first, end, limit)`, where `first` is the beginning of a unit; codes of entries from `limit` on may be
+// neither written nor read. With a memory: x + residual, of which what `decode(first, end, limit, sent)` does not give
+// back is kept.
 template <int64_t stretch = STRETCH, class Encode, class Decode>
-void encode_units(gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
+void encode_units(int threads, gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
                   const Decode& decode) {
-    if (!memory) {
-        encode(x, (int64_t)0, n);
-        return;
-    }
-    const int64_t step = unit > stretch ? unit : stretch / unit * unit;
-    for (int64_t first = 0; first < n; first += step) {
-        const int64_t end = min64(n, first + step);
-        correct(memory, x, first, end);
-        encode(memory->fresh, first, end);
-        keep_decoded<stretch>(memory, first, end, unit, decode);
-    }
+    const Shares shares = shares_of(threads, n, unit);
+    if (memory && shares.count == 1 && shares_of(threads, n, stretch).count > 1)
+        return encode_long_units<stretch>(threads, memory, x, n, unit, encode, decode);
+    on_shares(shares, [&](int, int64_t from, int64_t to) {
+        if (!memory) {
+            encode(x, from, to, to);
+            return;
+        }
+        const int64_t step = unit > stretch ? unit : stretch / unit * unit;
+        for (int64_t first = from; first < to; first += step) {
+            const int64_t end = min64(to, first + step);
+            correct(memory, x, first, end);
+            encode(memory->fresh, first, end, to);
+            keep_decoded<stretch>(memory, first, end, unit,
+                                  [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, to, sent); });
+        }
+    });
 }
 
 inline void multiply(float* values, int64_t count, float factor) {
@@ -91,15 +117,15 @@ inline void multiply(float* values, int64_t count, float factor) {
     for (int64_t i = 0; i < count; ++i) values[i] *= factor;  // vectorised
 }
 
-// Decode by `decode(payload, number, first, end, add, out)`, `out` being the place of entry `first`: the stretches of all
-// payloads in turn. Returns the first result that is not GC_OK.
+// Decode the entries [from, to) by `decode(payload, number, first, end, add, out)`, `out` being the place of entry `first`:
+// the stretches of all payloads in turn. Returns the first result that is not GC_OK.
 template <int64_t stretch = STRETCH, class Decode>
-int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
-                   const Decode& decode) {
+int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t from, int64_t to, int64_t unit, int add,
+                   float* out, const Decode& decode) {
     const gc_more none = {nullptr, 0, 1.0f};
     if (!more) more = &none;
-    for (int64_t first = 0; first < n;) {
-        const int64_t end = stretch_end<stretch>(first, n, unit);
+    for (int64_t first = from; first < to;) {
+        const int64_t end = stretch_end<stretch>(first, to, unit);
         if (int error = decode(payload, (int64_t)0, first, end, add != 0, out + first)) return error;
         for (int64_t r = 0; r < more->count; ++r)
             if (int error = decode(more->payloads[r], r + 1, first, end, true, out + first)) return error;
@@ -109,23 +135,33 @@ int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t n, int64
     return GC_OK;
 }
 
+// What shares return, in one: the first that is not GC_OK.
+inline int first_error(const int* results, int count) {
+    for (int k = 0; k < count; ++k)
+        if (results[k] != GC_OK) return results[k];
+    return GC_OK;
+}
+
 template <bool flag>
 struct Flag {
     static const bool value = flag;
 };
 
-// The same for a decoder that cannot fail and remembers nothing: `decode(add, payload, first, end, out)`, add: a Flag.
+// All entries by a decoder that cannot fail and remembers nothing: `decode(add, payload, first, end, out)`, add: a Flag.
+// Threads may take parts of a long unit.
 template <int64_t stretch = STRETCH, class Decode>
-void decode_units(const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add, float* out,
-                  const Decode& decode) {
-    decode_in_turn<stretch>(more, payload, n, unit, add, out,
-                            [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
-                                if (adds)
-                                    decode(Flag<true>(), one, first, end, target);
-                                else
-                                    decode(Flag<false>(), one, first, end, target);
-                                return (int)GC_OK;
-                            });
+void decode_units(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t unit, int add,
+                  float* out, const Decode& decode) {
+    on_shares(shares_of(threads, n, unit > stretch ? stretch : unit), [&](int, int64_t from, int64_t to) {
+        decode_in_turn<stretch>(more, payload, from, to, unit, add, out,
+                                [&](const uint8_t* one, int64_t, int64_t first, int64_t end, bool adds, float* target) {
+                                    if (adds)
+                                        decode(Flag<true>(), one, first, end, target);
+                                    else
+                                        decode(Flag<false>(), one, first, end, target);
+                                    return (int)GC_OK;
+                                });
+    });
 }
 
 }  // namespace

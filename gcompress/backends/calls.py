@@ -10,11 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import PayloadError
+from . import cpu
 from .cpu import CpuKernels
 
 WORDS = 16  # of a call: the kernel's number and up to 15 arguments
 # Parameters that differ from call to call, by their names in csrc/kernels.def. `workspace` has `capacity` 32-bit words.
-ROLES = ("memory", "more", "x", "payload", "seed", "out", "add", "workspace")
+# The `threads` of large tensors are asked for anew each time.
+ROLES = ("memory", "more", "x", "payload", "seed", "out", "add", "workspace", "threads")
 
 
 class Call(NamedTuple):
@@ -54,8 +56,12 @@ def recorded(kernels: CpuKernels, code: Callable, structure: str) -> Call | None
     if signature.extra != structure:
         return None
     words, places, capacity = [kernels.numbers[name]], {}, 0
-    for (kind, parameter), value in zip(signature.parameters, (None, *arguments), strict=True):
-        if parameter in ROLES:
+    values = (*(1,) * signature.threaded, None, *arguments)
+    given = dict(zip((parameter for _, parameter in signature.parameters), values, strict=True))
+    for (kind, parameter), value in zip(signature.parameters, values, strict=True):
+        if parameter == "threads" and given["n"] < cpu.LARGE:
+            words.append(1)
+        elif parameter in ROLES:
             places[parameter] = len(words)
             words.append(0)
         elif kind is ctypes.c_void_p:
@@ -108,6 +114,8 @@ class CallList:
 
     def run(self) -> None:
         """Make the calls; PayloadError if one meets bad data."""
+        if self.has("threads"):
+            self.set("threads", cpu.thread_count())
         done = self._kernels.run(self._words.ctypes.data, len(self._words), WORDS)
         if done != len(self._words):
             raise PayloadError("payload: its index does not mark what was kept")

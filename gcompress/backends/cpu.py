@@ -6,6 +6,7 @@ was built from another list than the one beside it is not used.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import logging
@@ -15,10 +16,15 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 from ..errors import ConfigError
 
 ISAS = ("portable", "neon", "avx2", "avx512")
 MOST_MORE = 63  # GC_MOST_MORE of csrc/gcompress.h
+LARGE = 1 << 19  # entries from which on kernels start threads: two shares of csrc/cpu/threads.h
+# Where launchers say how many ranks there are on this machine: torchrun, Horovod, Open MPI, BytePS.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "BYTEPS_LOCAL_SIZE")
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 TYPES = {
     "void": None,
@@ -51,8 +57,8 @@ class _More(ctypes.Structure):
 class CpuKernels:
     """The kernels of one instruction set: an attribute for each.
 
-    A kernel that takes a gc_memory or a gc_more first is called without it: what `remembering` and `adding` return
-    passes one.
+    A kernel that takes a number of threads is called without it: that of `with_threads`, else one. One that takes a
+    gc_memory or a gc_more is called without it, too: what `remembering` and `adding` return passes one.
 
     Args:
         table: the address of its gc_kernels (csrc/gcompress.h).
@@ -64,12 +70,28 @@ class CpuKernels:
     def __init__(self, table: int, signatures: dict[str, Signature]):
         self.table, self.names, self.signatures = table, frozenset(signatures), signatures
         self.numbers = {name: number for number, name in enumerate(signatures)}
+        self._functions = list(self.functions())
+        self._by_threads = {1: self}
+        self._bind(1)
+
+    def _bind(self, threads):
+        self.threads = threads
         self.taking: dict[str, dict] = {"gc_memory": {}, "gc_more": {}}  # {name: function} of those that take one
-        for (name, signature), function in zip(signatures.items(), self.functions(), strict=True):
+        for (name, signature), function in zip(self.signatures.items(), self._functions, strict=True):
+            if signature.threaded:
+                function = functools.partial(function, threads)
             if signature.extra:
                 self.taking[signature.extra][name] = function
                 function = functools.partial(function, None)
             setattr(self, name, function)
+
+    def with_threads(self, threads: int) -> CpuKernels:
+        """These kernels, which encode and decode a large tensor by up to so many threads, with the same bytes."""
+        if threads not in self._by_threads:
+            found = copy.copy(self)
+            found._bind(threads)
+            self._by_threads[threads] = found
+        return self._by_threads[threads]
 
     def functions(self) -> Iterable[Callable]:
         """The kernels in the order of the table's fields, as Python calls them."""
@@ -140,16 +162,18 @@ class Signature(NamedTuple):
     """What kernels.def says of a kernel."""
 
     kind: Any  # ctypes' type of the function
-    extra: str  # the structure that its first parameter points to, gc_memory or gc_more, or ""
+    threaded: bool  # whether its first parameter is a number of threads
+    extra: str  # the structure that its first or next parameter points to, gc_memory or gc_more, or ""
     parameters: list[tuple[Any, str]]  # (ctypes' type, name)
 
 
 def _signature(result, parameters):
     parameters = parameters.strip("()").split(", ")
-    extra = re.match(r"(?:const )?(gc_\w+)\*", parameters[0])
+    threaded = parameters[0] == "int threads"
+    extra = re.match(r"(?:const )?(gc_\w+)\*", parameters[threaded])
     named = [(_ctype(each), re.findall(r"\w+", each)[-1]) for each in parameters]
     kind = ctypes.CFUNCTYPE(_ctype(result), *(each for each, _ in named))
-    return Signature(kind, extra[1] if extra else "", named)
+    return Signature(kind, threaded, extra[1] if extra else "", named)
 
 
 def _listed():
@@ -209,6 +233,13 @@ def kernels(isa: str) -> CpuKernels | None:
 def signatures() -> ctypes.c_void_p:
     """The address of the library's list of kernels (gc_signatures of csrc/gcompress.h)."""
     return ctypes.cast(_library.gc_signatures(), ctypes.c_void_p)
+
+
+def thread_count() -> int:
+    """How many threads a large tensor gets: as many as torch uses, and no more than this rank's part of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = max(int(size) if (size := os.environ.get(name, "")).isdecimal() else 1 for name in LOCAL_SIZES)
+    return max(1, min(torch.get_num_threads(), cores // max(1, ranks)))
 
 
 def built() -> bool:

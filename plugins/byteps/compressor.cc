@@ -38,51 +38,51 @@ struct Method {
 const Method METHODS[] = {
     {"quantize",
      [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
-         kernels->quantize_encode(nullptr, x, n, a[0], a[1], a[2], seed, payload);
+         kernels->quantize_encode(1, nullptr, x, n, a[0], a[1], a[2], seed, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         kernels->quantize_decode(nullptr, payload, n, a[0], a[1], 0, out);
+         kernels->quantize_decode(1, nullptr, payload, n, a[0], a[1], 0, out);
          return 0;
      }},
     {"mask",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t* work, int64_t capacity, uint8_t* payload) {
-         kernels->mask_encode(nullptr, x, n, a[0], a[1], a[2], a[3], work, capacity, payload);
+         kernels->mask_encode(1, nullptr, x, n, a[0], a[1], a[2], a[3], work, capacity, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         return kernels->mask_decode(nullptr, payload, n, a[0], a[1], a[2], 0, out);
+         return kernels->mask_decode(1, nullptr, payload, n, a[0], a[1], a[2], 0, out);
      }},
     {"topk",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t* work, int64_t capacity, uint8_t* payload) {
          if (a[3])
              kernels->chunk_encode(nullptr, x, n, a[0], a[3], a[4], a[1], a[2], work, capacity, payload);
          else
-             kernels->topk_encode(nullptr, x, n, a[0], a[1], a[2], work, capacity, payload);
+             kernels->topk_encode(1, nullptr, x, n, a[0], a[1], a[2], work, capacity, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         return kernels->topk_decode(nullptr, payload, n, a[0], a[1], a[2], a[4], 0, out);
+         return kernels->topk_decode(1, nullptr, payload, n, a[0], a[1], a[2], a[4], 0, out);
      }},
     {"sign",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
-         kernels->sign_encode(nullptr, x, n, a[0], a[1], payload);
+         kernels->sign_encode(1, nullptr, x, n, a[0], a[1], payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         kernels->sign_decode(nullptr, payload, n, a[0], a[1], 0, out);
+         kernels->sign_decode(1, nullptr, payload, n, a[0], a[1], 0, out);
          return 0;
      }},
     {"cast",
      [](const float* x, int64_t n, const int64_t* a, uint32_t, uint32_t*, int64_t, uint8_t* payload) {
-         kernels->cast_encode(nullptr, x, n, a[0], a[1], payload);
+         kernels->cast_encode(1, nullptr, x, n, a[0], a[1], payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t* a, float* out) {
-         kernels->cast_decode(nullptr, payload, n, a[0], a[1], 0, out);
+         kernels->cast_decode(1, nullptr, payload, n, a[0], a[1], 0, out);
          return 0;
      }},
     {"bf16",
      [](const float* x, int64_t n, const int64_t* a, uint32_t seed, uint32_t*, int64_t, uint8_t* payload) {
-         kernels->bf16_encode(nullptr, x, n, a[0], seed, payload);
+         kernels->bf16_encode(1, nullptr, x, n, a[0], seed, payload);
      },
      [](const uint8_t* payload, int64_t n, const int64_t*, float* out) {
-         kernels->bf16_decode(nullptr, payload, n, 0, out);
+         kernels->bf16_decode(1, nullptr, payload, n, 0, out);
          return 0;
      }},
     {"randomk",

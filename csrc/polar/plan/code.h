@@ -9,9 +9,41 @@ namespace {
 
 const int64_t ENCODER_BYTES = (8 * LANES + 25) * MAX_BLOCK, DECODER_WORDS = MAX_LEVELS * MAX_BLOCK;
 
-// Encodes `count` tiles whose samples come one after the other.
+// What lies before a tile.
+struct TilePlace {
+    int64_t tiles, entries, rows, bytes;
+    void pass(const PolarTile& tile) {
+        ++tiles;
+        entries += tile.lanes * tile.rows;
+        rows += tile.rows;
+        bytes += polar_tile_bytes(&tile);
+    }
+};
+
+// Tiles in shares of about as many entries each; `places` has where they begin, and the end.
+inline int tile_shares(int threads, int64_t count, const PolarTile* tiles, TilePlace* places) {
+    int64_t entries = 0;
+    for (int64_t k = 0; k < count; ++k) entries += tiles[k].lanes * tiles[k].rows;
+    const int64_t most = min64(min64(threads, MOST_THREADS), min64(count, entries / SHARE_ENTRIES));
+    const int shares = most > 1 ? (int)most : 1;
+    TilePlace at = {0, 0, 0, 0};
+    for (int share = 0; share < shares; ++share) {
+        while (at.tiles < count &&
+               at.entries + tiles[at.tiles].lanes * tiles[at.tiles].rows / 2 < entries / shares * share)
+            at.pass(tiles[at.tiles]);
+        places[share] = at;
+    }
+    while (at.tiles < count) at.pass(tiles[at.tiles]);
+    places[shares] = at;
+    return shares;
+}
+
+const int64_t TOUCHED = 8;  // bytes behind a tile's words while it is encoded
+
+// Encodes `count` tiles whose samples come one after the other. `spare`: null, or room for the words of those tiles from
+// which what lies behind all may not be touched.
 inline void encode_tiles(PolarSource source, int64_t count, const PolarTile* tile, const uint8_t* slots,
-                         const PolarTables* tables, int list_size, uint8_t* workspace, uint8_t* words,
+                         const PolarTables* tables, int list_size, uint8_t* workspace, uint8_t* spare, uint8_t* words,
                          int64_t* products) {
     const PolarWorkspace work = polar_workspace(workspace);
     for (int64_t k = 0; k < count; ++k) {
@@ -21,21 +53,57 @@ inline void encode_tiles(PolarSource source, int64_t count, const PolarTile* til
     }
     // The last tile first: of a vector whose magnitudes were just summed, the end is still in the caches. A tile's words
     // touch up to 8 bytes more, which are the next one's.
-    uint8_t after[8];
+    uint8_t after[TOUCHED];
+    const uint8_t* limit = words;
     for (int64_t k = count - 1; k >= 0; --k) {
         polar_pass_tile(&source, tile + k, -1);
         slots -= tile[k].rows;
-        memcpy(after, words, sizeof after);
         uint8_t* end = words;
         words -= polar_tile_bytes(tile + k);
+        if (spare && limit - end < TOUCHED) {
+            polar_encode_tile(&source, tile + k, slots, tables, list_size, work, spare, products);
+            memcpy(words, spare, (size_t)(end - words));
+            continue;
+        }
+        memcpy(after, end, sizeof after);
         polar_encode_tile(&source, tile + k, slots, tables, list_size, work, words, products);
         memcpy(end, after, sizeof after);
     }
 }
 
+// The same by several threads, as far as there is room.
+inline void encode_shares(int threads, const PolarSource& source, int64_t count, const PolarTile* tiles,
+                          const uint8_t* slots, const PolarTables* tables, int list_size, uint8_t* workspace, Room room,
+                          uint8_t* words, int64_t* products) {
+    TilePlace places[MOST_THREADS + 1];
+    uint8_t *works[MOST_THREADS] = {workspace}, *spares[MOST_THREADS];
+    int shares = tile_shares(threads, count, tiles, places);
+    for (int share = 0; share + 1 < shares; ++share) {
+        int64_t most = 0;
+        for (int64_t k = places[share].tiles; k < places[share + 1].tiles; ++k)
+            most = max64(most, polar_tile_bytes(tiles + k));
+        spares[share] = room.take<uint8_t>(most + TOUCHED);
+        works[share + 1] = room.take<uint8_t>(ENCODER_BYTES);
+    }
+    if (room.full()) {
+        shares = 1;
+        places[1].tiles = count;
+    }
+    at_once(shares, [&](int share) {
+        const TilePlace &from = places[share], &to = places[share + 1];
+        PolarSource mine = source;
+        if (mine.samples) mine.samples += from.entries;
+        if (mine.x) mine.x += from.entries;
+        mine.count -= from.entries;
+        int64_t sums[2 * CLASSES] = {0};
+        encode_tiles(mine, to.tiles - from.tiles, tiles + from.tiles, slots + from.rows, tables, list_size,
+                     works[share], share + 1 < shares ? spares[share] : 0, words + from.bytes, sums);
+        for (int k = 0; k < 2 * CLASSES; ++k) add_to_shared(products + k, sums[k]);
+    });
+}
+
 inline void decode_tiles(const uint8_t* words, int64_t count, const PolarTile* tile, const uint8_t* slots,
-                         const float* values, int64_t n, bool add, uint64_t* workspace, float* out) {
-    const bool stream = n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0;
+                         const float* values, int64_t n, bool add, bool stream, uint64_t* workspace, float* out) {
     const auto decode = add ? polar_decode_tile<ADD> : stream ? polar_decode_tile<STREAM> : polar_decode_tile<REPLACE>;
     for (const PolarTile* end = tile + count; tile < end; ++tile) {
         words = decode(words, tile, slots, values, workspace, n, out);
@@ -46,15 +114,19 @@ inline void decode_tiles(const uint8_t* words, int64_t count, const PolarTile* t
     finish_streams();
 }
 
+inline bool streams(const float* out, int64_t n) {
+    return n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0;
+}
+
 // The words of entries, which have `words_bytes` bytes and 8 behind them, and the classes' amplitudes; null: no room.
-inline const uint8_t* encode_words(const PlanTables* tables, const float* x, Spending* spending, const float* scales,
-                                   int list_size, uint8_t* workspace, Room* room) {
+inline const uint8_t* encode_words(int threads, const PlanTables* tables, const float* x, Spending* spending,
+                                   const float* scales, int list_size, uint8_t* workspace, Room* room) {
     const CodePlan plan = code_plan(tables, spending, room);
     if (room->full()) return 0;
     uint8_t* words = room->take<uint8_t>(spending->words_bytes() + 8);
     const bool lone = spending->layout.lone();
     int8_t* samples = lone ? 0 : room->take<int8_t>(plan.entries);
-    LayoutRuns runs = runs_of(spending->layout, room);
+    LayoutRuns runs = runs_of(threads, spending->layout, room);
     if (room->full()) return 0;
     PolarTables designs;
     memset(&designs, 0, sizeof designs);
@@ -75,10 +147,11 @@ inline const uint8_t* encode_words(const PlanTables* tables, const float* x, Spe
             memset(samples + start, spending->classes[k].levels > 1 ? ERASED : 0, (size_t)(end - start));
             cursors[k] = plan.starts[k];
         }
-        polar_gather_rows(x, &runs.described, cursors, runs.row_buffer, samples);
+        polar_gather_rows(runs.shares, x, &runs.described, cursors, runs.row_buffer, samples);
     }
     const PolarSource source = {samples, lone ? x : 0, lone ? spending->layout.numel : 0, lone ? scales[0] : 0.0f};
-    encode_tiles(source, spending->tile_count, plan.tiles, plan.slots, &designs, list_size, workspace, words, products);
+    encode_shares(threads, source, spending->tile_count, plan.tiles, plan.slots, &designs, list_size, workspace, *room,
+                  words, products);
     set_amplitudes(spending, scales, products);
     return words;
 }
@@ -89,35 +162,43 @@ struct WordDecoder {
     CodePlan plan;
     LayoutRuns runs;
     float *tables, *values;
-    uint64_t* workspace;
+    int shares;
+    TilePlace places[MOST_THREADS + 1];
+    uint64_t* workspace;  // of each share DECODER_WORDS
 
-    bool set(const PlanTables* plan_tables, const Spending* spending_, Room* room) {
+    bool set(int threads, const PlanTables* plan_tables, const Spending* spending_, Room* room) {
         spending = spending_;
         plan = code_plan(plan_tables, spending, room);
         if (room->full()) return false;
-        workspace = room->take<uint64_t>(DECODER_WORDS);
+        shares = tile_shares(threads, spending->tile_count, plan.tiles, places);
+        workspace = room->take<uint64_t>(shares * DECODER_WORDS);
         tables = room->take<float>(spending->class_count << MAX_LEVELS);
         values = spending->layout.lone() ? 0 : room->take<float>(plan.entries);
-        if (values) runs = runs_of(spending->layout, room);
+        if (values) runs = runs_of(threads, spending->layout, room);
         if (room->full()) return false;
         value_tables(plan_tables, spending, tables);
         return true;
     }
+    void decode_shares(const uint8_t* words, int64_t n, bool add, float* out) {
+        at_once(shares, [&](int share) {
+            const TilePlace &from = places[share], &to = places[share + 1];
+            decode_tiles(words + from.bytes, to.tiles - from.tiles, plan.tiles + from.tiles, plan.slots + from.rows,
+                         tables, n - from.entries, add, streams(out, n), workspace + share * DECODER_WORDS,
+                         out + from.entries);
+        });
+    }
     void decode(const uint8_t* words, bool add, float* out) {
-        if (!values)
-            return decode_tiles(words, spending->tile_count, plan.tiles, plan.slots, tables, spending->layout.numel,
-                                add, workspace, out);
-        decode_tiles(words, spending->tile_count, plan.tiles, plan.slots, tables, plan.entries, false, workspace,
-                     values);
+        if (!values) return decode_shares(words, spending->layout.numel, add, out);
+        decode_shares(words, plan.entries, false, values);
         int8_t slots[CLASSES];
         int64_t cursors[CLASSES];
         slot_of_class(spending, slots);
         runs.described.slot = (int64_t)slots;
         memcpy(cursors, plan.starts, sizeof cursors);
         if (add)
-            polar_scatter_rows<true>(values, &runs.described, cursors, runs.row_buffer, out);
+            polar_scatter_rows<true>(runs.shares, values, &runs.described, cursors, runs.row_buffer, out);
         else
-            polar_scatter_rows<false>(values, &runs.described, cursors, runs.row_buffer, out);
+            polar_scatter_rows<false>(runs.shares, values, &runs.described, cursors, runs.row_buffer, out);
     }
 };
 

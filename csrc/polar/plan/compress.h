@@ -23,6 +23,7 @@ struct CompressOptions {
 };
 
 struct Compressor {
+    int threads;
     const PlanTables* tables;
     CompressOptions options;
     uint8_t *payload, *workspace;
@@ -46,7 +47,7 @@ struct Compressor {
                     const uint8_t* section, int64_t section_bytes) {
         float scales[CLASSES];
         sample_scales(tables, spending, variances, rates, scales);
-        const uint8_t* words = encode_words(tables, x, spending, scales, options.list_size, workspace, &room);
+        const uint8_t* words = encode_words(threads, tables, x, spending, scales, options.list_size, workspace, &room);
         if (!words) return false;
         uint8_t* end = pack_header(spending, flags, section, section_bytes, payload);
         return write(payload, end, words, spending->words_bytes());
@@ -72,9 +73,10 @@ struct Compressor {
             const LimitFactors factors(tables, kept);
             factors.expand(of_rows, of_columns);
             found.limits = option.limits;
-            found.count = polar_places_beyond(*x, numel, kept.columns, of_rows, factors.by_row(), of_columns,
-                                              factors.by_column(), option.limits.floor, option.limits.slope,
-                                              option.limits.intercept(), capacity, found.places);
+            found.count =
+                polar_all_places_beyond(shares_of(threads, numel, kept.columns), *x, kept.columns, of_rows,
+                                        factors.by_row(), of_columns, factors.by_column(), option.limits.floor,
+                                        option.limits.slope, option.limits.intercept(), capacity, found.places);
             if (found.count == 0) break;
             if (3 * found.count < 8 * left) {
                 split_outliers(*x, factors, &found);
@@ -111,11 +113,11 @@ struct Compressor {
         const double unit = exact_sum(terms, CLASSES);
         for (int k = 0; k < CLASSES; ++k) scales[k] = (float)(64.0 * unit / (total * tables->power(16 * k)));
         const Room before = room;
-        LayoutRuns runs = runs_of(layout, &room);
+        LayoutRuns runs = runs_of(threads, layout, &room);
         if (room.full()) return false;
         runs.described.slot = (int64_t)slots;
         runs.described.scale = (int64_t)scales;
-        polar_class_energies(x, &runs.described, runs.row_buffer, energies);
+        polar_class_energies(runs.shares, x, &runs.described, runs.row_buffer, energies);
         room = before;
         bool any = false;
         for (int k = 0; k < CLASSES; ++k) {
@@ -166,7 +168,7 @@ struct Compressor {
         float* sums = room.take<float>(rows + columns);
         uint8_t* codes = room.take<uint8_t>(2 * (rows + columns));
         if (room.full()) return false;
-        polar_sums_of(x, numel, options.columns, sums, columns ? sums + rows : 0);
+        polar_sums_of(threads, x, numel, options.columns, sums, columns ? sums + rows : 0);
         const Survey survey = surveyed(sums, nbytes, codes);
         if (options.rank == 0 || !columns || !survey.something) return encode_surveyed(x, survey);
 
@@ -228,7 +230,7 @@ struct Compressor {
         uint8_t* section = room.take<uint8_t>(4 + 4 * blocks);
         float* scales_of = room.take<float>(blocks);
         if (room.full()) return false;
-        polar_sums_of(x, numel, columns, sums, 0);
+        polar_sums_of(threads, x, numel, columns, sums, 0);
         double total = 0.0;
         for (int64_t i = 0; i < rows; ++i) total += (double)sums[i];
         if (total == 0) return write_flag(0);
@@ -244,9 +246,10 @@ struct Compressor {
             return false;
         float scales[CLASSES];
         sample_scales(tables, &spending, variances, rates, scales);
-        const uint8_t* words = encode_words(tables, turned, &spending, scales, options.list_size, workspace, &room);
+        const uint8_t* words =
+            encode_words(threads, tables, turned, &spending, scales, options.list_size, workspace, &room);
         WordDecoder decoder;
-        if (!words || !decoder.set(tables, &spending, &room)) return false;
+        if (!words || !decoder.set(threads, tables, &spending, &room)) return false;
         decoder.decode(words, false, decoded);
         polar_turn_scales_of(turned, decoded, numel, lengths, scales_of);
         memcpy(section, &seed, 4);

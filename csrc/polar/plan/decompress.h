@@ -11,21 +11,23 @@ namespace {
 
 // Everything about a payload but its product, made ready before anything is written.
 struct RestDecoder {
+    int threads;
     const PlanTables* tables;
     Header header;
     WordDecoder words;
     float *before, *turned, *scales;
     int64_t numel;
 
-    bool set(const PlanTables* tables_, const uint8_t* payload, int64_t nbytes, int64_t numel_, int64_t block,
-             Room* room) {
+    bool set(int threads_, const PlanTables* tables_, const uint8_t* payload, int64_t nbytes, int64_t numel_,
+             int64_t block, Room* room) {
+        threads = threads_;
         tables = tables_;
         numel = numel_;
         if (!read_header(tables, payload, nbytes, numel, block, &header, room)) return false;
         before = header.apart ? room->take<float>(header.outliers.count) : 0;
         turned = header.turned ? room->take<float>(numel + 16) : 0;
         scales = header.turned ? room->take<float>(ceil_div(numel, TURN_BLOCK)) : 0;
-        return header.spending.class_count == 0 ? !room->full() : words.set(tables, &header.spending, room);
+        return header.spending.class_count == 0 ? !room->full() : words.set(threads, tables, &header.spending, room);
     }
 
     void decode(bool add, float* out) {
@@ -61,13 +63,14 @@ struct RestDecoder {
 };
 
 // GC_OK, or GC_BAD_INDEX, with nothing written, where the payload contradicts itself or the workspace is too small.
-inline int polar_decompress_into(const PlanTables* tables, const uint8_t* payload, int64_t nbytes, int64_t numel,
-                                 int64_t block, bool add, uint8_t* workspace, int64_t workspace_bytes, float* out) {
+inline int polar_decompress_into(int threads, const PlanTables* tables, const uint8_t* payload, int64_t nbytes,
+                                 int64_t numel, int64_t block, bool add, uint8_t* workspace, int64_t workspace_bytes,
+                                 float* out) {
     Room room = room_of(workspace, workspace_bytes);
     RestDecoder rest;
     if (nbytes < SMALLEST_PAYLOAD) return GC_BAD_INDEX;
     if (!(payload[0] & PRODUCT)) {
-        if (!rest.set(tables, payload, nbytes, numel, block, &room)) return GC_BAD_INDEX;
+        if (!rest.set(threads, tables, payload, nbytes, numel, block, &room)) return GC_BAD_INDEX;
         rest.decode(add, out);
         return GC_OK;
     }
@@ -75,7 +78,7 @@ inline int polar_decompress_into(const PlanTables* tables, const uint8_t* payloa
     ProductRows product;
     const int64_t size = unpack_factors(payload, nbytes, numel, &factors, &room);
     if (size == 0 || !product.set(&factors, &room)) return GC_BAD_INDEX;
-    if (!rest.set(tables, payload, nbytes - size, numel, block, &room)) return GC_BAD_INDEX;
+    if (!rest.set(threads, tables, payload, nbytes - size, numel, block, &room)) return GC_BAD_INDEX;
     float* whole = add ? room.take<float>(numel) : out;
     if (room.full()) return GC_BAD_INDEX;
     rest.decode(false, whole);

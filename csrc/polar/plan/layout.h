@@ -8,6 +8,7 @@
 namespace {
 
 const int CODES = 63, CLASSES = 2 * CODES + 1, NO_CODE = 1;
+static_assert(CLASSES == MOST_SLOTS, "a slot for each class");
 const double GAUSSIAN_RMS = 1.2533141373155001;
 
 struct Layout {
@@ -129,16 +130,19 @@ inline Layout without_idle_codes(const Layout& layout, int floor, uint8_t* codes
 // to right, in runs.
 struct LayoutRuns {
     PolarLayout described;
-    float* row_buffer;
+    float* row_buffer;  // for each share a row
+    Shares shares;
 };
-inline LayoutRuns runs_of(const Layout& layout, Room* room) {
+inline LayoutRuns runs_of(int threads, const Layout& layout, Room* room) {
+    const Shares shares = shares_of(threads, layout.numel, layout.columns);
     int32_t* order = layout.column_codes ? room->take<int32_t>(layout.columns) : 0;
     int32_t* ends = room->take<int32_t>(CODES + 1);
     uint8_t* codes = room->take<uint8_t>(CODES + 1);
-    float* buffer = room->take<float>(layout.lone() ? 0 : layout.columns);
+    float* buffer = room->take<float>(layout.lone() ? 0 : shares.count * layout.columns);
     LayoutRuns runs = {{layout.numel, layout.columns, (int64_t)layout.row_codes, (int64_t)order, 1, (int64_t)ends,
                         (int64_t)codes, 0, 0},
-                       buffer};
+                       buffer,
+                       shares};
     if (room->full()) return runs;
     if (!order) {
         ends[0] = (int32_t)min64(layout.columns, INT32_MAX);

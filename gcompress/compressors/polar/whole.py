@@ -11,6 +11,8 @@ from .tables import LARGEST_BLOCK, MAX_LEVELS, SMALLEST_BLOCK, design_at, design
 
 KERNELS = ("polar_compress", "polar_decompress")
 ENCODER_ROOM, DECODER_ROOM = 12 << 20, 4 << 20  # bytes besides those for entries
+THREAD_ENCODER_ROOM, THREAD_DECODER_ROOM = 10 << 20, 1 << 20  # for another thread
+THREAD_ENTRIES = 1 << 18  # at least, for each of them (csrc/cpu/threads.h)
 LARGEST_ROOM = 1 << 12  # bytes for an entry: with more of them the kernels would do, too
 _local = threading.local()
 
@@ -44,6 +46,11 @@ def _workspace(least):
     return memory.data_ptr(), memory.numel()
 
 
+def _more_threads(kernels, numel):
+    """How many threads there may be beside the first."""
+    return max(0, min(kernels.threads, numel // THREAD_ENTRIES) - 1)
+
+
 def compress(kernels, polar, values, payload, seed):
     """Encode a contiguous float32 tensor of any shape to all bytes of `payload`, by the options of a Polar."""
     numel, shape = values.numel(), values.shape
@@ -55,6 +62,7 @@ def compress(kernels, polar, values, payload, seed):
     )
     tables, nbytes = _tables(), payload.numel()  # held here: of two threads' first tables the cache keeps one
     room, largest = ENCODER_ROOM + 16 * numel + 4 * nbytes, ENCODER_ROOM + LARGEST_ROOM * (numel + nbytes)
+    room += _more_threads(kernels, numel) * THREAD_ENCODER_ROOM
     while room <= largest:
         workspace = _workspace(room)
         place = values.data_ptr(), numel, *options, *workspace, payload.data_ptr(), nbytes
@@ -67,7 +75,8 @@ def compress(kernels, polar, values, payload, seed):
 def decompress(kernels, payload, out, add, block):
     """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
     tables = _tables()  # held here, as in `compress`
-    workspace = _workspace(DECODER_ROOM + 40 * out.numel() + 4 * payload.numel())
+    threads = _more_threads(kernels, out.numel()) * THREAD_DECODER_ROOM
+    workspace = _workspace(DECODER_ROOM + threads + 40 * out.numel() + 4 * payload.numel())
     place = payload.data_ptr(), payload.numel(), out.numel(), block, add, *workspace, out.data_ptr()
     if kernels.polar_decompress(tables[0], *place):
         # The reference says what is wrong; it decodes the few payloads that are not, but want more room.
