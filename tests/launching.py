@@ -1,5 +1,7 @@
 """Starts the ranks of an engine as a user would, and leaves none behind."""
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -7,8 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
+
+from tests.quick_python import FORKER
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
@@ -16,31 +21,61 @@ PYTHON = sys.executable
 SMALL_PARTITIONS = "65536"  # of BytePS, in bytes, so that tensors of a test have several
 
 
-def launch_ddp(ranks, *arguments, timeout=120, **environment):
-    """Run a Python script or module on `ranks` ranks; returns (exit code, output)."""
-    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+@functools.cache
+def quick_python():
+    """The command of a Python that has imported torch already, see quick_python.py."""
+    path = os.path.join(tempfile.mkdtemp(prefix="forker-"), "socket")
+    command = [PYTHON, "-m", "tests.forker", path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if MPIRUN:  # which tells ranks where MPI is by a variable that is read when a process starts
+        told = subprocess.run([MPIRUN, "-np", "1", "printenv", "LD_LIBRARY_PATH"], capture_output=True, text=True)
+        environment["LD_LIBRARY_PATH"] = told.stdout.strip()
+    forker = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes)
+    atexit.register(lambda: (forker.communicate(), shutil.rmtree(os.path.dirname(path))))
+    assert forker.stdout.readline() == b"ready\n"
+    os.environ[FORKER] = path
+    return [PYTHON, "-S", "-E", REPOSITORY / "tests" / "quick_python.py"]
+
+
+def python_for(plain):
+    return [PYTHON] if plain else quick_python()
+
+
+def launch_ddp(ranks, *arguments, timeout=120, plain=False, **environment):
+    """Run a Python script or module on `ranks` ranks; returns (exit code, output).
+
+    plain: by Pythons of their own, for what is about how processes end; so below.
+    """
+    python = python_for(plain)
+    command = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+    command += [*python, "-u", *arguments]
     # torchrun ends its ranks when it is told to end.
     return run(command, timeout, signal.SIGTERM, environment)
 
 
-def launch_horovod(ranks, *arguments, timeout=240, options=(), **environment):
+def launch_horovod(ranks, *arguments, timeout=240, options=(), plain=False, **environment):
     """Run a Python command line on `ranks` ranks; returns (exit code, output)."""
-    command = [PYTHON, "-m", "horovod.runner.launch", "-np", ranks, "--gloo", *options, PYTHON, *arguments]
+    python = python_for(plain)
+    command = [*python, "-m", "horovod.runner.launch", "-np", ranks, "--gloo", *options, *python, *arguments]
     return run(command, timeout, signal.SIGINT, {"GCOMPRESS_TIMEOUT": "60", **environment})
 
 
-def launch_mpi(ranks, *arguments, timeout=150, options=(), **environment):
+def launch_mpi(ranks, *arguments, timeout=150, options=(), plain=False, **environment):
     """Run a Python command line on `ranks` ranks; returns (exit code, output)."""
-    command = [MPIRUN, *options, "-np", ranks, PYTHON, *arguments]
+    command = [MPIRUN, *options, "-np", ranks, *python_for(plain), *arguments]
     # Its ranks have sessions of their own: mpirun must end them.
     return run(command, timeout, signal.SIGTERM, {"GCOMPRESS_TIMEOUT": "60", **environment})
 
 
-def launch_byteps(workers, *arguments, servers=2, timeout=120, **environment):
+def launch_byteps(workers, *arguments, servers=2, timeout=120, plain=False, **environment):
     """Run a Python command line on BytePS workers; returns (exit code, output)."""
     command = [PYTHON, "-m", "gcompress.plugins.byteps.launch", "-np", workers, "--servers", servers]
     return run(
-        [*command, PYTHON, *arguments], timeout, None, {"BYTEPS_PARTITION_BYTES": SMALL_PARTITIONS, **environment}
+        [*command, *python_for(plain), *arguments],
+        timeout,
+        None,
+        {"BYTEPS_PARTITION_BYTES": SMALL_PARTITIONS, **environment},
     )
 
 
@@ -58,8 +93,8 @@ def told_by(out, ranks):
     return {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}
 
 
-def run(command, timeout, interrupt, environment):
-    """Run a launcher from the repository's root; fails the test if it does not end in time.
+def run(command, timeout, interrupt, environment, folder=REPOSITORY):
+    """Run a launcher in a folder, the repository's root; fails the test if it does not end in time.
 
     Args:
         interrupt: the signal at which the launcher ends its ranks; None: all of them are killed.
@@ -71,7 +106,7 @@ def run(command, timeout, interrupt, environment):
         text=True,
         errors="replace",
         start_new_session=True,
-        cwd=REPOSITORY,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     try:

@@ -47,7 +47,9 @@ def test_scenario(outcomes, name):
 
 @needs_byteps
 def test_a_failing_worker_ends_all(tmp_path):
-    code, output = launch_byteps(2, "-m", "tests.byteps_workers", tmp_path / "error", "failing_worker", servers=1)
+    code, output = launch_byteps(
+        2, "-m", "tests.byteps_workers", tmp_path / "error", "failing_worker", servers=1, plain=True
+    )
     assert code == 1 and "worker 1 ended with exit code 1" in output, output[-3000:]
     assert json.loads((tmp_path / "error.1").read_text()) == ["ValueError", "this worker has had enough"]
 
@@ -55,7 +57,9 @@ def test_a_failing_worker_ends_all(tmp_path):
 @needs_byteps
 def test_a_worker_that_hangs_is_told_by_the_others(tmp_path):
     out = tmp_path / "error"
-    code, _ = launch_byteps(2, "-m", "tests.byteps_workers", out, "hanging_worker", servers=1, GCOMPRESS_TIMEOUT="5")
+    code, _ = launch_byteps(
+        2, "-m", "tests.byteps_workers", out, "hanging_worker", servers=1, plain=True, GCOMPRESS_TIMEOUT="5"
+    )
     kind, message = json.loads((tmp_path / "error.0").read_text())
     assert code == 1 and kind == "ExchangeError" and "no answer within 5 s" in message
 
@@ -63,7 +67,9 @@ def test_a_worker_that_hangs_is_told_by_the_others(tmp_path):
 @needs_byteps
 def test_a_killed_worker_ends_all_and_nothing_is_left(tmp_path):
     before = set(os.listdir("/dev/shm"))
-    code, output = launch_byteps(2, "-m", "tests.byteps_workers", tmp_path / "error", "killed_worker", servers=1)
+    code, output = launch_byteps(
+        2, "-m", "tests.byteps_workers", tmp_path / "error", "killed_worker", servers=1, plain=True
+    )
     assert code == 128 + signal.SIGKILL and "worker 1 ended with exit code -9" in output, output[-3000:]
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("BytePS")}
     assert not processes_with(str(tmp_path))

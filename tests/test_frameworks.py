@@ -15,7 +15,7 @@ from gcompress.exchange import GradientExchange
 from gcompress.exchange.rank_files import read_rank_file, write_rank_file
 from tests import accelerate_scenarios, lightning_scenarios, trainer_scenarios  # noqa: F401
 from tests.framework_tools import ALONE, SCENARIOS
-from tests.launching import PYTHON, REPOSITORY, launch_ddp, outcomes_of
+from tests.launching import PYTHON, REPOSITORY, launch_ddp, outcomes_of, quick_python, run
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no Gloo", allow_module_level=True)
@@ -53,9 +53,7 @@ def outcomes(tmp_path_factory):
 
 
 def launch_alone(out, *names):
-    command = [PYTHON, "-m", "tests.framework_ranks", str(out), *names]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, errors="replace", timeout=120)
-    return ran.returncode, ran.stdout + ran.stderr
+    return run([*quick_python(), "-m", "tests.framework_ranks", out, *names], 120, None, {})
 
 
 @pytest.mark.ranks

@@ -38,7 +38,7 @@ RANKS = 4  # three workers and a server
 def run(tmp_path, name, *options, **environment):
     """Run one scenario alone; returns (exit code, {rank: what it returned or [error type, message]}, output)."""
     out = tmp_path / "outcome"
-    code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, **environment)
+    code, output = launch_mpi(RANKS, "-m", "tests.mpi_ranks", out, name, options=options, plain=True, **environment)
     assert not wait_until_gone(str(out))
     return code, told_by(out, RANKS), output
 

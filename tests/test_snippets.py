@@ -7,8 +7,7 @@ import re
 import pytest
 
 import run_notebook
-from tests.forked_programs import ForkedPrograms
-from tests.launching import REPOSITORY
+from tests.launching import REPOSITORY, quick_python, run
 
 DOCS = REPOSITORY / "docs"
 PAGES = {"README.md": REPOSITORY / "README.md"} | {
@@ -192,14 +191,8 @@ def test_every_block_is_known():
     assert lists == {name: len(FOUND[name]) for name in lists}
 
 
-@pytest.fixture(scope="module")
-def programs():
-    with ForkedPrograms() as forked:
-        yield forked
-
-
 @pytest.mark.parametrize("block, code", [program[1:] for program in PROGRAMS], ids=[program[0] for program in PROGRAMS])
-def test_the_block_runs(block, code, programs, tmp_path):
+def test_the_block_runs(block, code, tmp_path):
     if isinstance(block, str):
         pytest.skip(block)
     before, after = block
@@ -207,7 +200,7 @@ def test_the_block_runs(block, code, programs, tmp_path):
         if re.search(rf"import .*\b{package}\b", before + code) and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     (tmp_path / "block.py").write_text(f"{before}\n{code}\n{after}\n")
-    code, output = programs.run(tmp_path / "block.py", timeout=200)
+    code, output = run([*quick_python(), "block.py"], 200, None, {}, folder=tmp_path)
     assert code == 0, output
 
 

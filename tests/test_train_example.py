@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint_files import TIMES, checkpoint_files
-from tests.launching import REPOSITORY
+from tests.launching import MPIRUN, REPOSITORY, quick_python
 from tests.nested import assert_same
 
 EXAMPLES = REPOSITORY / "examples"
@@ -62,12 +61,14 @@ def train(*options, ranks=2):
     """Run the example on `ranks` ranks: 2 epochs of 16 steps, 1000 test images."""
     # fmt: off
     command = [
-        HOROVODRUN, "-np", ranks, sys.executable, EXAMPLES / "train.py", "--data", fashion_mnist(),
+        *quick_python(), HOROVODRUN, "-np", ranks, *quick_python(), EXAMPLES / "train.py", "--data", fashion_mnist(),
         "--epochs", 2, "--limit-train", 1024, "--batch-size", 32, "--limit-test", 1000, *options,
     ]
     # fmt: on
     command = [str(part) for part in command]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=REPOSITORY, timeout=TIMEOUT_SECONDS, env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +133,11 @@ class TestRanks:
         assert_refused(result, "sparsity")
 
 
-MPIRUN = shutil.which("mpirun", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-BYTEPS = [sys.executable, "-m", "gcompress.plugins.byteps.launch", "-np", 2, "--servers", 1, sys.executable]
-LAUNCHERS = {
-    "Horovod": [HOROVODRUN, "-np", 2, sys.executable],
-    "DDP": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    "MPI": [MPIRUN, "-np", 3, sys.executable],
-    "BytePS": BYTEPS,
+LAUNCHERS = {  # all but MPI's in Python
+    "Horovod": [HOROVODRUN, "-np", 2],
+    "DDP": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"],
+    "MPI": [MPIRUN, "-np", 3],
+    "BytePS": ["-m", "gcompress.plugins.byteps.launch", "-np", 2, "--servers", 1],
 }
 NEEDS = {"Horovod": "horovod", "DDP": "torch", "MPI": "mpi4py", "BytePS": "byteps"}
 each_engine = pytest.mark.parametrize(
@@ -158,10 +157,11 @@ def train_on(engine, *options):
         pytest.skip("Fashion-MNIST is not on this machine: make data")
     if importlib.util.find_spec(NEEDS[engine]) is None or LAUNCHERS[engine][0] is None:
         pytest.skip(f"{NEEDS[engine]} is not installed: make engines")
+    launcher = LAUNCHERS[engine] if engine == "MPI" else [*quick_python(), *LAUNCHERS[engine]]
     # fmt: off
     command = [
-        *LAUNCHERS[engine], EXAMPLES / "train.py", "--data", fashion_mnist(), "--epochs", 1, "--limit-train", 512,
-        "--batch-size", 32, "--limit-test", 100, "--compressor", "topk:sparsity=0.95", *options,
+        *launcher, *quick_python(), EXAMPLES / "train.py", "--data", fashion_mnist(), "--epochs", 1,
+        "--limit-train", 512, "--batch-size", 32, "--limit-test", 100, "--compressor", "topk:sparsity=0.95", *options,
     ]
     # fmt: on
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

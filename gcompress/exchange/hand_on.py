@@ -166,7 +166,7 @@ def _take_shares(exchange, vectors, memories):
 
 
 def memories_of_node(exchange, memories, device):
-    """What all ranks of this node have learned, {name: memory}: each has it of other parameters, and as its peers do."""
+    """What all ranks of this node have learned, {name: memory}: each has it of other parameters, as its peers do."""
     file = io.BytesIO()
     torch.save(memories, file)
     own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)

@@ -9,7 +9,8 @@ def check_configuration(agreed: dict) -> None:
     """ConfigError on every rank alike: a worker that refused alone would leave its servers waiting.
 
     Args:
-        agreed: what `agree` has compared: "compression" (a policy's dict or None), "staleness", "momentum", "on_failure".
+        agreed: what `agree` has compared: "compression" (a policy's dict or None), "staleness", "momentum" and
+            "on_failure".
     """
     policy = as_policy(agreed["compression"]) if agreed["compression"] else None
     check_for_servers(policy)
