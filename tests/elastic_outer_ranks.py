@@ -14,6 +14,7 @@ import horovod.torch as hvd
 import torch
 
 import gcompress
+from tests.patience import wait_patiently
 
 FOLDER = pathlib.Path(sys.argv[1])
 EVERY, KILLED_AT, ENLARGED_AT, LAST = 3, 7, 12, 21
@@ -29,6 +30,7 @@ def record(kind, outer):
 
 def main():
     hvd.init()
+    wait_patiently()
     torch.manual_seed(os.getpid())  # of weights and batches: each rank has others
     model = torch.nn.Linear(300, 60)
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -15,6 +15,7 @@ import horovod.torch as hvd
 import torch
 
 from gcompress import Policy
+from tests.patience import wait_patiently
 
 FOLDER = pathlib.Path(sys.argv[1])
 KILLED_AT, ENLARGED_AT, LAST = 4, 8, 14
@@ -30,6 +31,7 @@ def record(kind, state, exchange):
 
 def main():
     hvd.init()
+    wait_patiently()
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 60)
     optimizer = hvd.DistributedOptimizer(

@@ -16,6 +16,7 @@ import torch
 import gcompress
 from gcompress import MaskSparse, Policy, Quantize, RandomK, TopK
 from gcompress.exchange.plan import Plan
+from tests.patience import wait_patiently
 from tests.processes import expect_error
 from tests.scenarios import Scenarios, run_scenarios
 from tests.simulation import Simulation
@@ -433,6 +434,7 @@ def join_when_all_are_done():
 def main():
     out, names = sys.argv[1], sys.argv[2:]
     hvd.init()
+    wait_patiently()
     gather = functools.partial(hvd.allgather_object, name="failures")
     run_scenarios({name: SCENARIOS[name] for name in names or SCENARIOS}, out, hvd.rank(), gather)
 

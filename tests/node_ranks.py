@@ -77,7 +77,10 @@ class HorovodRank:
         import horovod.torch as hvd
 
         place_for_horovodrun(LOCAL_SIZE)
+        from tests.patience import wait_patiently
+
         hvd.init()
+        wait_patiently()
         self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
 
     def compressed(self, model, policy, op=None):

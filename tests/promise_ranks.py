@@ -75,8 +75,7 @@ class Horovod(Trainer):
             super().step(scaler)
 
     def gather(self, tensor):
-        gathering = hvd.allgather_async(tensor.unsqueeze(0).clone(), name="gathered")
-        return list(patient_synchronize(gathering).unbind(0))  # Horovod's own wait takes the others' cores
+        return list(hvd.allgather(tensor.unsqueeze(0).clone(), name="gathered").unbind(0))
 
     @staticmethod
     @contextlib.contextmanager
@@ -201,7 +200,7 @@ TRAINERS |= {"ddp_by_nodes": DdpByNodes, "horovod_by_nodes": HorovodByNodes}
 
 def start(engine):
     """Start the engine; returns this rank, or None on a server that has served all trainers."""
-    global dist, hvd, patient_synchronize, bps, byteps_plugin, servers, world
+    global dist, hvd, bps, byteps_plugin, servers, world
     if engine in ("ddp", "ddp_by_nodes"):
         import datetime
 
@@ -213,11 +212,13 @@ def start(engine):
         return dist.get_rank()
     if engine in ("horovod", "horovod_by_nodes"):
         import horovod.torch as hvd
-        from gcompress.plugins.horovod.collectives import patient_synchronize
+
+        from tests.patience import wait_patiently
 
         if engine == "horovod_by_nodes":
             place_for_horovodrun(LOCAL_SIZE)
         hvd.init()
+        wait_patiently()
         return hvd.rank()
     if engine == "byteps":
         import byteps.torch as bps

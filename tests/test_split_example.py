@@ -18,7 +18,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed: pip install -e .[sp
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: pip install -e .[examples]")
 
 from gcompress import ConfigError, split  # noqa: E402
-from tests.launching import REPOSITORY  # noqa: E402
+from tests.launching import REPOSITORY, quick_python  # noqa: E402
 from tests.nested import assert_same  # noqa: E402
 
 starts_processes = pytest.mark.ranks
@@ -144,9 +144,10 @@ def test_schedules_are_those_of_the_reference():
 
 
 def start(*options, program=(EXAMPLE,)):
-    command = [str(part) for part in (sys.executable, *program, "--threads", 1, *options)]
+    command = [str(part) for part in (*quick_python(), *program, "--threads", 1, *options)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **streams)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **streams)
 
 
 def finish(process, code=0):

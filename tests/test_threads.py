@@ -86,8 +86,12 @@ def results(compressor, values, residual):
     return found
 
 
-@pytest.mark.parametrize("isa", backends.available_backends()[1:])
-@pytest.mark.parametrize("spec", SPECS)
+# How shares are cut does not depend on the instruction set; how their last blocks are packed does.
+BEST, *OTHERS = reversed(backends.available_backends()[1:] or ["none"])
+CASES = [(spec, BEST) for spec in SPECS] + [(spec, isa) for isa in OTHERS for spec in SPECS[::3]]
+
+
+@pytest.mark.parametrize("spec, isa", CASES)
 def test_any_number_of_threads_makes_the_same_bytes(spec, isa, monkeypatch):
     compressor = from_spec(spec)
     for name, (values, numbers) in inputs().items():

@@ -76,7 +76,7 @@ def kernels(tensor, method):
     """
     if tensor.device.type == "cpu":
         found = _kernels
-        if found is not None and tensor.numel() >= cpu.LARGE:
+        if isinstance(found, cpu.CpuKernels) and tensor.numel() >= cpu.LARGE:
             found = found.with_threads(cpu.thread_count())
     elif tensor.device.type == "cuda" and _name != "reference":
         found = gpu.kernels(tensor.device)
