@@ -47,8 +47,11 @@ def serve(listener):
             if key.data == "asked":
                 client, _ = listener.accept()
                 program = asked_by(client)
+                if program is None:
+                    client.close()
+                    break
                 if at_start(program[2]) != at_start(os.environ):
-                    client.sendall(bytes(4))
+                    answer(client, 0)
                     client.close()
                 else:
                     pid = os.fork()
@@ -62,7 +65,7 @@ def serve(listener):
                     forks[client] = pid, os.pidfd_open(pid)
                     selector.register(client, selectors.EVENT_READ, "killed")
                     selector.register(forks[client][1], selectors.EVENT_READ, client)
-                    client.sendall(pid.to_bytes(4, "little"))
+                    answer(client, pid)
                 for descriptor in program[3]:
                     os.close(descriptor)
                 break  # what else was selected may be gone
@@ -75,19 +78,29 @@ def serve(listener):
             _, status = os.waitpid(pid, 0)
             selector.unregister(descriptor)
             os.close(descriptor)
-            with contextlib.suppress(KeyError, OSError):  # it was killed
+            with contextlib.suppress(KeyError):  # it was killed
                 selector.unregister(client)
-                client.sendall(status.to_bytes(4, "little"))
+            answer(client, status)
             client.close()
             break
 
 
+def answer(client, number):
+    with contextlib.suppress(OSError):  # it was killed meanwhile
+        client.sendall(number.to_bytes(4, "little"))
+
+
 def asked_by(client):
-    """(arguments, folder, environment, descriptors) of a program."""
+    """(arguments, folder, environment, descriptors) of a program; None if the client was killed meanwhile."""
     length, descriptors, _, _ = socket.recv_fds(client, 4, 3)
-    request = b""
-    while len(request) < int.from_bytes(length, "little"):
-        request += client.recv(1 << 20)
+    request, missing = b"", int.from_bytes(length, "little")
+    while missing and (part := client.recv(missing)):
+        request += part
+        missing -= len(part)
+    if missing or not request:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
     return *json.loads(request.decode("utf-8", "surrogateescape")), descriptors
 
 
