@@ -53,9 +53,12 @@ def inputs():
     entries = gauss(numel)
     bad = entries[:just].clone()
     bad[5], bad[just // 2], bad[-1] = float("nan"), float("inf"), -float("inf")
+    late = entries[:just].clone()
+    late[-1] = float("inf")
     return {
         "just large": (entries[:just], (2,)),
         "not finite": (bad, (2,)),
+        "not finite in the last share": (late, (2,)),
         "equal": (torch.full((just,), 0.3), (2,)),
         "gauss": (entries, (2, 3, 7)),
         "ties": ((2 * entries).round(), (7,)),
