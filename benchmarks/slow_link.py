@@ -16,7 +16,7 @@ that all meet the same noise. Of several rates, each has a job of its own. Print
 and beside it what computing alone takes and what the link alone would take for the bytes counted;
 the bytes a rank handed over, what its report expects all ranks to send, and what the namespace's
 interface counted: with TCP's headers and the messages Horovod's ranks exchange every cycle, whose
-rate while idle is measured first. With --batch, steps are long enough to see the overlap: a
+rate while idle is measured first (--json tells how many that makes in a step's time). With --batch, steps are long enough to see the overlap: a
 step's time is printed beside that of its computation alone and of its exchange alone (a batch of
 1).
 """
@@ -252,6 +252,8 @@ def measure(arguments):
     idle = count(lambda: time.sleep(1))
     rate, figures = arguments.rank
     rows = [{"rate": rate, **row, "computation_seconds": computing} for row in measure_methods(arguments, runs, batch)]
+    for row in rows:
+        row["idle_wire_bytes"] = idle * row["mean_step_seconds"]
     if hvd.rank() == 0:
         show(arguments, rate, rows)
         print(f"idle ranks exchange {idle / 1e6:.2f} MB/s of control messages", flush=True)
@@ -284,6 +286,7 @@ def measure_methods(arguments, runs, batch):
             {
                 "method": method,
                 "median_step_seconds": statistics.median(seconds[method]),
+                "mean_step_seconds": statistics.mean(seconds[method]),
                 "exchange_seconds": statistics.median(exchanging[method]) if arguments.batch else None,
                 "handed_over_bytes": sent,
                 "expected_wire_bytes": float(hvd.allreduce(torch.tensor(wire, dtype=torch.float64), op=hvd.Sum)),

@@ -23,31 +23,34 @@ _spec.loader.exec_module(slow_link)
 @pytest.mark.root
 @pytest.mark.skipif(slow_link.missing() is not None, reason=str(slow_link.missing()))
 def test_an_interface_counts_what_the_report_says(tmp_path):
-    """Within 6 %: TCP's headers, and the messages of Horovod's cycles, made rare here.
+    """Within 6 %, TCP's headers, beyond what Horovod's ranks tell each other every cycle, made rare here.
 
-    A busy machine takes longer for a step, in which more such messages go: what is beyond it is counted again. The
-    least counts, since a counter may see what others sent, but never less than we did.
+    The more a machine is busy, the longer a step takes and the more of these messages go: as many at most as idle ranks
+    exchange in that time. What is beyond is counted again, and the least counts: a counter may see what others sent.
     """
     specs = ["none", "fp16", "mask:sparsity=0.99,bits=2", "quantize:bits=4", "topk:sparsity=0.9"]
     specs += ["quantize:bits=4@twophase", "randomk:sparsity=0.9", "ddp/quantize:bits=4@twophase", "ddp/fp16"]
-    least = {}
+    beyond, again = {}, specs
     for attempt in range(ATTEMPTS):
-        again = [spec for spec in specs if least.get(spec, LARGEST_RATIO) >= LARGEST_RATIO]
-        for spec, ratio in counted(again, tmp_path / f"figures-{attempt}.json").items() if again else ():
-            least[spec] = min(ratio, least.get(spec, ratio))
-    assert list(least) == specs
-    assert all(0.995 < ratio < LARGEST_RATIO for ratio in least.values()), least
+        for row in counted(again, tmp_path / f"figures-{attempt}.json"):
+            expected, found = row["expected_wire_bytes"], row["counted_wire_bytes"]
+            assert found > 0.995 * expected, row
+            ratio = (found - row["idle_wire_bytes"]) / expected
+            beyond[row["method"]] = min(ratio, beyond.get(row["method"], ratio))
+        again = [spec for spec in specs if beyond[spec] >= LARGEST_RATIO]
+        if not again:
+            break
+    assert not again, "\n".join(f"{beyond[spec]:.4f} {spec}" for spec in again)
 
 
 def counted(specs, out):
-    """{spec: bytes that an interface counted over those that the report expected}."""
+    """The benchmark's rows of figures, one for each spec."""
     command = [sys.executable, REPOSITORY / "benchmarks" / "slow_link.py", "--ranks", "4", "--parameters", "4"]
     subprocess.run(
         [*command, "--steps", "3", "--json", out, "--compressors", *specs],
         check=True,
         timeout=240,
-        env={**os.environ, "HOROVOD_CYCLE_TIME": "20"},
+        env={**os.environ, "HOROVOD_CYCLE_TIME": "50"},
         capture_output=True,
     )
-    rows = json.loads(out.read_text())
-    return {row["method"]: row["counted_wire_bytes"] / row["expected_wire_bytes"] for row in rows}
+    return json.loads(out.read_text())
