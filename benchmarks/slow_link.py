@@ -16,9 +16,9 @@ that all meet the same noise. Of several rates, each has a job of its own. Print
 and beside it what computing alone takes and what the link alone would take for the bytes counted;
 the bytes a rank handed over, what its report expects all ranks to send, and what the namespace's
 interface counted: with TCP's headers and the messages Horovod's ranks exchange every cycle, whose
-rate while idle is measured first (--json tells how many that makes in a step's time). With --batch, steps are long enough to see the overlap: a
-step's time is printed beside that of its computation alone and of its exchange alone (a batch of
-1).
+rate while idle is measured first (--json: what that makes in a step's time). With --batch, steps
+are long enough to see the overlap: a step's time is printed beside that of its computation alone
+and of its exchange alone (a batch of 1).
 """
 
 import argparse

@@ -27,8 +27,8 @@ enum { GC_INDEX_BITMAP = 0, GC_INDEX_FIXED = 1, GC_INDEX_GAPS = 2, GC_INDEX_PLAC
 // What an encoder remembers (error feedback): it encodes x + residual and writes to `fresh` what the payload loses of it.
 typedef struct {
     const float* residual;  // NULL: zeros
-    float* fresh;
-    int32_t* poisoned;  // becomes 1 where an entry of `fresh` is not finite
+    float* fresh;           // may be where `residual` is
+    int32_t* poisoned;      // becomes 1 where an entry of `fresh` is not finite
 } gc_memory;
 
 enum { GC_MOST_MORE = 63 };
@@ -38,6 +38,7 @@ typedef struct {
     const uint8_t* const* payloads;
     int64_t count;  // at most GC_MOST_MORE
     float factor;
+    int32_t again;  // whether the caller reads the entries again at once, so that they had better stay in the cache
 } gc_more;
 
 // The kernels of one instruction set.

@@ -179,9 +179,9 @@ class SlowTopK(TopK):
         self.clock.now += 3600
         return super().compress(tensor, seed=seed)
 
-    def decode_sum(self, payloads, out, factor=1.0):
+    def decode_sum(self, payloads, out, factor=1.0, **how):
         self.clock.now += 60
-        super().decode_sum(payloads, out, factor)
+        super().decode_sum(payloads, out, factor, **how)
 
 
 def test_a_slow_encoder_and_decoder_are_seen_as_such(monkeypatch):

@@ -61,10 +61,9 @@ struct MaskSums {
 };
 
 template <int bits, bool is_signed, bool lloyd>
-void mask_encode_form(const Shares& shares, const float* x, int64_t k, uint32_t* workspace, int64_t capacity,
-                      ShareSelection* of_shares, uint8_t* payload) {
+void mask_encode_form(const Shares& shares, const float* x, Selection selection, const ShareSelection* of_shares,
+                      int64_t k, uint8_t* payload) {
     typedef MaskClasses<bits, is_signed> Classes;
-    const Selection selection = select_largest<is_signed>(shares, x, k, workspace, capacity, of_shares);
     const MaskScale scale = mask_scale(selection.threshold);
 
     uint8_t class_of_bin[BINS] = {0};
@@ -253,14 +252,22 @@ void mask_encode_keeping(int threads, gc_memory* memory, const float* x, int64_t
                          uint32_t* workspace, int64_t capacity, uint8_t* payload) {
     const Shares shares = shares_of(threads, n, CHUNK);
     ShareSelection of_shares[MOST_THREADS];
-    if (memory) {
-        correct_all(shares, memory, x);
-        x = memory->fresh;
+    Found found;
+    found.keys = workspace;
+    found.capacity = capacity;
+    found.places = nullptr;
+    const float* source = memory ? memory->fresh : x;
+    Selection selection;
+    if (memory && memory->residual != source) {
+        selection = select_largest<is_signed>(shares, Corrected{memory, x, n < LARGE}, k, &found, of_shares);
+    } else {
+        if (memory) correct_all(shares, memory, x);
+        selection = select_largest<is_signed>(shares, Entries{source}, k, &found, of_shares);
     }
     if (lloyd)
-        mask_encode_form<bits, is_signed, true>(shares, x, k, workspace, capacity, of_shares, payload);
+        mask_encode_form<bits, is_signed, true>(shares, source, selection, of_shares, k, payload);
     else
-        mask_encode_form<bits, is_signed, false>(shares, x, k, workspace, capacity, of_shares, payload);
+        mask_encode_form<bits, is_signed, false>(shares, source, selection, of_shares, k, payload);
     if (!memory) return;
     on_shares(shares, [&](int share, int64_t from, int64_t to) {
         MaskReader<bits, is_signed> reader(payload, k, of_shares[share].before);

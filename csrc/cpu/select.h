@@ -71,10 +71,11 @@ GC_HOT void keys_64(const float* x, uint32_t* keys) {
     for (int j = 0; j < 64; ++j) keys[j] = key_of<is_signed>(x[j]);  // vectorised
 }
 
-// The keys of at least `bound`, which is at least 1, of entries from `*next` to `end`; returns how many. `*next` is `end`
-// afterwards, or where there was no room for 64 more.
+// The keys of at least `bound`, which is at least 1, of entries from `*next` to `end`, and where these are from `origin` on,
+// unless `places` is null; returns how many. `*next` is `end` afterwards, or where there was no room for 64 more.
 template <bool is_signed>
-GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t end, uint32_t* keys, int64_t capacity) {
+GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t end, int64_t capacity, uint32_t* keys,
+                         uint32_t* places, int64_t origin) {
     int64_t found = 0, i = *next;
     uint32_t block[64];
     for (; i < end && found + 64 <= capacity; i += 64) {
@@ -90,11 +91,25 @@ GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t 
                 mask |= (uint64_t)(block[j] >= bound) << j;
             }
         }
-        for (; mask; mask &= mask - 1) keys[found++] = block[__builtin_ctzll(mask)];
+        for (; mask; mask &= mask - 1, ++found) {
+            const int j = __builtin_ctzll(mask);
+            keys[found] = block[j];
+            if (places) places[found] = (uint32_t)(i + j - origin);
+        }
     }
     *next = min64(i, end);
     return found;
 }
+
+// Where a selection takes its entries from: `at(i)` is one of them; `part(first, count, values)` is where `count` of them
+// lie, which may be in `values`; `all(shares)` is where all lie.
+struct Entries {
+    const float* x;
+    float at(int64_t i) const { return x[i]; }
+    const float* part(int64_t first, int64_t, float*) const { return x + first; }
+    const float* all(const Shares&) const { return x; }
+};
+const int64_t SELECTED_AT_ONCE = 2048;  // at most `count`: they stay in the nearest cache
 
 // What of a share is kept, and how many kept entries lie before it.
 struct ShareSelection {
@@ -146,72 +161,105 @@ Selection select_from_all(const Shares& shares, const float* x, int64_t k, Share
     return whole;
 }
 
+// The entries that reach a bound, in parts that each belong to one share: of each entry its key and, unless `places` is
+// null, its place in the share. The parts of a share are in order.
+struct Found {
+    enum { MOST_PARTS = 512 };
+    uint32_t *keys, *places;
+    int64_t capacity;     // of either
+    int64_t part, taken;  // the room of a part, and how many parts there are
+    uint8_t share_of[MOST_PARTS];
+    int64_t counts[MOST_PARTS];
+};
+
+// The keys from `*next` on that reach `bound`, in a part of its own; returns how many.
+template <bool is_signed, class Source>
+int64_t fill_part(const Source& source, uint32_t bound, int64_t from, int64_t* next, int64_t to, int64_t number,
+                  Found* found) {
+    alignas(64) float values[SELECTED_AT_ONCE];
+    uint32_t* keys = found->keys + number * found->part;
+    uint32_t* places = found->places ? found->places + number * found->part : nullptr;
+    int64_t count = 0;
+    while (*next < to) {
+        const int64_t first = *next, end = min64(to, first + SELECTED_AT_ONCE);
+        const float* x = source.part(first, end - first, values) - first;
+        count += keys_from<is_signed>(bound, x, next, end, found->part - count, keys + count,
+                                      places ? places + count : nullptr, from);
+        if (*next < end) break;
+    }
+    found->counts[number] = count;
+    return count;
+}
+
 // The selection from entries that reach `bound`; false where fewer than k do, or too many for the workspace. Several
 // threads take parts of it as they need them, and leave keys of 0 behind what they find.
-template <bool is_signed>
-bool select_from_found(const Shares& shares, const float* x, int64_t k, uint32_t bound, uint32_t* workspace,
-                       int64_t capacity, Selection* whole, ShareSelection* of_shares) {
-    int64_t found = 0;
+template <bool is_signed, class Source>
+bool select_from_found(const Shares& shares, const Source& source, int64_t k, uint32_t bound, Found* found,
+                       Selection* whole, ShareSelection* of_shares) {
     if (shares.count == 1) {
         int64_t next = 0;
-        found = keys_from<is_signed>(bound, x, &next, shares.n, workspace, capacity);
-        if (next < shares.n || found < k) return false;
-        *whole = radix_select({found, found, 1}, StoredKeys{workspace}, k);
+        found->part = found->capacity;
+        found->taken = 1;
+        found->share_of[0] = 0;
+        const int64_t count = fill_part<is_signed>(source, bound, 0, &next, shares.n, 0, found);
+        if (next < shares.n || count < k) return false;
+        *whole = radix_select({count, count, 1}, StoredKeys{found->keys}, k);
         of_shares[0] = {*whole, 0};
         return true;
     }
-    const int MOST_PARTS = 512;
-    const int64_t part = capacity / MOST_PARTS > 1024 ? capacity / MOST_PARTS : 1024, parts = capacity / part;
-    uint8_t share_of[MOST_PARTS];
-    int64_t taken = 0;
-    on_shares(shares, [&](int share, int64_t next, int64_t to) {
+    const int64_t even = found->capacity / Found::MOST_PARTS, part = even > 1024 ? even : 1024;
+    const int64_t parts = found->capacity / part;
+    found->part = part;
+    int64_t taken = 0, total = 0;
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
         int64_t mine = 0;
-        while (next < to) {
+        for (int64_t next = from; next < to;) {
             const int64_t number = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
             if (number >= parts) return;
-            uint32_t* keys = workspace + number * part;
-            const int64_t here = keys_from<is_signed>(bound, x, &next, to, keys, part);
-            memset(keys + here, 0, (size_t)(part - here) * sizeof *keys);
-            share_of[number] = (uint8_t)share;
+            const int64_t here = fill_part<is_signed>(source, bound, from, &next, to, number, found);
+            memset(found->keys + number * part + here, 0, (size_t)(part - here) * sizeof(uint32_t));
+            found->share_of[number] = (uint8_t)share;
             mine += here;
         }
-        add_to_shared(&found, mine);
+        add_to_shared(&total, mine);
     });
-    if (taken > parts || found < k) return false;
-    *whole = radix_select(shares_of(shares.count, taken * part, 64, FEW_KEYS), StoredKeys{workspace}, k);
+    if (taken > parts || total < k) return false;
+    found->taken = taken;
+    *whole = radix_select(shares_of(shares.count, taken * part, 64, FEW_KEYS), StoredKeys{found->keys}, k);
     int64_t above[MOST_THREADS] = {0}, equal[MOST_THREADS] = {0};
     for (int64_t number = 0; number < taken; ++number)
-        count_beside(workspace + number * part, part, whole->threshold, above + share_of[number],
-                     equal + share_of[number]);
+        count_beside(found->keys + number * part, found->counts[number], whole->threshold,
+                     above + found->share_of[number], equal + found->share_of[number]);
     divide_selection(*whole, shares.count, above, equal, of_shares);
     return true;
 }
 
-// A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the
-// exact selection looks at them alone. When the sample misled (too few or too many reach
-// the bound), or n is small, the selection looks at everything: same result, slower.
-template <bool is_signed>
-Selection select_largest(const Shares& shares, const float* x, int64_t k, uint32_t* workspace, int64_t capacity,
+// A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the exact selection looks at them
+// alone. When the sample misled (too few or too many reach the bound), or n is small, the selection looks at everything:
+// same result, slower. `found`: with its workspace; afterwards what was collected, or `taken` is 0.
+template <bool is_signed, class Source>
+Selection select_largest(const Shares& shares, const Source& source, int64_t k, Found* found,
                          ShareSelection* of_shares) {
-    const FloatKeys<is_signed> all{x};
-    const int64_t n = shares.n, sample = min64(min64(16384, capacity), n / 8) / 4 * 4;
+    const int64_t n = shares.n, sample = min64(min64(16384, found->capacity), n / 8) / 4 * 4;
     const double expected = (double)sample * (double)k / (double)n;
     const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
-    if (n < 8192 || sample_rank > sample / 2) return select_from_all<is_signed>(shares, x, k, of_shares);
-
-    // Four neighbours at a time, since reaching for a sample costs a cache miss.
-    const int64_t runs = sample / 4, stride = n / runs;
-    on_shares(shares_of(shares.count, runs, 64, 2048), [=](int, int64_t from, int64_t to) {
-        for (int64_t run = from; run < to; ++run) {
-            const int64_t jitter = (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)(stride - 3));
-            for (int j = 0; j < 4; ++j) workspace[4 * run + j] = all(run * stride + jitter + j);
-        }
-    });
-    const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{workspace}, sample_rank).threshold;
-    Selection found;
-    if (bound > 0 && select_from_found<is_signed>(shares, x, k, bound, workspace, capacity, &found, of_shares))
-        return found;
-    return select_from_all<is_signed>(shares, x, k, of_shares);
+    if (n >= 8192 && sample_rank <= sample / 2) {
+        // Four neighbours at a time, since reaching for a sample costs a cache miss.
+        const int64_t runs = sample / 4, stride = n / runs;
+        uint32_t* keys = found->keys;
+        on_shares(shares_of(shares.count, runs, 64, 2048), [=](int, int64_t from, int64_t to) {
+            for (int64_t run = from; run < to; ++run) {
+                const int64_t jitter =
+                    (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)(stride - 3));
+                for (int j = 0; j < 4; ++j) keys[4 * run + j] = key_of<is_signed>(source.at(run * stride + jitter + j));
+            }
+        });
+        const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{keys}, sample_rank).threshold;
+        Selection whole;
+        if (bound > 0 && select_from_found<is_signed>(shares, source, k, bound, found, &whole, of_shares)) return whole;
+    }
+    found->taken = 0;
+    return select_from_all<is_signed>(shares, source.all(shares), k, of_shares);
 }
 
 // The selection of k of n stored keys, bit by bit: for so few that a histogram would take longer.
@@ -247,7 +295,7 @@ inline Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t*
     uint32_t* keys = workspace + width;
     const uint32_t bound = selection.threshold > 0 ? selection.threshold : 1;
     int64_t next = 0;
-    const int64_t found = keys_from<true>(bound, x, &next, n, keys, n + 64);
+    const int64_t found = keys_from<true>(bound, x, &next, n, n + 64, keys, nullptr, 0);
     return found < k ? Selection{0, k - found} : bit_select(keys, found, k);
 }
 

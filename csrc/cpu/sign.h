@@ -4,6 +4,7 @@
 
 #include "../arith/sign.h"
 #include "../gcompress.h"
+#include "select.h"
 #include "simd.h"
 #include "sums.h"
 #include "units.h"
@@ -40,16 +41,22 @@ void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, in
     if (means == 2) sums[1] += minus.folded();
 }
 
-// The same for a bucket of any length: sums of blocks are made by several threads, and added up in turn.
-template <int means>
-void sign_bucket(int threads, const float* x, int64_t count, uint8_t* packed, double* sums, int64_t* minus_count) {
+// The same for the bucket of `count` entries from `begin` on, of any length: sums of blocks are made by several threads, and
+// added up in turn. `source` is that of a selection (select.h).
+template <int means, class Source>
+void sign_bucket(int threads, const Source& source, int64_t begin, int64_t count, uint8_t* packed, double* sums,
+                 int64_t* minus_count) {
     const int64_t most = 2048 * SUM_BLOCK;
+    const auto sign_part = [&](int64_t i, double* part, int64_t* minus) {
+        alignas(64) float values[SUM_BLOCK];
+        const int64_t size = min64(SUM_BLOCK, count - i);
+        sign_block<means>(source.part(begin + i, size, values), size, packed + i / 8, part, minus);
+    };
     for (int64_t from = 0; from < count; from += most) {
         const int64_t some = min64(most, count - from);
         const Shares shares = shares_of(threads, some, SUM_BLOCK);
         if (shares.count == 1) {
-            for (int64_t i = from; i < from + some; i += SUM_BLOCK)
-                sign_block<means>(x + i, min64(SUM_BLOCK, count - i), packed + i / 8, sums, minus_count);
+            for (int64_t i = from; i < from + some; i += SUM_BLOCK) sign_part(i, sums, minus_count);
             continue;
         }
         double parts[most / SUM_BLOCK][2];
@@ -58,7 +65,7 @@ void sign_bucket(int threads, const float* x, int64_t count, uint8_t* packed, do
             for (int64_t i = first; i < end; i += SUM_BLOCK) {
                 double* part = parts[i / SUM_BLOCK];
                 part[0] = part[1] = 0.0;
-                sign_block<means>(x + from + i, min64(SUM_BLOCK, some - i), packed + (from + i) / 8, part, &mine);
+                sign_part(from + i, part, &mine);
             }
             add_to_shared(minus_count, mine);
         });
@@ -67,9 +74,9 @@ void sign_bucket(int threads, const float* x, int64_t count, uint8_t* packed, do
     }
 }
 
-template <int means>
-void sign_encode_range(int threads, const float* x, int64_t n, int64_t bucket, int64_t from, int64_t to,
-                       uint8_t* payload) {
+template <class Source>
+void sign_encode_range(int threads, const Source& source, int64_t n, int64_t bucket, int means, int64_t from,
+                       int64_t to, uint8_t* payload) {
     const int64_t buckets = (n + bucket - 1) / bucket;
     uint8_t* packed = payload + 4 * means * buckets;
     for (int64_t first = from; first < to; first += bucket) {
@@ -77,7 +84,10 @@ void sign_encode_range(int threads, const float* x, int64_t n, int64_t bucket, i
         double sums[2] = {0.0, 0.0};
         int64_t minus_count = 0;
         const int64_t count = end - first;
-        sign_bucket<means>(threads, x + first, count, packed + first / 8, sums, &minus_count);
+        if (means == 1)
+            sign_bucket<1>(threads, source, first, count, packed + first / 8, sums, &minus_count);
+        else
+            sign_bucket<2>(threads, source, first, count, packed + first / 8, sums, &minus_count);
         store<float>(payload + 4 * means * b, mean_of(sums[0], means == 1 ? count : count - minus_count));
         if (means == 2) store<float>(payload + 8 * b + 4, mean_of(sums[1], minus_count));
     }
@@ -113,17 +123,20 @@ void sign_decode_range(const uint8_t* payload, int64_t n, int64_t bucket, int me
 void sign_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t bucket, int means,
                  uint8_t* payload) {
     const int in_bucket = shares_of(threads, n, bucket).count > 1 ? 1 : threads;
+    const auto decode = [&](int64_t first, int64_t end, int64_t, float* sent) {
+        sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
+    };
+    // A long bucket is corrected while it is encoded, which spares a pass over it.
+    if (memory && memory->residual != memory->fresh && bucket > SUM_BLOCK && in_bucket == threads) {
+        sign_encode_range(in_bucket, Corrected{memory, x, n < LARGE}, n, bucket, means, 0, n, payload);
+        return keep_all<STRETCH>(threads, memory, n, bucket, decode);
+    }
     encode_units(
         threads, memory, x, n, bucket,
         [&](const float* source, int64_t first, int64_t end, int64_t) {
-            if (means == 1)
-                sign_encode_range<1>(in_bucket, source, n, bucket, first, end, payload);
-            else
-                sign_encode_range<2>(in_bucket, source, n, bucket, first, end, payload);
+            sign_encode_range(in_bucket, Entries{source}, n, bucket, means, first, end, payload);
         },
-        [&](int64_t first, int64_t end, int64_t, float* sent) {
-            sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
-        });
+        decode);
 }
 
 void sign_decode(int threads, const gc_more* more, const uint8_t* payload, int64_t n, int64_t bucket, int means,

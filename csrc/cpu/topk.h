@@ -70,39 +70,37 @@ public:
         if (form_ == GC_INDEX_GAPS) border_ = 8 * next.first_high_;
     }
     // Those of the entries from `first`, a multiple of 64, to `end`.
-    GC_HOT void put(int64_t first, int64_t end, Selection selection) {
-        // In registers: what is written might be any of the members, as far as the compiler knows.
-        const float* x = x_;
-        float* fresh = fresh_;
-        const int form = form_, width = width_;
-        uint8_t *values = values_, *index = index_, *high = high_;
-        BitWriter low = low_;
-        int64_t written = written_;
-        const int64_t border = border_;
-        const uint64_t low_mask = (1ull << width) - 1;
-        uint32_t keys[64] = {0};
-        for (int64_t i = first; i < end; i += 64) {
-            const int64_t block = min64(64, end - i);
-            if (block == 64)
-                keys_64<true>(x + i, keys);
-            else
-                for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x[i + j]);
-            uint64_t kept = kept_of_block(keys, block, &selection);
-            if (form == GC_INDEX_BITMAP) memcpy(index + i / 8, &kept, (size_t)bytes_of_bits(block));
-            for (; kept; kept &= kept - 1, ++written) {
-                const int64_t entry = i + __builtin_ctzll(kept);
-                store<float>(values + 4 * written, x[entry]);
-                if (fresh) fresh[entry] = 0.0f;
-                if (form != GC_INDEX_BITMAP) low.put((uint64_t)entry & low_mask, width);
-                if (form == GC_INDEX_GAPS) {
-                    const int64_t position = (entry >> width) + written;
-                    uint8_t* place = position < border ? high + (position >> 3) : &beyond_;
-                    *place |= (uint8_t)(1u << (position & 7));
+    void put(int64_t first, int64_t end, Selection selection) {
+        put_each([&](const float* x, const auto& put_one) {
+            uint32_t keys[64] = {0};
+            for (int64_t i = first; i < end; i += 64) {
+                const int64_t block = min64(64, end - i);
+                if (block == 64)
+                    keys_64<true>(x + i, keys);
+                else
+                    for (int64_t j = 0; j < block; ++j) keys[j] = key_of<true>(x[i + j]);
+                uint64_t kept = kept_of_block(keys, block, &selection);
+                if (form_ == GC_INDEX_BITMAP) memcpy(index_ + i / 8, &kept, (size_t)bytes_of_bits(block));
+                for (; kept; kept &= kept - 1) put_one(i + __builtin_ctzll(kept));
+            }
+        });
+    }
+    // Those among what was found of a share whose first entry is `from`. No bitmap.
+    void put_found(const Found& found, int share, int64_t from, Selection selection) {
+        put_each([&](const float* x, const auto& put_one) {
+            for (int64_t number = 0; number < found.taken; ++number) {
+                if (found.share_of[number] != share) continue;
+                const uint32_t* keys = found.keys + number * found.part;
+                const uint32_t* places = found.places + number * found.part;
+                const int64_t count = found.counts[number];
+                for (int64_t i = 0; i < count; ++i) {
+                    if (i + 16 < count) __builtin_prefetch(x + from + places[i + 16], 1);  // far apart
+                    if (keys[i] < selection.threshold) continue;
+                    if (keys[i] == selection.threshold && --selection.ties < 0) continue;
+                    put_one(from + places[i]);
                 }
             }
-        }
-        low_ = low;
-        written_ = written;
+        });
     }
     // After all shares were put, for one after the other.
     void finish() {
@@ -118,19 +116,50 @@ private:
     BitWriter low_;
     int64_t written_, first_high_, border_;  // positions from `border_` on go to `beyond_`
     uint8_t beyond_;
+
+    // each(x, put_one): put_one(entry) for each entry that is kept.
+    template <class Each>
+    GC_HOT void put_each(const Each& each) {
+        // In registers: what is written might be any of the members, as far as the compiler knows.
+        const float* x = x_;
+        float* fresh = fresh_;
+        const int form = form_, width = width_;
+        uint8_t *values = values_, *high = high_;
+        BitWriter low = low_;
+        int64_t written = written_;
+        const int64_t border = border_;
+        const uint64_t low_mask = (1ull << width) - 1;
+        each(x, [&](int64_t entry) {
+            store<float>(values + 4 * written, x[entry]);
+            if (fresh) fresh[entry] = 0.0f;
+            if (form != GC_INDEX_BITMAP) low.put((uint64_t)entry & low_mask, width);
+            if (form == GC_INDEX_GAPS) {
+                const int64_t position = (entry >> width) + written;
+                uint8_t* place = position < border ? high + (position >> 3) : &beyond_;
+                *place |= (uint8_t)(1u << (position & 7));
+            }
+            ++written;
+        });
+        low_ = low;
+        written_ = written;
+    }
 };
 
-// Puts what `of_shares` says is kept, share by share at the same time.
-void put_shares(const Shares& shares, const ShareSelection* of_shares, const float* x, float* fresh, int64_t k,
-                int form, int width, uint8_t* payload) {
+// Puts what `of_shares` says is kept, share by share at the same time; `found`: among those, if any.
+void put_shares(const Shares& shares, const ShareSelection* of_shares, const Found* found, const float* x, float* fresh,
+                int64_t k, int form, int width, uint8_t* payload) {
     KeptWriter writers[MOST_THREADS];
     KeptWriter::clear_index(shares.n, k, form, width, payload);
     for (int share = shares.count - 1; share >= 0; --share) {
         writers[share] = KeptWriter(x, fresh, k, form, width, shares.begin(share), of_shares[share].before, payload);
         if (share + 1 < shares.count) writers[share].stop_before(writers[share + 1]);
     }
-    on_shares(shares,
-              [&](int share, int64_t from, int64_t to) { writers[share].put(from, to, of_shares[share].selection); });
+    on_shares(shares, [&](int share, int64_t from, int64_t to) {
+        if (found)
+            writers[share].put_found(*found, share, from, of_shares[share].selection);
+        else
+            writers[share].put(from, to, of_shares[share].selection);
+    });
     for (int share = 0; share < shares.count; ++share) writers[share].finish();
 }
 
@@ -249,15 +278,30 @@ private:
     }
 };
 
+template <class Source>
+void topk_encode_from(const Shares& shares, const Source& source, const float* x, float* fresh, int64_t k, int form,
+                      int width, uint32_t* workspace, int64_t capacity, uint8_t* payload) {
+    Found found;
+    const bool placed = form != GC_INDEX_BITMAP && shares.each < (int64_t)1 << 32;
+    found.keys = workspace;
+    found.capacity = capacity / 2;
+    found.places = placed ? workspace + capacity / 2 : nullptr;
+    ShareSelection of_shares[MOST_THREADS];
+    select_largest<true>(shares, source, k, &found, of_shares);
+    put_shares(shares, of_shares, placed && found.taken ? &found : nullptr, x, fresh, k, form, width, payload);
+}
+
 void topk_encode(int threads, gc_memory* memory, const float* x, int64_t n, int64_t k, int form, int width,
                  uint32_t* workspace, int64_t capacity, uint8_t* payload) {
     const Shares shares = shares_of(threads, n, 64);
-    ShareSelection of_shares[MOST_THREADS];
     float* fresh = memory ? memory->fresh : nullptr;
+    if (memory && memory->residual != fresh) {
+        const Corrected source = {memory, x, n < LARGE || form == GC_INDEX_BITMAP};
+        return topk_encode_from(shares, source, fresh, fresh, k, form, width, workspace, capacity, payload);
+    }
     if (memory) correct_all(shares, memory, x);
     const float* source = memory ? fresh : x;
-    select_largest<true>(shares, source, k, workspace, capacity, of_shares);
-    put_shares(shares, of_shares, source, fresh, k, form, width, payload);
+    topk_encode_from(shares, Entries{source}, source, fresh, k, form, width, workspace, capacity, payload);
 }
 
 void chunk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int64_t chunk, int64_t kept, int form,
@@ -297,7 +341,7 @@ int64_t count_keys(const float* x, int64_t n, uint32_t key) {
 
 void keys_encode(const float* x, int64_t n, int64_t k, uint32_t key, int form, int width, uint8_t* payload) {
     const ShareSelection all = {{key - 1, 0}, 0};
-    put_shares({n, n, 1}, &all, x, nullptr, k, form, width, payload);
+    put_shares({n, n, 1}, &all, nullptr, x, nullptr, k, form, width, payload);
 }
 
 // Hybrid (gcompress/compressors/combine.py): what is left beside the outliers, in their place; and both together.
@@ -329,11 +373,7 @@ int topk_decode(int threads, const gc_more* more, const uint8_t* payload, int64_
             entries[r] = one;
             return end < to ? (int)GC_OK : to < n ? one.found_error() : one.error();
         };
-        // A stretch is still in the cache when its entries come. Where there are hardly any, clearing all at once is
-        // faster.
-        const int64_t all = (int64_t)1 << 62;
-        results[share] = more || k > n / 512 ? decode_in_turn(more, payload, from, to, 1, add, out, decode)
-                                             : decode_in_turn<all>(more, payload, from, to, 1, add, out, decode);
+        results[share] = decode_in_turn(more, payload, from, to, 1, add, out, decode);
     });
     return first_error(results, shares.count);
 }

@@ -20,6 +20,29 @@ inline int64_t stretch_end(int64_t first, int64_t n, int64_t unit) {
     return min64(n, min64(first + stretch, (first / unit + 1) * unit));
 }
 
+// From how many entries on a tensor is larger than the nearer caches: what is written of it goes past them, since to fetch
+// what is overwritten and to push out what will be read costs more than to fetch it again when it is used.
+const int64_t LARGE = 1 << 16;
+
+// How many of `count` entries from `out` on come before the first one that a vector may be streamed to.
+inline int64_t before_streams(const float* out, int64_t count) {
+    const int64_t entries = (int64_t)((0 - (uintptr_t)out) % sizeof(Floats) / sizeof(float));
+    return min64(count, entries);
+}
+
+// Copy to memory that is not read again soon.
+inline void copy_past_caches(float* out, const float* values, int64_t count) {
+    int64_t i = 0;
+    for (const int64_t end = before_streams(out, count); i < end; ++i) out[i] = values[i];
+    for (; i + WIDE <= count; i += WIDE) stream_floats(out + i, load_floats(values + i));
+    for (; i < count; ++i) out[i] = values[i];
+}
+
+// Ask for 64 entries that will be read soon, and need not exist.
+GC_HOT void fetch_64(const float* x) {
+    for (int i = 0; i < 64; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
 // The entries [first, end) of x + residual, in `fresh`.
 inline void correct(const gc_memory* memory, const float* x, int64_t first, int64_t end) {
     if (!memory->residual) {
@@ -42,6 +65,20 @@ inline void keep_lost(gc_memory* memory, int64_t first, int64_t count, const flo
     if (largest >= (int32_t)INFINITY_KEY) set_shared(memory->poisoned);
 }
 
+// Where vectors add up what numbers differ from themselves: not 0 if one of them is not finite.
+struct Finite {
+    Floats differences = every_float(0.0f);
+    float others = 0.0f;
+    GC_HOT void look(Floats x) { differences = differences + (x - x); }
+    void look(float x) { others += x - x; }
+    bool all() const {
+        float lanes[WIDE], sum = others;
+        store_floats(lanes, differences);
+        for (int j = 0; j < WIDE; ++j) sum += lanes[j];
+        return sum == 0.0f;
+    }
+};
+
 // All entries of x + residual, in `fresh`.
 inline void correct_all(const Shares& shares, gc_memory* memory, const float* x) {
     on_shares(shares, [=](int, int64_t from, int64_t to) {
@@ -58,6 +95,41 @@ inline void correct_all(const Shares& shares, gc_memory* memory, const float* x)
     });
 }
 
+// x + residual, of which a selection takes entries (select.h), where `fresh` is not the residual's place; it is kept there.
+struct Corrected {
+    gc_memory* memory;
+    const float* x;
+    bool again;  // whether `fresh` is read again at once
+    float at(int64_t i) const { return memory->residual ? x[i] + memory->residual[i] : x[i]; }
+    const float* part(int64_t first, int64_t count, float* values) const {
+        const float* residual = memory->residual ? memory->residual + first : nullptr;
+        float* target = again ? memory->fresh + first : values;
+        Finite finite;
+        int64_t i = 0;
+        for (; i + 64 <= count; i += 64) {
+            fetch_64(x + first + count + i);
+            if (residual) fetch_64(residual + count + i);
+            for (int j = 0; j < 64; j += WIDE) {
+                const Floats value = load_floats(x + first + i + j);
+                const Floats sum = residual ? value + load_floats(residual + i + j) : value;
+                finite.look(sum);
+                store_floats(target + i + j, sum);
+            }
+        }
+        for (; i < count; ++i) {
+            target[i] = at(first + i);
+            finite.look(target[i]);
+        }
+        if (!finite.all()) set_shared(memory->poisoned);
+        if (!again) copy_past_caches(memory->fresh + first, values, count);
+        return target;
+    }
+    const float* all(const Shares& shares) const {
+        correct_all(shares, memory, x);
+        return memory->fresh;
+    }
+};
+
 // The entries [first, end) of x + residual were encoded: keep what `decode(first, end, sent)` tells of them, stretches in
 // order.
 template <int64_t stretch, class Decode>
@@ -69,6 +141,15 @@ void keep_decoded(gc_memory* memory, int64_t first, int64_t end, int64_t unit, c
         keep_lost(memory, first, stop - first, sent);
         first = stop;
     }
+}
+
+// The same for all n entries, which were encoded.
+template <int64_t stretch, class Decode>
+void keep_all(int threads, gc_memory* memory, int64_t n, int64_t unit, const Decode& decode) {
+    on_shares(shares_of(threads, n, stretch), [&](int, int64_t from, int64_t to) {
+        keep_decoded<stretch>(memory, from, to, unit,
+                              [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, n, sent); });
+    });
 }
 
 // Encode units one after the other that are so long that threads take parts of a unit.
@@ -87,6 +168,44 @@ void encode_long_units(int threads, gc_memory* memory, const float* x, int64_t n
     }
 }
 
+// One stretch of a large tensor, whole units: x + residual in `values`, and behind `encode`, which gets that, what
+// `decode(sent)` does not give back, in `fresh`. The stretch behind it is fetched meanwhile, since the processor would wait
+// for memory here and compute there.
+template <class Encode, class Decode>
+void encode_stretch(gc_memory* memory, const float* x, int64_t first, int64_t count, float* values, float* sent,
+                    const Encode& encode, const Decode& decode) {
+    const float* residual = memory->residual;
+    float* fresh = memory->fresh + first;
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+        fetch_64(x + first + count + i);
+        for (int j = 0; j < 64; j += WIDE) {
+            const Floats value = load_floats(x + first + i + j);
+            store_floats(values + i + j, residual ? value + load_floats(residual + first + i + j) : value);
+        }
+    }
+    for (; i < count; ++i) values[i] = residual ? x[first + i] + residual[first + i] : x[first + i];
+    encode(values);
+    decode(sent);
+    Finite finite;
+    const auto keep_one = [&](int64_t k) {
+        fresh[k] = values[k] - sent[k];
+        finite.look(fresh[k]);
+    };
+    i = 0;
+    for (const int64_t end = before_streams(fresh, count); i < end; ++i) keep_one(i);
+    for (; i + 64 <= count; i += 64) {
+        if (residual) fetch_64(residual + first + count + i);
+        for (int j = 0; j < 64; j += WIDE) {
+            const Floats lost = load_floats(values + i + j) - load_floats(sent + i + j);
+            finite.look(lost);
+            stream_floats(fresh + i + j, lost);
+        }
+    }
+    for (; i < count; ++i) keep_one(i);
+    if (!finite.all()) set_shared(memory->poisoned);
+}
+
 // Encode by `encode(x, first, end, limit)`, where `first` is the beginning of a unit; codes of entries from `limit` on may be
 // neither written nor read. With a memory: x + residual, of which what `decode(first, end, limit, sent)` does not give
 // back is kept.
@@ -101,14 +220,26 @@ void encode_units(int threads, gc_memory* memory, const float* x, int64_t n, int
             encode(x, from, to, to);
             return;
         }
+        const int64_t longest = stretch < 4096 ? 4096 : stretch;
         const int64_t step = unit > stretch ? unit : stretch / unit * unit;
+        // A residual that is replaced in its place was made for this call, and is in the cache.
+        const bool large = to - from >= LARGE && step <= longest && memory->residual != memory->fresh;
         for (int64_t first = from; first < to; first += step) {
             const int64_t end = min64(to, first + step);
+            if (large) {
+                alignas(64) float values[longest], sent[longest];
+                encode_stretch(
+                    memory, x, first, end - first, values, sent,
+                    [&](const float* fresh) { encode(fresh - first, first, end, to); },
+                    [&](float* decoded) { decode(first, end, to, decoded); });
+                continue;
+            }
             correct(memory, x, first, end);
             encode(memory->fresh, first, end, to);
             keep_decoded<stretch>(memory, first, end, unit,
                                   [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, to, sent); });
         }
+        if (large) finish_streams();
     });
 }
 
@@ -122,16 +253,21 @@ inline void multiply(float* values, int64_t count, float factor) {
 template <int64_t stretch = STRETCH, class Decode>
 int decode_in_turn(const gc_more* more, const uint8_t* payload, int64_t from, int64_t to, int64_t unit, int add,
                    float* out, const Decode& decode) {
-    const gc_more none = {nullptr, 0, 1.0f};
+    const gc_more none = {nullptr, 0, 1.0f, 0};
     if (!more) more = &none;
+    const bool past_caches = !add && !more->again && to - from >= LARGE;
+    alignas(64) float values[stretch];
     for (int64_t first = from; first < to;) {
         const int64_t end = stretch_end<stretch>(first, to, unit);
-        if (int error = decode(payload, (int64_t)0, first, end, add != 0, out + first)) return error;
+        float* target = past_caches ? values : out + first;
+        if (int error = decode(payload, (int64_t)0, first, end, add != 0, target)) return error;
         for (int64_t r = 0; r < more->count; ++r)
-            if (int error = decode(more->payloads[r], r + 1, first, end, true, out + first)) return error;
-        multiply(out + first, end - first, more->factor);
+            if (int error = decode(more->payloads[r], r + 1, first, end, true, target)) return error;
+        multiply(target, end - first, more->factor);
+        if (past_caches) copy_past_caches(out + first, values, end - first);
         first = end;
     }
+    if (past_caches) finish_streams();
     return GC_OK;
 }
 

@@ -51,7 +51,12 @@ class _Memory(ctypes.Structure):
 class _More(ctypes.Structure):
     """gc_more of csrc/gcompress.h."""
 
-    _fields_ = [("payloads", ctypes.c_void_p), ("count", ctypes.c_int64), ("factor", ctypes.c_float)]
+    _fields_ = [
+        ("payloads", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("factor", ctypes.c_float),
+        ("again", ctypes.c_int32),
+    ]
 
 
 class CpuKernels:
@@ -110,15 +115,17 @@ class CpuKernels:
         """Whether one of these kernels is a decoder that adds several payloads: see `adding`."""
         return not self.taking["gc_more"].keys().isdisjoint(names)
 
-    def adding(self, payloads: list[int], factor: float) -> BoundKernels:
+    def adding(self, payloads: list[int], factor: float, again: bool) -> BoundKernels:
         """These kernels, whose decoders add other payloads to the one that they are given, then multiply, in one pass.
 
         Args:
             payloads: addresses, at most MOST_MORE.
             factor: a float32.
+            again: whether what is decoded is read again at once, and had better stay in the cache.
         """
         addresses = (ctypes.c_void_p * len(payloads))(*payloads)
-        return BoundKernels(self, "gc_more", _More(ctypes.addressof(addresses), len(payloads), factor), addresses)
+        more = _More(ctypes.addressof(addresses), len(payloads), factor, again)
+        return BoundKernels(self, "gc_more", more, addresses)
 
     def run(self, calls: int, count: int, width: int) -> int:
         """gc_run of csrc/gcompress.h."""

@@ -206,12 +206,15 @@ class Compressor:
                 f"payload: got {payload.numel()} bytes, expected {expected} for {out.numel()} entries of {self}"
             )
 
-    def decode_sum(self, payloads: list[torch.Tensor], out: torch.Tensor, factor: float = 1.0) -> None:
+    def decode_sum(
+        self, payloads: list[torch.Tensor], out: torch.Tensor, factor: float = 1.0, *, again: bool = False
+    ) -> None:
         """Decode to `out` the sum of what payloads hold, added in order, times a float32 factor.
 
         Args:
             payloads: 1-D uint8 tensors, at least one, each as for `decode_into`.
             out: as for `decode_into`. Undefined after a PayloadError.
+            again: whether `out` is read again at once, and had better stay in the cache.
         """
         kernels = backends.kernels(out, self) if out.numel() else None
         if kernels is None or not self.fixed_size or not kernels.adds_with(self.kernels or ()):
@@ -225,7 +228,8 @@ class Compressor:
             for payload in some:
                 self._check_decodable(payload, out)
             last = first + len(some) == len(payloads)
-            adding = kernels.adding([payload.data_ptr() for payload in some[1:]], factor if last else 1.0)
+            others = [payload.data_ptr() for payload in some[1:]]
+            adding = kernels.adding(others, factor if last else 1.0, again or not last)
             self._decode_by(adding, some[0], out, first > 0)
 
     def sum_rounds(

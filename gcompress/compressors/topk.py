@@ -99,7 +99,8 @@ class TopK(Compressor):
 
     def _words(self, numel):
         """32-bit words of scratch memory for the C++ selection."""
-        return 2 * self.chunk + 64 if self.chunk else selection_words(numel, self._kept(numel)[0])
+        # Of all entries: a key and a place for each that the selection looks at.
+        return 2 * self.chunk + 64 if self.chunk else 2 * selection_words(numel, self._kept(numel)[0])
 
     def _layout(self, numel):
         """(form, width in bits, index bytes) for numel entries."""

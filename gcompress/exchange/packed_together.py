@@ -17,7 +17,7 @@ from ..backends.calls import CallList, recorded
 from ..feedback import flat_values
 from ..residual_types import Packed, PackedMemory
 from .pieces import OneByOne
-from .together import SizedTensor, Together
+from .together import SizedTensor, Together, more_words
 
 
 class Kept(NamedTuple):
@@ -35,6 +35,7 @@ class PackedTogether(Together):
     def __init__(self, items, calls, world_size):
         super().__init__(items, calls, world_size)
         self._calls = calls
+        self._alone = more_words(1)  # no other payload is added
         self._lists: dict[tuple, tuple[CallList, np.ndarray]] = {}  # {whether means, the keys kept: the calls, order}
 
     def encode(self, values, memory_for, seed_of):
@@ -61,7 +62,7 @@ class PackedTogether(Together):
             )
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
         calls, order = self._list(True, keys, kept)
-        self._set_rows(rows, factor)
+        self._set_rows(rows, factor, again=True)
         self._fill(calls, order, kept, keys, 0, total.data_ptr(), payload, seed_of, rows)
         self._run(calls, rows)
         self._propose(kept, keys)
@@ -124,6 +125,7 @@ class PackedTogether(Together):
                 words["payload"][number] = rows[0].data_ptr() + self._offsets[which]
             elif kind == "unpack":
                 words["out"][number], words["payload"][number] = room, kept[which].before.payload.data_ptr()
+                words["more"][number] = self._alone.ctypes.data
             else:
                 words["x"][number], words["payload"][number] = room, kept[which].fresh.payload.data_ptr()
                 words["seed"][number] = kept[which].seed

@@ -73,7 +73,7 @@ class OneByOne:
         payloads = []
         for item in self.items:
             whole = total[: item.numel]
-            rows = decode_sum(item, rows, whole, factor)
+            rows = decode_sum(item, rows, whole, factor, again=True)
             coder = memory_for(item, whole) or NoFeedback
             payload, _ = coder.compress(key_of(item), whole.view(item.shape), item.compressor, seed=seed_of(item))
             payloads.append(payload)
@@ -99,8 +99,11 @@ def joined(payloads, like=None):
     return torch.cat(payloads) if payloads else like[:0]
 
 
-def decode_sum(item, rows, out, factor):
-    """Decode to `out` the sum of a payload at the start of every row, in rank order; returns what follows them."""
+def decode_sum(item, rows, out, factor, again=False):
+    """Decode to `out` the sum of a payload at the start of every row, in rank order; returns what follows them.
+
+    again: see `Compressor.decode_sum`.
+    """
     payloads, rest = [], []
     for rank, row in enumerate(rows):
         with _from_rank(rank, item.name):
@@ -108,7 +111,7 @@ def decode_sum(item, rows, out, factor):
         payloads.append(row[:size])
         rest.append(row[size:])
     try:
-        item.compressor.decode_sum(payloads, out, factor)
+        item.compressor.decode_sum(payloads, out, factor, again=again)
     except PayloadError:
         for rank, payload in enumerate(payloads):
             with _from_rank(rank, item.name):

@@ -60,6 +60,18 @@ class SizedTensor:
         return 0
 
 
+def more_words(count):
+    """That many gc_more (csrc/gcompress.h), a row of words each: no payloads, a factor of 1, read again at once."""
+    more = np.zeros((count, 3), np.int64)
+    set_factor(more, 1.0, True)
+    return more
+
+
+def set_factor(more, factor, again):
+    """Set the last word of every gc_more."""
+    more.view(np.int32)[:, 4:] = np.array([factor], np.float32).view(np.int32)[0], again
+
+
 class Together:
     """Encodes items of gradients to one payload, and adds and decodes such payloads.
 
@@ -82,7 +94,7 @@ class Together:
         self._memory_places = self._memory.ctypes.data + 24 * np.arange(len(items))
         self._poisoned = np.zeros(len(items), np.int32)
         self._memory[:, 2] = self._poisoned.ctypes.data + 4 * np.arange(len(items))
-        self._more = np.zeros((len(items), 3), np.int64)
+        self._more = more_words(len(items))
         self._more_places = self._more.ctypes.data + 24 * np.arange(len(items))
         self._others = np.zeros((len(items), world_size - 1), np.int64)
         self._more[:, 0] = self._others.ctypes.data + 8 * (world_size - 1) * np.arange(len(items))
@@ -114,7 +126,7 @@ class Together:
             {key: (memory_for(item, None), total[: item.numel]) for key, item in zip(keys, self.items, strict=True)}
         )
         calls = self._mean  # a decoder's and an encoder's for each item
-        self._set_rows(rows, factor)
+        self._set_rows(rows, factor, again=True)
         calls.set("out", total.data_ptr())
         calls.set("x", total.data_ptr())
         calls.set("more", np.repeat(self._more_places, 2))
@@ -129,7 +141,7 @@ class Together:
 
     def decode_sum(self, rows, factor, places):
         """Decode the sums over ranks, times a factor, to {name: the whole result}; `rows` is as for `mean`."""
-        self._set_rows(rows, factor)
+        self._set_rows(rows, factor, again=False)
         self._set_decode(rows[0], self._more_places, places)
         self._run(self._decode, rows)
         return [row[self.nbytes :] for row in rows]
@@ -153,10 +165,10 @@ class Together:
         outs = np.array([places[item.name].data_ptr() for item in self.items], np.int64)
         self._decode.set("out", outs + 4 * self._starts)
 
-    def _set_rows(self, rows, factor):
+    def _set_rows(self, rows, factor, again):
         others = rows[0].data_ptr() + self.nbytes * np.arange(1, self._world_size)
         self._others[:] = others + self._offsets[:, None]
-        self._more[:, 2] = np.array([factor], np.float32).view(np.int32)[0]
+        set_factor(self._more, factor, again)
 
     def _open(self, by_key):
         """{key: (ErrorFeedback, residual or None, tensor for the new one) or None}, one opening of each."""
