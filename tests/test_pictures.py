@@ -101,8 +101,11 @@ def assert_readable(figure):
 FRACTIONS = ((1,), (1, 1 / 10), (1, 1 / 100), (1, 1 / 3000))
 
 
-@pytest.mark.parametrize("fractions", FRACTIONS, ids=str)
-@pytest.mark.parametrize("total", SENT.values(), ids=SENT)
+@pytest.mark.parametrize(
+    "total, fractions",
+    [*zip(SENT.values(), itertools.cycle(FRACTIONS)), *((SENT["100 MB"], each) for each in FRACTIONS)],
+    ids=str,
+)
 def test_labels_of_bytes_stay_apart(drawn, tmp_path, total, fractions):
     totals = [round(total * fraction) for fraction in fractions]
     training_report.plot(tmp_path / "train.png", [training_curve(each) for each in totals], "runs")

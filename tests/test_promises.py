@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 
 import pytest
 
@@ -13,7 +12,7 @@ import tests.promises_of_outer  # noqa: F401
 import tests.promises_of_refusals  # noqa: F401
 import tests.promises_of_times  # noqa: F401
 from tests.launching import REPOSITORY, launch_byteps, launch_ddp, launch_horovod, launch_mpi
-from tests.promises import PROMISES
+from tests.promises import LONG, PROMISES
 
 pytestmark = pytest.mark.ranks
 
@@ -30,7 +29,7 @@ OF_HOROVODS_NODES = (
     "the_state_of_all_ranks_is_one_that_any_rank_may_load",
     "what_ef21_delivers_is_the_mean_of_the_ranks_estimates",
 )
-if os.environ.get("GCOMPRESS_LONG") == "1":
+if LONG:
     OF_HOROVODS_NODES = OF_NODES
 ONE_BY_ONE = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", "HOROVOD_FUSION_THRESHOLD": "0"}
 LAUNCHES = {

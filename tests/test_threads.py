@@ -60,7 +60,7 @@ def inputs():
         "not finite": (bad, (2,)),
         "not finite in the last share": (late, (2,)),
         "equal": (torch.full((just,), 0.3), (2,)),
-        "gauss": (entries, (2, 3, 7)),
+        "gauss": (entries, (2, 7)),
         "ties": ((2 * entries).round(), (7,)),
         "one end": (torch.where(torch.arange(numel) < numel // 50, entries, 1e-3 * entries), (3,)),
     }
