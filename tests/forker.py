@@ -23,6 +23,9 @@ def main():
 
     import gcompress  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        import torchvision  # noqa: F401 - which examples import
+
     gc.freeze()  # what is there now is never looked at again
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])

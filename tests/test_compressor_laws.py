@@ -26,7 +26,7 @@ def test_the_configuration_survives_json_and_its_spec(compressor):
         compressor.bits = 3
 
 
-# Inputs of which the largest size has something to add: others are decided entry by entry, or are one value.
+# Inputs of which the largest sizes have something to add: others are decided entry by entry, or are one value.
 AT_LENGTH = ("gauss", "heavy", "ties", "many")
 
 
@@ -35,7 +35,7 @@ def test_native_bytes_are_the_reference_bytes(compressor):
     """On every instruction set, for encoding, decoding and adding."""
     for numel in SIZES:
         for name, tensor in {**inputs(numel), **poisoned(numel)}.items():
-            if numel == max(SIZES) and name not in AT_LENGTH:
+            if numel > 8000 and name not in AT_LENGTH:
                 continue  # what smaller sizes have shown, at most of this test's time
             with backends.use_backend("reference"):
                 payload, ctx = compressor.compress(tensor, seed=7)

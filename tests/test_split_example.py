@@ -237,7 +237,7 @@ def test_two_roles_with_certificates_by_the_command_line_and_a_client_that_diffe
 
 
 @starts_processes
-@pytest.mark.parametrize("arch", ["vgg19_cifar10", "res34_imagenet"])
+@pytest.mark.parametrize("arch", ["res34_imagenet"])
 def test_an_image_folder_by_path(tmp_path, arch):
     from PIL import Image
 
