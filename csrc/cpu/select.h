@@ -102,11 +102,12 @@ GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t 
 }
 
 // Where a selection takes its entries from: `at(i)` is one of them; `part(first, count, values)` is where `count` of them
-// lie, which may be in `values`; `all(shares)` is where all lie.
+// lie, which may be in `values`; `done()` ends a thread's parts; `all(shares)` is where all lie.
 struct Entries {
     const float* x;
     float at(int64_t i) const { return x[i]; }
     const float* part(int64_t first, int64_t, float*) const { return x + first; }
+    void done() const {}
     const float* all(const Shares&) const { return x; }
 };
 const int64_t SELECTED_AT_ONCE = 2048;  // at most `count`: they stay in the nearest cache
@@ -187,6 +188,7 @@ int64_t fill_part(const Source& source, uint32_t bound, int64_t from, int64_t* n
                                       places ? places + count : nullptr, from);
         if (*next < end) break;
     }
+    source.done();
     found->counts[number] = count;
     return count;
 }

@@ -57,6 +57,7 @@ void sign_bucket(int threads, const Source& source, int64_t begin, int64_t count
         const Shares shares = shares_of(threads, some, SUM_BLOCK);
         if (shares.count == 1) {
             for (int64_t i = from; i < from + some; i += SUM_BLOCK) sign_part(i, sums, minus_count);
+            source.done();
             continue;
         }
         double parts[most / SUM_BLOCK][2];
@@ -67,6 +68,7 @@ void sign_bucket(int threads, const Source& source, int64_t begin, int64_t count
                 part[0] = part[1] = 0.0;
                 sign_part(from + i, part, &mine);
             }
+            source.done();
             add_to_shared(minus_count, mine);
         });
         for (int64_t i = 0; i < some; i += SUM_BLOCK)

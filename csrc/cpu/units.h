@@ -124,6 +124,7 @@ struct Corrected {
         if (!again) copy_past_caches(memory->fresh + first, values, count);
         return target;
     }
+    void done() const { finish_streams(); }
     const float* all(const Shares& shares) const {
         correct_all(shares, memory, x);
         return memory->fresh;
