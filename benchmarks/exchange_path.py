@@ -4,7 +4,8 @@
     python benchmarks/exchange_path.py                                  # every method, 8 layers of 1024 x 1024, 4 ranks
     python benchmarks/exchange_path.py --methods quantize:bits=4@twophase polar:rate=0.25,rank=0@allgather
 
-A method is a spec, or SPEC@EXCHANGE. All is measured in one run on one core, each figure the best of --repeat:
+A method is a spec, or SPEC@EXCHANGE. All is measured in one run on one core. What is compared is measured in turns, since a machine's
+speed changes from one second to the next; each figure is the median of --repeat:
 
 bits   bits for an entry that leave this rank on the link, both rounds of two-phase together.
 path   one rank's step with `GradientExchange`: correct by what is remembered, encode, sum (of its own pieces, if
@@ -21,13 +22,15 @@ With --device cuda the gradients lie on a GPU, and times are between two points 
 """
 
 import argparse
+import functools
+import statistics
 import sys
 
 import torch
 from example_specs import with_every_method
 
 from gcompress import ConfigError, Policy
-from gcompress.forecast.mirror import MirroredPath, shortest
+from gcompress.forecast.mirror import MirroredPath, moment, shortest
 
 METHODS = [
     "quantize:bits=4@twophase",
@@ -81,6 +84,19 @@ def cast_back(gradients, dtype):
         gradient.to(dtype).to(torch.float32)
 
 
+def in_turns(repeat, device, step, functions):
+    """The median seconds of what `step` returns, and of each function, called one after the other, --repeat times."""
+    rows = []
+    for _ in range(repeat + 2):  # memory begins in the first two
+        row = [step()]
+        for function in functions:
+            start = moment(device)
+            function()
+            row.append(moment(device) - start)
+        rows.append(row)
+    return [statistics.median(column) for column in zip(*rows[2:], strict=True)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="SPEC or SPEC@EXCHANGE (default: every method)")
@@ -89,7 +105,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8, help="how many (default 8)")
     parser.add_argument("--side", type=int, default=1024, help="of a layer's matrix (default 1024)")
     parser.add_argument("--small", type=int, default=2048, help="entries of a small tensor (default 2048)")
-    parser.add_argument("--repeat", type=int, default=5, help="steps of which the best counts (default 5)")
+    parser.add_argument("--repeat", type=int, default=9, help="rounds of which the median counts (default 9)")
     arguments = parser.parse_args()
     if min(arguments.ranks, arguments.layers, arguments.side, arguments.small, arguments.repeat) < 1:
         parser.error("--ranks, --layers, --side, --small and --repeat: expected 1 or more")
@@ -107,7 +123,7 @@ def main():
 
     print(
         f"{arguments.ranks} ranks, {arguments.layers} layers of {arguments.side} x {arguments.side}; "
-        f"a copy {nbytes / shortest(arguments.repeat, copy, device) / 1e9:.1f} GB/s"
+        f"a copy by itself {nbytes / shortest(arguments.repeat, copy, device) / 1e9:.1f} GB/s"
     )
     print(f"{'method':42s} {'bits':>6s} {'path':>7s} {'codec':>7s} {'ratio':>6s} {'fp16':>6s} {'bf16':>6s} {'us':>8s}")
     for method in arguments.methods or with_every_method(METHODS):
@@ -116,9 +132,9 @@ def main():
             of_small = path_of(method, small, arguments.ranks)
         except ConfigError as error:
             parser.error(f"--methods: {error}")
-        seconds, codec = path.seconds(arguments.repeat), shortest(arguments.repeat, path.codec, device)
-        unit, wire = shortest(arguments.repeat, copy, device), path.wire_bytes()
-        casts = [shortest(arguments.repeat, lambda to=to: cast_back(gradients, to), device) for to in HALVES]
+        others = [path.codec, copy, *(functools.partial(cast_back, gradients, to) for to in HALVES)]
+        seconds, codec, unit, *casts = in_turns(arguments.repeat, device, path.step, others)
+        wire = path.wire_bytes()
         pays = [pays_up_to(seconds, wire, other, sixteen) for other in casts]
         each = 1e6 * of_small.seconds(max(1, arguments.repeat // 2)) / SMALL_TENSORS
         print(
