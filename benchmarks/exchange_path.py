@@ -4,8 +4,9 @@
     python benchmarks/exchange_path.py                                  # every method, 8 layers of 1024 x 1024, 4 ranks
     python benchmarks/exchange_path.py --methods quantize:bits=4@twophase polar:rate=0.25,rank=0@allgather
 
-A method is a spec, or SPEC@EXCHANGE. All is measured in one run on one core. What is compared is measured in turns, since a machine's
-speed changes from one second to the next; each figure is the median of --repeat:
+A method is a spec, or SPEC@EXCHANGE. All is measured in one run on one core. What is compared is
+measured in turns, since a machine's speed changes from one second to the next; each figure is the
+median of --repeat:
 
 bits   bits for an entry that leave this rank on the link, both rounds of two-phase together.
 path   one rank's step with `GradientExchange`: correct by what is remembered, encode, sum (of its own pieces, if
@@ -85,7 +86,7 @@ def cast_back(gradients, dtype):
 
 
 def in_turns(repeat, device, step, functions):
-    """The median seconds of what `step` returns, and of each function, called one after the other, --repeat times."""
+    """The median seconds of what `step` returns, and of each function, called one after the other, `repeat` times."""
     rows = []
     for _ in range(repeat + 2):  # memory begins in the first two
         row = [step()]
