@@ -29,12 +29,15 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 SPARSELOCO = "chain:(topk:sparsity={},chunk=4096,index=places),(binmean:bits=2)"
+# In the bytes of 64 of 4096: places are coded, not written out.
+MORE = f"chain:(topk:sparsity={1 - 88 / 4096},chunk=4096),(binmean:bits=2); mean=senders @ lr=0.8"
 SIGNS = "chain:(topk:sparsity={},chunk=4096),(sign:bucket=0); mean=senders"
 POLAR = "polar:rate={},rank=0,floor=0; exchange=turns @ lr=0.7,momentum=0.5"
 METHODS = [
     "none",
     SPARSELOCO.format(1 - 64 / 4096),
     *(SPARSELOCO.format(1 - kept / 4096) + "; mean=senders" for kept in (64, 16)),
+    MORE,
     *(SIGNS.format(1 - kept / 4096) for kept in (64, 16)),
     "polar:rate=0.219,floor=0; feedback_decay=0.8",
     *(POLAR.format(rate) for rate in (0.875, 0.219)),  # a rank sends a fourth of the entries
