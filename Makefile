@@ -17,6 +17,8 @@ ENGINES := $(VENV)/.engines
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 # CuPy for the CUDA of torch; it imports and compiles without a GPU.
 CUPY = $$($(BIN)/python -c 'import torch; print(f"cupy-cuda{(torch.version.cuda or str(13)).split(chr(46))[0]}x")')
+# Collecting the other files takes each worker seconds.
+RANK_TESTS = $(shell grep -l 'mark\.ranks' tests/test_*.py)
 CHECKERS := $(VENV)/.checkers
 DOCS := $(VENV)/.docs
 # horovodrun starts `python` and helpers by name.

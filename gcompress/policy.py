@@ -74,7 +74,7 @@ class Policy:
         error_feedback: True, False, or None: on for compressors that are not unbiased. "ef21": for these, too, but
             what is remembered is an estimate of the gradient (see feedback.EstimateFeedback).
         feedback_decay: what is left of a residual when the next gradient comes, 0 < feedback_decay <= 1; None: all,
-            and between outer steps 0.95 (see gcompress/outer/).
+            and between outer steps 0.9 (see gcompress/outer/).
         mean: what sums over ranks are divided by: "ranks", or, entry by entry, the "senders" that sent it, as
             SparseLoCo's published code does. That is for sparse compressors, in an all-gather.
         residual: how what is remembered is kept between steps (see gcompress/residual_types.py): "float32"; "bf16" and

@@ -155,7 +155,7 @@ def test_a_round_is_that_of_sparse_loco(decay):
     for start in (0, 2, 4, 6):
         sent = []
         for rank, memory in enumerate(memories):
-            memory.mul_(decay or 0.95).add_(anchor - played(anchor, 2, start, rank))
+            memory.mul_(decay or 0.9).add_(anchor - played(anchor, 2, start, rank))
             sent.append(compressor.decompress(*compressor.compress(memory)))
             memory.sub_(sent[-1])
         anchor = anchor - sum(sent) / 2
