@@ -1,11 +1,14 @@
 """Items coded by one call (exchange/together.py) and one by one (exchange/pieces.py): the same bytes and memory."""
 
 import functools
+import threading
 
 import pytest
 import torch
 
 from gcompress import PayloadError, Policy, backends, from_spec
+from gcompress.backends import calls
+from gcompress.compressors.polar import whole
 from gcompress.exchange import together
 from gcompress.exchange.packed_together import PackedTogether
 from gcompress.exchange.pieces import Item, OneByOne
@@ -16,14 +19,15 @@ from tests.local_ranks import World, run_ranks
 
 ISAS = backends.available_backends()[1:]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
-ONE_CALL = set("quantize binmean sign onebit bf16 fp16 fp8 mxfp4 qsgd natural ternary topk mask".split())
+ONE_CALL = set("quantize binmean sign onebit bf16 fp16 fp8 mxfp4 qsgd natural ternary topk mask eden polar".split())
 RANKS = 3
 
 
 def items_of(compressor):
-    """Pieces of tensors of odd sizes, not in the order of their entries."""
+    """Pieces of tensors of odd sizes, one of them a matrix, not in the order of their entries."""
     of = [("a", 1024, 3001), ("b", 0, 7), ("a", 0, 1024), ("c", 0, 5130), ("d", 0, 1)]
-    return [Item(name, start, stop, torch.Size((stop - start,)), compressor) for name, start, stop in of]
+    shapes = [torch.Size((54, 95) if name == "c" else (stop - start,)) for name, start, stop in of]
+    return [Item(*each, shape, compressor) for each, shape in zip(of, shapes, strict=True)]
 
 
 def gradients(step):
@@ -67,7 +71,7 @@ def test_one_call_makes_what_single_calls_make(spec):
 
 
 @pytest.mark.parametrize("residual", PACKED)
-@pytest.mark.parametrize("spec", ["quantize:bits=4", "topk", "mask", "quantize:bits=2,rounding=stochastic"])
+@pytest.mark.parametrize("spec", ["quantize:bits=4", "topk", "mask", "quantize:bits=2,rounding=stochastic", "polar"])
 def test_one_call_with_packed_residuals_makes_what_single_calls_make(spec, residual):
     items = items_of(from_spec(spec))
     for isa in ISAS:
@@ -85,6 +89,18 @@ def test_one_call_with_packed_residuals_makes_what_single_calls_make(spec, resid
 def test_which_methods_can(spec):
     items = items_of(from_spec(spec))
     assert (together.calls_of(items, RANKS) is not None) == (spec.split(":")[0] in ONE_CALL)
+
+
+@pytest.mark.parametrize("residual", ["float32", "bf16"])
+def test_what_needs_a_larger_workspace_is_done_one_by_one(residual, monkeypatch):
+    items = items_of(from_spec("polar:rate=1"))
+    expected = coded(items, OneByOne(items), residual)
+    monkeypatch.setattr(whole, "ENCODER_ROOM", 1 << 10)
+    monkeypatch.setattr(whole, "DECODER_ROOM", 1 << 10)
+    monkeypatch.setattr(calls, "_local", threading.local())
+    made = PackedTogether if residual in PACKED else together.Together
+    found = coded(items, made(items, together.calls_of(items, RANKS), RANKS), residual)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_bad_payload_is_named():

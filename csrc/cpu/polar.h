@@ -33,9 +33,9 @@ void polar_gather(const float* x, const void* layout, int64_t* cursors, float* r
 
 void polar_scatter(const float* values, const void* layout, int64_t* cursors, float* row_buffer, int add, float* out) {
     if (add)
-        polar_scatter_rows<true>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
+        polar_scatter_rows<ADD>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
     else
-        polar_scatter_rows<false>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
+        polar_scatter_rows<REPLACE>(all_rows(layout), values, (const PolarLayout*)layout, cursors, row_buffer, out);
 }
 
 inline void read_polar_tables(const PolarTile* tile, int64_t count, const uint8_t* slots, const PolarDesign* designs,
@@ -70,7 +70,8 @@ void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, 
 
 void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
                   int64_t n, int add, uint64_t* workspace, float* out) {
-    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n, add != 0, streams(out, n), workspace, out);
+    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n,
+                 add ? (int)ADD : replacing(out, n), workspace, out);
 }
 
 void polar_turn(const float* x, int64_t n, uint32_t seed, float* y, double* lengths) {
@@ -83,28 +84,53 @@ void polar_turn_scales(const float* y, const float* decoded, int64_t n, const do
 
 void polar_turn_back(float* y, int64_t n, uint32_t seed, const float* scales, int add, float* out) {
     if (add)
-        polar_turn_blocks_back<true>(y, n, seed, scales, out);
+        polar_turn_blocks_back<ADD>(y, n, seed, scales, out);
     else
-        polar_turn_blocks_back<false>(y, n, seed, scales, out);
+        polar_turn_blocks_back<REPLACE>(y, n, seed, scales, out);
 }
 
-int polar_compress(int threads, const void* tables, const float* x, int64_t n, int64_t first, int scales, int flat,
-                   double share, int list_size, int rank, int64_t block, int unbiased, uint32_t seed,
-                   uint8_t* workspace, int64_t workspace_bytes, uint8_t* payload, int64_t nbytes) {
+// Below this, what is lost of entries is finite, whatever is sent of them: values are of no other size than the entries.
+const int32_t SAFE_KEY = (127 + 64) << 23;
+
+// Entries of `fresh`, which were encoded: keep what the payload loses of them. `largest`: their largest magnitude's bits.
+inline int polar_keep_lost(int threads, const PlanTables* tables, gc_memory* memory, int32_t largest,
+                           const uint8_t* payload, int64_t nbytes, int64_t n, int64_t block, const Room& room) {
+    if (largest >= (int32_t)INFINITY_KEY) return GC_OK;  // nothing is kept
+    if (polar_decompress_into(threads, tables, payload, nbytes, n, block, SUBTRACT, room, memory->fresh) != GC_OK)
+        return GC_BAD_COUNT;
+    Finite finite;
+    for (int64_t i = 0; largest >= SAFE_KEY && i < n; ++i) finite.look(memory->fresh[i]);
+    if (!finite.all()) set_shared(memory->poisoned);
+    return GC_OK;
+}
+
+int polar_compress(int threads, gc_memory* memory, const void* tables, const float* x, int64_t n, int64_t first,
+                   int scales, int flat, double share, int list_size, int rank, int64_t block, int unbiased,
+                   uint32_t seed, uint32_t* workspace, int64_t capacity, uint8_t* payload, int64_t nbytes) {
     CompressOptions options = {0, block, false, scales == 2, flat != 0, list_size, rank, share};
     set_matrix(n, first, first > 0, &options);
-    Compressor compressor = {threads, (const PlanTables*)tables,          options, payload, 0, n,
-                             nbytes,  room_of(workspace, workspace_bytes)};
+    const Room room = room_of(workspace, capacity);
+    Compressor compressor = {threads, (const PlanTables*)tables, options, payload, 0, n, nbytes, room};
     compressor.workspace = compressor.room.take<uint8_t>(ENCODER_BYTES);
     if (compressor.room.full()) return GC_BAD_COUNT;
-    const bool done = unbiased ? compressor.encode_unbiased(x, seed) : compressor.encode(x);
-    return done ? GC_OK : GC_BAD_COUNT;
+    const int32_t largest = memory ? correct_all(shares_of(threads, n, STRETCH), memory, x) : 0;
+    if (memory) x = memory->fresh;
+    if (!(unbiased ? compressor.encode_unbiased(x, seed) : compressor.encode(x))) return GC_BAD_COUNT;
+    if (!memory) return GC_OK;
+    return polar_keep_lost(threads, (const PlanTables*)tables, memory, largest, payload, nbytes, n, block, room);
 }
 
-int polar_decompress(int threads, const void* tables, const uint8_t* payload, int64_t nbytes, int64_t n, int64_t block,
-                     int add, uint8_t* workspace, int64_t workspace_bytes, float* out) {
-    return polar_decompress_into(threads, (const PlanTables*)tables, payload, nbytes, n, block, add != 0, workspace,
-                                 workspace_bytes, out);
+int polar_decompress(int threads, const gc_more* more, const void* tables, const uint8_t* payload, int64_t nbytes,
+                     int64_t n, int64_t block, int add, uint32_t* workspace, int64_t capacity, float* out) {
+    for (int64_t r = 0; r <= (more ? more->count : 0); ++r) {
+        const uint8_t* one = r == 0 ? payload : more->payloads[r - 1];
+        const int mode = add || r > 0 ? ADD : REPLACE;
+        const int result = polar_decompress_into(threads, (const PlanTables*)tables, one, nbytes, n, block, mode,
+                                                 room_of(workspace, capacity), out);
+        if (result != GC_OK) return result;
+    }
+    if (more) multiply(out, n, more->factor);
+    return GC_OK;
 }
 
 }  // namespace

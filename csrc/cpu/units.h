@@ -79,9 +79,10 @@ struct Finite {
     }
 };
 
-// All entries of x + residual, in `fresh`.
-inline void correct_all(const Shares& shares, gc_memory* memory, const float* x) {
-    on_shares(shares, [=](int, int64_t from, int64_t to) {
+// All entries of x + residual, in `fresh`; returns the largest magnitude's bits.
+inline int32_t correct_all(const Shares& shares, gc_memory* memory, const float* x) {
+    int32_t of_all = 0;
+    on_shares(shares, [&](int, int64_t from, int64_t to) {
         int32_t largest = 0;
         for (int64_t first = from; first < to; first += STRETCH) {
             const int64_t end = min64(to, first + STRETCH);
@@ -91,8 +92,10 @@ inline void correct_all(const Shares& shares, gc_memory* memory, const float* x)
                 largest = largest > key ? largest : key;
             }
         }
-        if (largest >= (int32_t)INFINITY_KEY) set_shared(memory->poisoned);
+        raise_shared(&of_all, largest);
     });
+    if (of_all >= (int32_t)INFINITY_KEY) set_shared(memory->poisoned);
+    return of_all;
 }
 
 // x + residual, of which a selection takes entries (select.h), where `fresh` is not the residual's place; it is kept there.

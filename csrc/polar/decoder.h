@@ -6,32 +6,36 @@
 
 namespace {
 
-// How decoded values are written: in place of what is there, added to it, or past the caches, which what is much larger
-// than they are would only flush; the target of that lies at a multiple of 64 bytes.
-enum { REPLACE = 0, ADD = 1, STREAM = 2 };
 const int64_t STREAM_BYTES = 1 << 25;
 
 template <int mode>
 inline void put_values(float* out, Floats value) {
     if (mode == ADD) value = load_floats(out) + value;
+    if (mode == SUBTRACT) value = load_floats(out) - value;
     if (mode == STREAM)
         stream_floats(out, value);
     else
         store_floats(out, value);
 }
 
-// out[j] (+)= a where bit j is 0, -a where it is 1.
+// out[j] (+, -)= a where bit j is 0, -a where it is 1.
 template <int mode>
 inline void write_signs(uint64_t word, float a, float* out) {
     const Floats plus = every_float(a);
     for (int j = 0; j < LANES; j += WIDE) put_values<mode>(out + j, negate_by_bits(word >> j, plus));
 }
 
-// out[j] (+)= table[label j], for labels of up to five bits by vectors.
+// out[j] (+, -)= table[label j], for labels of up to five bits by vectors.
 template <int mode>
 inline void write_points(Bytes labels, const float* table, int levels, float* out) {
     uint8_t bytes[LANES];
     store_bytes((int8_t*)bytes, labels);
+    if (levels > 5 && mode == SUBTRACT) {
+        float values[LANES];
+        look_up_64<false>(bytes, table, true, values);
+        for (int j = 0; j < LANES; ++j) out[j] -= values[j];
+        return;
+    }
     if (levels > 5) return look_up_64 < mode == ADD > (bytes, table, true, out);
     const PointTable points = load_points(table);
     for (int j = 0; j < LANES; j += WIDE) put_values<mode>(out + j, looked_up(points, bytes + j, levels));
@@ -93,7 +97,7 @@ const uint8_t* polar_decode_tile(const uint8_t* words, const PolarTile* tile, co
         } else {
             float row[LANES];
             write_row<REPLACE>(code + positions[i], rows, levels, table, row);
-            for (int64_t j = 0; j < left; ++j) target[j] = mode == ADD ? target[j] + row[j] : row[j];
+            for (int64_t j = 0; j < left; ++j) target[j] = put_value<mode>(target[j], row[j]);
         }
     }
     return words;

@@ -11,6 +11,15 @@
 
 namespace {
 
+// How decoded values are written: in place of what is there, added to it, taken from it, or past the caches, which what is
+// much larger than they are would only flush; the target of that lies at a multiple of 64 bytes.
+enum { REPLACE = 0, ADD = 1, SUBTRACT = 2, STREAM = 3 };
+
+template <int mode>
+inline float put_value(float before, float value) {
+    return mode == ADD ? before + value : mode == SUBTRACT ? before - value : value;
+}
+
 const int MAX_BLOCK = 16384;
 const uint8_t PADDING_ROW = 255;
 

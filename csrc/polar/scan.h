@@ -201,8 +201,8 @@ inline void polar_gather_rows(const Shares& shares, const float* x, const PolarL
     });
 }
 
-// The inverse: values in the order of the tiles back to the matrix; what is not coded is 0.
-template <bool add>
+// The inverse: values in the order of the tiles back to the matrix, by a mode; what is not coded is 0.
+template <int mode>
 void polar_scatter_rows(const Shares& shares, const float* values, const PolarLayout* layout, int64_t* cursors,
                         float* row_buffer, float* out) {
     const int32_t* order = (const int32_t*)layout->order;
@@ -218,9 +218,9 @@ void polar_scatter_rows(const Shares& shares, const float* values, const PolarLa
                 mine[slot] += length;
             });
             if (order)
-                for (int64_t j = 0; j < count; ++j) target[order[j]] = add ? target[order[j]] + buffer[j] : buffer[j];
+                for (int64_t j = 0; j < count; ++j) target[order[j]] = put_value<mode>(target[order[j]], buffer[j]);
             else
-                for (int64_t j = 0; j < count; ++j) target[j] = add ? target[j] + buffer[j] : buffer[j];
+                for (int64_t j = 0; j < count; ++j) target[j] = put_value<mode>(target[j], buffer[j]);
         }
     });
 }

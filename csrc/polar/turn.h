@@ -4,6 +4,7 @@
 
 #include "../arith/polar_turn.h"
 #include "../cpu/eden.h"
+#include "lanes.h"
 
 namespace {
 
@@ -48,7 +49,7 @@ void polar_turn_scales_of(const float* y, const float* decoded, int64_t n, const
     }
 }
 
-template <bool add>
+template <int mode>
 void polar_turn_blocks_back(float* y, int64_t n, uint32_t seed, const float* scales, float* out) {
     for (int64_t first = 0; first < n; first += TURN_BLOCK, ++scales) {
         const EdenBlock block(first, min64(TURN_BLOCK, n - first), seed);
@@ -58,7 +59,7 @@ void polar_turn_blocks_back(float* y, int64_t n, uint32_t seed, const float* sca
             turned[i] = saturated(turned[i] * *scales);
         }
         flip_signs(turned, block.entries, block.word, seed);
-        for (int64_t i = 0; i < block.entries; ++i) out[first + i] = add ? out[first + i] + turned[i] : turned[i];
+        for (int64_t i = 0; i < block.entries; ++i) out[first + i] = put_value<mode>(out[first + i], turned[i]);
     }
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -13,10 +15,33 @@ from ..errors import PayloadError
 from . import cpu
 from .cpu import CpuKernels
 
-WORDS = 16  # of a call: the kernel's number and up to 15 arguments
+WORDS = 20  # of a call: the kernel's number and up to 19 arguments
 # Parameters that differ from call to call, by their names in csrc/kernels.def. `workspace` has `capacity` 32-bit words.
 # The `threads` of large tensors are asked for anew each time.
 ROLES = ("memory", "more", "x", "payload", "seed", "out", "add", "workspace", "threads")
+TABLES = ("tables", "levels")  # pointers to what `made_once` made
+_local = threading.local()
+
+
+def made_once(function: Callable) -> Callable:
+    """`function`, whose results are kept for good; of threads that come first together all get the same one."""
+    found: dict = {}
+
+    @functools.wraps(function)
+    def of(*arguments):
+        return found[arguments] if arguments in found else found.setdefault(arguments, function(*arguments))
+
+    of.cache_clear = found.clear
+    return of
+
+
+def workspace(words: int) -> tuple[int, int]:
+    """(address, 32-bit words) of this thread's scratch memory, kept because fresh memory costs more than its use."""
+    memory = getattr(_local, "memory", None)
+    if memory is None or len(memory) < words:
+        _local.memory = memory = None  # gone before there is more
+        _local.memory = memory = np.empty(words, np.uint32)
+    return memory.ctypes.data, len(memory)
 
 
 class Call(NamedTuple):
@@ -30,7 +55,7 @@ class Call(NamedTuple):
 class _Recorder:
     """Kernels that note how they are called."""
 
-    on_device = False
+    on_device, memory, adds, threads = False, None, False, 1
 
     def __init__(self, kernels):
         self._kernels, self.calls = kernels, []
@@ -45,7 +70,7 @@ def recorded(kernels: CpuKernels, code: Callable, structure: str) -> Call | None
     """The call that `code` makes, given kernels.
 
     None if it makes none or several, or of a kernel that does not take a `structure` ("gc_memory", "gc_more"), or one
-    with a pointer that is none of ROLES.
+    with a pointer that is none of ROLES and TABLES.
     """
     recorder = _Recorder(kernels)
     code(recorder)
@@ -64,7 +89,7 @@ def recorded(kernels: CpuKernels, code: Callable, structure: str) -> Call | None
         elif parameter in ROLES:
             places[parameter] = len(words)
             words.append(0)
-        elif kind is ctypes.c_void_p:
+        elif kind is ctypes.c_void_p and parameter not in TABLES:
             return None
         else:
             words.append(_word(kind, value))
@@ -99,9 +124,7 @@ class CallList:
             having = [number for number, call in enumerate(calls) if role in call.places]
             words = [number * WORDS + calls[number].places[role] for number in having]
             self._where[role] = np.array(having, np.int64), np.array(words, np.int64)
-        self._workspace = np.empty(max((call.capacity for call in calls), default=0), np.uint32)
-        if len(self._where["workspace"][0]):
-            self._flat[self._where["workspace"][1]] = self._workspace.ctypes.data
+        self._capacity = max((call.capacity for call in calls), default=0)
 
     def has(self, role: str) -> bool:
         """Whether a call has this role."""
@@ -113,9 +136,11 @@ class CallList:
         self._flat[words] = values[having] if isinstance(values, np.ndarray) else values
 
     def run(self) -> None:
-        """Make the calls; PayloadError if one meets bad data."""
+        """Make the calls; PayloadError if one meets bad data, or needs a larger workspace than it had when recorded."""
         if self.has("threads"):
             self.set("threads", cpu.thread_count())
+        if self.has("workspace"):
+            self.set("workspace", workspace(self._capacity)[0])
         done = self._kernels.run(self._words.ctypes.data, len(self._words), WORDS)
         if done != len(self._words):
             raise PayloadError("payload: its index does not mark what was kept")

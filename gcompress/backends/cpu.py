@@ -70,7 +70,7 @@ class CpuKernels:
         signatures: {name: Signature} of the table's fields, in order.
     """
 
-    on_device = False
+    on_device, memory, adds = False, None, False
 
     def __init__(self, table: int, signatures: dict[str, Signature]):
         self.table, self.names, self.signatures = table, frozenset(signatures), signatures
@@ -148,6 +148,7 @@ class BoundKernels:
 
     def __init__(self, kernels: CpuKernels, extra: str, value: ctypes.Structure, held: object = None):
         self._kernels, self._taking, self._value, self._held = kernels, kernels.taking[extra], ctypes.byref(value), held
+        self.memory, self.adds = value if extra == "gc_memory" else None, extra == "gc_more"
 
     def __getattr__(self, name):
         if name in self._taking:

@@ -13,12 +13,12 @@ Bytes for n entries in B = ceil(n / block) blocks, of which m = n are sent (bits
 """
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import torch
 
 from .. import packing
+from ..backends.calls import made_once
 from ..backends.gpu.plans import ceil_div, device_kernel
 from ..checks import check_choice, check_power_of_two, shown
 from ..errors import ConfigError
@@ -100,7 +100,7 @@ class Eden(Compressor):
         return 4 + 4 * (blocks + (tail > 0)) + packing.packed_bytes(codes, self._width)
 
     def _encode_native(self, kernels, values, payload, seed):
-        levels = _levels(self._width, values.device)  # held here: of two threads' first tables the cache keeps one
+        levels = _levels(self._width, values.device)
         tail = values.numel() % self.block
         kernels.eden_encode(
             values.data_ptr(), values.numel(), self._width, self.block, self._sent(self.block), self._sent(tail),
@@ -183,7 +183,7 @@ class Eden(Compressor):
         return out
 
 
-@functools.lru_cache
+@made_once
 def _levels(bits, device):
     """The positive levels of a number of bits, float32."""
     return torch.tensor(LEVELS[bits], dtype=torch.float32, device=device)

@@ -16,7 +16,6 @@ from .. import backends
 from ..backends.calls import CallList, recorded
 from ..feedback import flat_values
 from ..residual_types import Packed, PackedMemory
-from .pieces import OneByOne
 from .together import SizedTensor, Together, more_words
 
 
@@ -38,10 +37,10 @@ class PackedTogether(Together):
         self._alone = more_words(1)  # no other payload is added
         self._lists: dict[tuple, tuple[CallList, np.ndarray]] = {}  # {whether means, the keys kept: the calls, order}
 
-    def encode(self, values, memory_for, seed_of):
+    def _encoded(self, values, memory_for, seed_of):
         kept = self._kept({item.name: (memory_for(item), values[item.name].numel()) for item in self.items})
         if kept is None:
-            return OneByOne(self.items).encode(values, memory_for, seed_of)
+            return self._one_by_one.encode(values, memory_for, seed_of)
         flat = {name: flat_values(gradient) for name, gradient in values.items()}
         sources = np.array([flat[item.name].data_ptr() for item in self.items], np.int64) + 4 * self._starts
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
@@ -52,19 +51,17 @@ class PackedTogether(Together):
         self._propose(kept, keys)
         return payload
 
-    def mean(self, rows, factor, total, memory_for, key_of, seed_of):
+    def _mean_of(self, rows, factor, total, memory_for, key_of, seed_of):
         keys = [key_of(item) for item in self.items]
         found = zip(keys, self.items, strict=True)
         kept = self._kept({key: (memory_for(item, None), item.numel) for key, item in found})
         if kept is None:
-            return OneByOne(self.items).mean(
-                rows, factor, total, lambda item, _: memory_for(item, None), key_of, seed_of
-            )
+            return self._one_by_one.mean(rows, factor, total, memory_for, key_of, seed_of)
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
         calls, order = self._list(True, keys, kept)
         self._set_rows(rows, factor, again=True)
         self._fill(calls, order, kept, keys, 0, total.data_ptr(), payload, seed_of, rows)
-        self._run(calls, rows)
+        calls.run()
         self._propose(kept, keys)
         return payload
 
@@ -100,7 +97,7 @@ class PackedTogether(Together):
         if kind in ("encode", "decode"):
             return self._calls[which][kind == "decode"]
         memory, before = kept[which].memory, kept[which].before
-        values, payload = SizedTensor(before.numel), SizedTensor(before.payload.numel())
+        values, payload = SizedTensor((before.numel,)), SizedTensor((before.payload.numel(),))
         kernels, compressor = backends.cpu_kernels(), memory.compressor
         if kind == "pack":
             return recorded(kernels, lambda to: compressor._encode_native(to, values, payload, 0), "gc_memory")

@@ -112,11 +112,11 @@ def decode_sum(item, rows, out, factor, again=False):
         rest.append(row[size:])
     try:
         item.compressor.decode_sum(payloads, out, factor, again=again)
-    except PayloadError:
+    except PayloadError:  # whose is bad, unless one only needs more room than payloads of its size do
         for rank, payload in enumerate(payloads):
             with _from_rank(rank, item.name):
-                item.compressor.decode_into(payload, out)
-        raise
+                item.compressor.decode_into(payload, out, add=rank > 0)
+        out.mul_(factor)
     return rest
 
 

@@ -6,6 +6,8 @@ results are those of one piece after the other (`OneByOne` of pieces.py).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from ..backends.calls import CallList, recorded
 from ..backends.cpu import MOST_MORE
 from ..errors import PayloadError
 from ..feedback import flat_values
-from .pieces import decode_sum
+from .pieces import OneByOne
 
 
 def calls_of(items, world_size):
@@ -24,7 +26,7 @@ def calls_of(items, world_size):
         return None
     known, found = {}, []
     for item in items:
-        kind = item.compressor, item.numel
+        kind = item.compressor, item.shape if item.compressor.uses_shape else (item.numel,)
         if kind not in known:
             known[kind] = _calls(kernels, *kind)
         if known[kind] is None:
@@ -33,28 +35,28 @@ def calls_of(items, world_size):
     return found
 
 
-def _calls(kernels, compressor, numel):
-    names = compressor.kernels or ()
+def _calls(kernels, compressor, shape):
+    names, numel = compressor.kernels or (), math.prod(shape)
     if not (kernels.has(names) and kernels.keeps_residual_with(names) and kernels.adds_with(names)):
         return None
-    if numel == 0 or not compressor.fixed_size or compressor.uses_shape or compressor.parts:
+    if numel == 0 or not compressor.fixed_size or compressor.parts:
         return None
-    values, payload = SizedTensor(numel), SizedTensor(compressor.nbytes(numel))
+    values, payload = SizedTensor(shape), SizedTensor((compressor.nbytes(numel),))
     encode = recorded(kernels, lambda to: compressor._encode_native(to, values, payload, 0), "gc_memory")
     decode = recorded(kernels, lambda to: compressor._decode_native(to, payload, values, False), "gc_more")
     return encode and decode and (encode, decode)
 
 
 class SizedTensor:
-    """A CPU tensor of `numel` entries, of which only the number is real."""
+    """A CPU tensor of which only the shape is real."""
 
     device = torch.device("cpu")
 
-    def __init__(self, numel):
-        self._numel = numel
+    def __init__(self, shape):
+        self.shape = shape
 
     def numel(self):
-        return self._numel
+        return math.prod(self.shape)
 
     def data_ptr(self):
         return 0
@@ -83,7 +85,7 @@ class Together:
 
     def __init__(self, items, calls, world_size):
         kernels = backends.cpu_kernels()
-        self.items, self._world_size = items, world_size
+        self.items, self._world_size, self._one_by_one = items, world_size, OneByOne(items)
         self._starts = np.array([item.start for item in items], np.int64)
         sizes = [item.nbytes for item in items]
         self._offsets, self.nbytes = np.cumsum([0, *sizes[:-1]]), sum(sizes)
@@ -102,6 +104,41 @@ class Together:
 
     def encode(self, values, memory_for, seed_of):
         """One payload; the arguments of `OneByOne.encode`."""
+        try:
+            return self._encoded(values, memory_for, seed_of)
+        except PayloadError:  # one needs a larger workspace than tensors of its size do
+            return self._one_by_one.encode(values, memory_for, seed_of)
+
+    def mean(self, rows, factor, total, memory_for, key_of, seed_of):
+        """The payload of the items' sums over ranks, times a factor; the arguments of `OneByOne.mean`.
+
+        rows: one behind the other in memory. `memory_for` gets None for the sum.
+        """
+        others = lambda item, _: memory_for(item, None), key_of, seed_of
+        try:
+            return self._mean_of(rows, factor, total, *others)
+        except PayloadError:  # as above, or one is bad, of which it is then said whose it is
+            return self._one_by_one.mean(rows, factor, total, *others)
+
+    def decode_sum(self, rows, factor, places):
+        """Decode the sums over ranks, times a factor, to {name: the whole result}; `rows` is as for `mean`."""
+        self._set_rows(rows, factor, again=False)
+        self._set_decode(rows[0], self._more_places, places)
+        try:
+            self._decode.run()
+        except PayloadError:
+            return self._one_by_one.decode_sum(rows, factor, places)
+        return [row[self.nbytes :] for row in rows]
+
+    def decode(self, payload, places):
+        """Decode one payload to {name: the whole result}."""
+        self._set_decode(payload, 0, places)
+        try:
+            self._decode.run()
+        except PayloadError:
+            self._one_by_one.decode(payload, places)
+
+    def _encoded(self, values, memory_for, seed_of):
         flat = {name: flat_values(gradient) for name, gradient in values.items()}
         sources = np.array([flat[item.name].data_ptr() for item in self.items], np.int64) + 4 * self._starts
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
@@ -115,11 +152,7 @@ class Together:
         self._close(opened, [item.name for item in self.items])
         return payload
 
-    def mean(self, rows, factor, total, memory_for, key_of, seed_of):
-        """The payload of the items' sums over ranks, times a factor; the arguments of `OneByOne.mean`.
-
-        rows: one behind the other in memory. `memory_for` gets None for the sum.
-        """
+    def _mean_of(self, rows, factor, total, memory_for, key_of, seed_of):
         payload = torch.empty(self.nbytes, dtype=torch.uint8)
         keys = [key_of(item) for item in self.items]
         opened = self._open(
@@ -135,29 +168,9 @@ class Together:
         calls.set("payload", (starts + self._offsets[:, None]).ravel())
         if calls.has("seed"):
             calls.set("seed", np.repeat(np.array([seed_of(item) for item in self.items], np.int64), 2))
-        self._run(calls, rows)
+        calls.run()
         self._close(opened, keys)
         return payload
-
-    def decode_sum(self, rows, factor, places):
-        """Decode the sums over ranks, times a factor, to {name: the whole result}; `rows` is as for `mean`."""
-        self._set_rows(rows, factor, again=False)
-        self._set_decode(rows[0], self._more_places, places)
-        self._run(self._decode, rows)
-        return [row[self.nbytes :] for row in rows]
-
-    def decode(self, payload, places):
-        """Decode one payload to {name: the whole result}."""
-        self._set_decode(payload, 0, places)
-        self._run(self._decode, [payload])
-
-    def _run(self, calls, rows):
-        try:
-            calls.run()
-        except PayloadError:
-            for item in self.items:  # says whose payload it is
-                rows = decode_sum(item, rows, torch.empty(item.numel), 1.0)
-            raise
 
     def _set_decode(self, payload, more, places):
         self._decode.set("more", more)

@@ -103,8 +103,11 @@ inline void encode_shares(int threads, const PolarSource& source, int64_t count,
 }
 
 inline void decode_tiles(const uint8_t* words, int64_t count, const PolarTile* tile, const uint8_t* slots,
-                         const float* values, int64_t n, bool add, bool stream, uint64_t* workspace, float* out) {
-    const auto decode = add ? polar_decode_tile<ADD> : stream ? polar_decode_tile<STREAM> : polar_decode_tile<REPLACE>;
+                         const float* values, int64_t n, int mode, uint64_t* workspace, float* out) {
+    const auto decode = mode == ADD        ? polar_decode_tile<ADD>
+                        : mode == SUBTRACT ? polar_decode_tile<SUBTRACT>
+                        : mode == STREAM   ? polar_decode_tile<STREAM>
+                                           : polar_decode_tile<REPLACE>;
     for (const PolarTile* end = tile + count; tile < end; ++tile) {
         words = decode(words, tile, slots, values, workspace, n, out);
         n -= tile->lanes * tile->rows;
@@ -114,8 +117,9 @@ inline void decode_tiles(const uint8_t* words, int64_t count, const PolarTile* t
     finish_streams();
 }
 
-inline bool streams(const float* out, int64_t n) {
-    return n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0;
+// REPLACE, where that had better go past the caches.
+inline int replacing(const float* out, int64_t n) {
+    return n >= STREAM_BYTES / (int64_t)sizeof(float) && (uintptr_t)out % 64 == 0 ? STREAM : REPLACE;
 }
 
 // The words of entries, which have `words_bytes` bytes and 8 behind them, and the classes' amplitudes; null: no room.
@@ -179,26 +183,26 @@ struct WordDecoder {
         value_tables(plan_tables, spending, tables);
         return true;
     }
-    void decode_shares(const uint8_t* words, int64_t n, bool add, float* out) {
+    void decode_shares(const uint8_t* words, int64_t n, int mode, float* out) {
+        if (mode == REPLACE) mode = replacing(out, n);
         at_once(shares, [&](int share) {
             const TilePlace &from = places[share], &to = places[share + 1];
             decode_tiles(words + from.bytes, to.tiles - from.tiles, plan.tiles + from.tiles, plan.slots + from.rows,
-                         tables, n - from.entries, add, streams(out, n), workspace + share * DECODER_WORDS,
-                         out + from.entries);
+                         tables, n - from.entries, mode, workspace + share * DECODER_WORDS, out + from.entries);
         });
     }
-    void decode(const uint8_t* words, bool add, float* out) {
-        if (!values) return decode_shares(words, spending->layout.numel, add, out);
-        decode_shares(words, plan.entries, false, values);
+    void decode(const uint8_t* words, int mode, float* out) {
+        if (!values) return decode_shares(words, spending->layout.numel, mode, out);
+        decode_shares(words, plan.entries, REPLACE, values);
         int8_t slots[CLASSES];
         int64_t cursors[CLASSES];
         slot_of_class(spending, slots);
         runs.described.slot = (int64_t)slots;
         memcpy(cursors, plan.starts, sizeof cursors);
-        if (add)
-            polar_scatter_rows<true>(runs.shares, values, &runs.described, cursors, runs.row_buffer, out);
-        else
-            polar_scatter_rows<false>(runs.shares, values, &runs.described, cursors, runs.row_buffer, out);
+        const auto scatter = mode == ADD        ? polar_scatter_rows<ADD>
+                             : mode == SUBTRACT ? polar_scatter_rows<SUBTRACT>
+                                                : polar_scatter_rows<REPLACE>;
+        scatter(runs.shares, values, &runs.described, cursors, runs.row_buffer, out);
     }
 };
 

@@ -250,7 +250,7 @@ struct Compressor {
             encode_words(threads, tables, turned, &spending, scales, options.list_size, workspace, &room);
         WordDecoder decoder;
         if (!words || !decoder.set(threads, tables, &spending, &room)) return false;
-        decoder.decode(words, false, decoded);
+        decoder.decode(words, REPLACE, decoded);
         polar_turn_scales_of(turned, decoded, numel, lengths, scales_of);
         memcpy(section, &seed, 4);
         memcpy(section + 4, scales_of, (size_t)blocks * sizeof(float));

@@ -30,48 +30,44 @@ struct RestDecoder {
         return header.spending.class_count == 0 ? !room->full() : words.set(threads, tables, &header.spending, room);
     }
 
-    void decode(bool add, float* out) {
+    void decode(int mode, float* out) {
+        if (mode == ADD) return decode_by<ADD>(out);
+        return mode == SUBTRACT ? decode_by<SUBTRACT>(out) : decode_by<REPLACE>(out);
+    }
+    template <int mode>
+    void decode_by(float* out) {
         if (header.turned) {
             memcpy(scales, header.scales, (size_t)ceil_div(numel, TURN_BLOCK) * sizeof(float));
-            words.decode(header.words, false, turned);
-            if (add)
-                polar_turn_blocks_back<true>(turned, numel, header.seed, scales, out);
-            else
-                polar_turn_blocks_back<false>(turned, numel, header.seed, scales, out);
-            return;
+            words.decode(header.words, REPLACE, turned);
+            return polar_turn_blocks_back<mode>(turned, numel, header.seed, scales, out);
         }
         const Outliers& apart = header.outliers;
-        for (int64_t k = 0; header.apart && add && k < apart.count;
-             ++k) {  // its two parts are added to each other first
-            before[k] = out[apart.places[k]];
+        for (int64_t k = 0; header.apart && mode != REPLACE && k < apart.count; ++k) {
+            before[k] = out[apart.places[k]];  // its two parts are added to each other first
             out[apart.places[k]] = 0.0f;
         }
         if (header.spending.class_count)
-            words.decode(header.words, add, out);
-        else if (add)
-            for (int64_t i = 0; i < numel; ++i) out[i] += header.constant;
+            words.decode(header.words, mode, out);
         else
-            for (int64_t i = 0; i < numel; ++i) out[i] = header.constant;
+            for (int64_t i = 0; i < numel; ++i) out[i] = put_value<mode>(out[i], header.constant);
         if (!header.apart) return;
         const LimitFactors factors(tables, header.spending.layout);
         for (int64_t k = 0; k < apart.count; ++k) {
             float* target = out + apart.places[k];
-            const float whole = saturated(*target + apart.coarse(factors, k));
-            *target = add ? before[k] + whole : whole;
+            const float fine = mode == SUBTRACT ? -*target : *target;
+            *target = put_value<mode>(mode == REPLACE ? 0.0f : before[k], saturated(fine + apart.coarse(factors, k)));
         }
     }
 };
 
 // GC_OK, or GC_BAD_INDEX, with nothing written, where the payload contradicts itself or the workspace is too small.
 inline int polar_decompress_into(int threads, const PlanTables* tables, const uint8_t* payload, int64_t nbytes,
-                                 int64_t numel, int64_t block, bool add, uint8_t* workspace, int64_t workspace_bytes,
-                                 float* out) {
-    Room room = room_of(workspace, workspace_bytes);
+                                 int64_t numel, int64_t block, int mode, Room room, float* out) {
     RestDecoder rest;
     if (nbytes < SMALLEST_PAYLOAD) return GC_BAD_INDEX;
     if (!(payload[0] & PRODUCT)) {
         if (!rest.set(threads, tables, payload, nbytes, numel, block, &room)) return GC_BAD_INDEX;
-        rest.decode(add, out);
+        rest.decode(mode, out);
         return GC_OK;
     }
     Factors factors;
@@ -79,11 +75,12 @@ inline int polar_decompress_into(int threads, const PlanTables* tables, const ui
     const int64_t size = unpack_factors(payload, nbytes, numel, &factors, &room);
     if (size == 0 || !product.set(&factors, &room)) return GC_BAD_INDEX;
     if (!rest.set(threads, tables, payload, nbytes - size, numel, block, &room)) return GC_BAD_INDEX;
-    float* whole = add ? room.take<float>(numel) : out;
+    float* whole = mode == REPLACE ? out : room.take<float>(numel);
     if (room.full()) return GC_BAD_INDEX;
-    rest.decode(false, whole);
+    rest.decode(REPLACE, whole);
     add_product(product, whole);
-    for (int64_t i = 0; add && i < numel; ++i) out[i] += whole[i];
+    for (int64_t i = 0; mode == ADD && i < numel; ++i) out[i] += whole[i];
+    for (int64_t i = 0; mode == SUBTRACT && i < numel; ++i) out[i] -= whole[i];
     return GC_OK;
 }
 

@@ -12,6 +12,7 @@ namespace {
 const int MOST_OF_FEW = 16, PRODUCT_ROUNDS = 3, BASIS_BITS = 15;
 const int64_t SMALLEST_MATRIX = 4096, LARGEST_MATRIX = (int64_t)1 << 28, LARGEST_SIDE = 1 << 22;
 const int64_t PRODUCT_SAMPLE = 1 << 17;            // entries
+const double LEAST_GAIN = 0.95;  // to this a product must seem to lower the error, before it is made and has to do so
 const double LEAST_SHARE = 5.960464477539063e-08;  // 2^-24: of energy, where it is none
 
 struct SquareMatrix {
@@ -192,14 +193,28 @@ inline double factor_bits(double power, int64_t entries, double water) {
     return (double)entries * most_of(logarithm(least_of(most_of(ratio, 1e-9), 1e300)) / (2 * PLAN_LOG_TWO) + 0.7, 1.0);
 }
 
-// The number of components of least modelled error, and the water level: the mean squared error of an entry.
+// Energy of a sample's rest, of which components have not taken what a sample of noise would show (`_left_beyond_noise` of
+// products.py).
+inline double left_beyond_noise(const double* powers, int count, double energy, int64_t members, int64_t length,
+                                int64_t rows) {
+    double rest = energy;
+    for (int k = 0; k < count; ++k) rest = most_of(rest - powers[k], 0.0);
+    const double entries = (double)(members * length);
+    const double shown =
+        (1.0 - (double)members / (double)rows) * ((double)length + 2.0 * square_root(entries)) / entries;
+    for (int k = 0; k < count; ++k) energy -= most_of(powers[k] - rest * shown, 0.0);
+    return energy;
+}
+
+// The number of components of least modelled error, the water level: the mean squared error of an entry, and their bits.
 inline int choose_components(const double* powers, int64_t most, double energy, double sampled, const LongSide& matrix,
-                             int64_t bits, const ErrorModel& model, double* water) {
+                             int64_t bits, const ErrorModel& model, double* water, double* best_spent) {
     const double entries = (double)(matrix.members * matrix.length);
     double least = energy * model.left_over((double)bits), spent = 8 * (FACTORS_BYTES + LENGTH_BYTES), left = energy;
     if (least <= 0) return 0;
     int best = 0, worse = 0;
     double level = *water = least / sampled;
+    *best_spent = spent;
     for (int count = 1; count <= most; ++count) {
         const double power = powers[count - 1];
         left = most_of(left - power, 0.0);
@@ -212,6 +227,7 @@ inline int choose_components(const double* powers, int64_t most, double energy, 
         if (error < least) {
             best = count;
             *water = level;
+            *best_spent = spent;
             least = error;
             worse = 0;
         } else if (++worse > 2) {
@@ -244,7 +260,7 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     const ThinMatrix right = ThinMatrix::with_room(length, count, room);
     const ThinMatrix left = ThinMatrix::with_room(members, count, room);
     if (room->full()) return false;
-    double energy = 0.0, powers[MOST_COMPONENTS], water = 0.0;
+    double energy = 0.0, powers[MOST_COMPONENTS], water = 0.0, spent = 0.0;
     for (int64_t i = 0; i < members; ++i) {
         double* integers = sample + i * length;
         matrix.member(i * step, integers);
@@ -257,9 +273,12 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     }
     find_basis(sample, members, length, right, left);
     component_powers(sample, members, length, right, left, powers);
-    const int chosen =
-        choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model, &water);
-    if (chosen == 0) return false;
+    const double bits = (double)(8 * nbytes);
+    const int chosen = choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model,
+                                         &water, &spent);
+    const double left = left_beyond_noise(powers, chosen, energy, members, length, matrix.members);
+    if (chosen == 0 || !(left * model.left_over(bits - spent) < LEAST_GAIN * energy * model.left_over(bits)))
+        return false;
 
     const double root = square_root(12 * water);
     const ThinMatrix basis = ThinMatrix::with_room(length, chosen, room);

@@ -21,9 +21,7 @@ struct Room {
     bool full() const { return at > end; }
 };
 
-inline Room room_of(uint8_t* memory, int64_t bytes) {
-    return {(uintptr_t)memory, (uintptr_t)memory + (uintptr_t)bytes};
-}
+inline Room room_of(uint32_t* memory, int64_t words) { return {(uintptr_t)memory, (uintptr_t)(memory + words)}; }
 
 }  // namespace
 #endif

@@ -130,10 +130,9 @@ class Polar(Compressor):
             )
 
     def _decode_native(self, kernels, payload, out, add):
-        if kernels.on_device:
-            coding.decode_into(backend_of(kernels), payload, out, add, self.block)
-        else:
-            whole.decompress(kernels, payload, out, add, self.block)
+        if not kernels.on_device:
+            return whole.decompress(kernels, payload, out, add, self.block)
+        return coding.decode_into(backend_of(kernels), payload, out, add, self.block)
 
     def _decode_reference(self, payload, numel):
         out = torch.empty(numel, dtype=torch.float32, device=payload.device)

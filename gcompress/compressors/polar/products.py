@@ -40,6 +40,7 @@ CODE_LOSS = 0.7  # bits of a rounded factor beyond half the logarithm of its pow
 LARGEST_EXPONENT = 200
 WIDEST = 20  # low bits of a Rice code
 MOST_SHARE = 0.9  # of the bytes for the factors
+LEAST_GAIN = 0.95  # to this a product must seem to lower the error, before it is made and has to do so (coding.py)
 STRETCH = 1 << 14  # entries that are unpacked at a time
 
 
@@ -108,8 +109,9 @@ def _find(matrix, total, nbytes, left_over, most):
     sample = _integers(matrix[:: _sampling(matrix)], exponent)
     basis = _basis(sample, most)
     powers, energy = _powers(sample @ basis), float(sample.square().sum())
-    count, water = _choose(powers, energy, sample.numel(), matrix.shape, 8 * nbytes, left_over)
-    if count == 0:
+    count, water, spent = _choose(powers, energy, sample.numel(), matrix.shape, 8 * nbytes, left_over)
+    left = _left_beyond_noise(powers[:count], energy, sample.shape, len(matrix))
+    if count == 0 or not left * left_over(8 * nbytes - spent) < LEAST_GAIN * energy * left_over(8 * nbytes):
         return None
     step = math.sqrt(12 * water)
     left = _rounded(_times(matrix, exponent, basis[:, :count]), BASIS_BITS + _octave(step))
@@ -124,6 +126,22 @@ def _find(matrix, total, nbytes, left_over, most):
 
 def _powers(columns):
     return packing.ordered_sum(columns.t().square() * 2.0 ** (-2 * BASIS_BITS)).tolist()
+
+
+def _left_beyond_noise(powers, energy, sample_shape, rows):
+    """Energy of a sample's rest, of which components have not taken what a sample of noise would show.
+
+    The strongest directions of m sampled rows of noise seem to hold L + 2 sqrt(m L) times an entry's energy more than those
+    of other rows (the edge of the law of Marchenko and Pastur). In what remains of these `rows` that is not to be had.
+    """
+    members, length = sample_shape
+    rest = energy
+    for power in powers:
+        rest = max(rest - power, 0.0)
+    shown = (1 - members / rows) * (length + 2 * math.sqrt(members * length)) / (members * length)
+    for power in powers:
+        energy -= max(power - rest * shown, 0.0)
+    return energy
 
 
 def _sampling(matrix):
@@ -212,7 +230,7 @@ def _octave(value):
 
 
 def _choose(powers, energy, numel, shape, bits, left_over):
-    """(number of components, water level: the mean squared error of an entry) of least modelled error.
+    """(number of components, water level: the mean squared error of an entry, their bits) of least modelled error.
 
     Args:
         powers, energy: squares of the components and of all entries, in a sample of `numel` entries.
@@ -221,8 +239,9 @@ def _choose(powers, energy, numel, shape, bits, left_over):
     entries = shape[0] * shape[1]
     least = energy * left_over(bits)
     if least <= 0:
-        return 0, 0.0
+        return 0, 0.0, 0.0
     best, water, spent, left, worse = 0, least / numel, 8 * (HEADER.size + LENGTH.size), energy, 0
+    best_spent = spent
     level = water
     for count, power in enumerate(powers, 1):
         left = max(left - power, 0.0)
@@ -232,10 +251,10 @@ def _choose(powers, energy, numel, shape, bits, left_over):
         error = left * left_over(bits - spent)
         level = max(error, LEAST_ERROR * energy) / numel
         if error < least:
-            best, water, least, worse = count, level, error, 0
+            best, water, best_spent, least, worse = count, level, spent, error, 0
         elif (worse := worse + 1) > 2:
             break
-    return best, water
+    return best, water, best_spent
 
 
 def _modelled_bits(power, entries, water):

@@ -1,11 +1,9 @@
 """Whole payloads by one C++ kernel each (csrc/polar/plan/): the same bytes as coding.py makes on reference.py."""
 
-import functools
-import threading
-
 import numpy as np
 import torch
 
+from ...backends.calls import made_once, workspace
 from . import coding, reference
 from .tables import LARGEST_BLOCK, MAX_LEVELS, SMALLEST_BLOCK, design_at, design_count, positions, power_of_two, rank
 
@@ -13,11 +11,10 @@ KERNELS = ("polar_compress", "polar_decompress")
 ENCODER_ROOM, DECODER_ROOM = 12 << 20, 4 << 20  # bytes besides those for entries
 THREAD_ENCODER_ROOM, THREAD_DECODER_ROOM = 10 << 20, 1 << 20  # for another thread
 THREAD_ENTRIES = 1 << 18  # at least, for each of them (csrc/cpu/threads.h)
-LARGEST_ROOM = 1 << 12  # bytes for an entry: with more of them the kernels would do, too
-_local = threading.local()
+LARGEST_ROOM, LARGEST_OF_ENTRIES = 64 << 20, 1 << 12  # far more than the kernels ever need
 
 
-@functools.cache
+@made_once
 def _tables():
     """(address of PlanTables of csrc/polar/plan/tables.h, what it points to)."""
     designs, keep, sizes = [], [], []
@@ -37,18 +34,17 @@ def _tables():
     return whole.ctypes.data, (whole, described, roots, sizes, keep)
 
 
-def _workspace(least):
-    """(address, bytes) of this thread's workspace, kept because fresh memory costs more than what is done in it."""
-    memory = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < least:
-        _local.memory = memory = None  # gone before there is more
-        _local.memory = memory = torch.empty(least, dtype=torch.uint8)
-    return memory.data_ptr(), memory.numel()
-
-
 def _more_threads(kernels, numel):
     """How many threads there may be beside the first."""
     return max(0, min(kernels.threads, numel // THREAD_ENTRIES) - 1)
+
+
+def _room(kernels, numel, nbytes, encodes=True):
+    """Bytes of a workspace in which almost every tensor is encoded, and decoded for its memory; or only decoded."""
+    threads, decoding = _more_threads(kernels, numel), DECODER_ROOM + 40 * numel + 4 * nbytes
+    if not encodes:
+        return decoding + threads * THREAD_DECODER_ROOM
+    return max(ENCODER_ROOM + 16 * numel + 4 * nbytes, decoding) + threads * THREAD_ENCODER_ROOM
 
 
 def compress(kernels, polar, values, payload, seed):
@@ -60,26 +56,33 @@ def compress(kernels, polar, values, payload, seed):
         *(-1.0 if polar.outliers == "auto" else polar.outliers, polar.list_size),
         *(-1 if polar.rank == "auto" else polar.rank, polar.block, polar.unbiased, seed),
     )
-    tables, nbytes = _tables(), payload.numel()  # held here: of two threads' first tables the cache keeps one
-    room, largest = ENCODER_ROOM + 16 * numel + 4 * nbytes, ENCODER_ROOM + LARGEST_ROOM * (numel + nbytes)
-    room += _more_threads(kernels, numel) * THREAD_ENCODER_ROOM
-    while room <= largest:
-        workspace = _workspace(room)
-        place = values.data_ptr(), numel, *options, *workspace, payload.data_ptr(), nbytes
-        if not kernels.polar_compress(tables[0], *place):
+    source, nbytes, memory = values.data_ptr(), payload.numel(), kernels.memory
+    room, largest = _room(kernels, numel, nbytes), LARGEST_ROOM + LARGEST_OF_ENTRIES * (numel + nbytes)
+    while True:
+        scratch = workspace(room // 4)
+        place = *scratch, payload.data_ptr(), nbytes
+        if not kernels.polar_compress(_tables()[0], source, numel, *options, *place):
             return
-        room = 2 * workspace[1]
-    polar._encode(reference, values, payload, seed)
+        room = 8 * scratch[1]
+        if room > largest:
+            raise MemoryError(f"{polar}: a workspace of {room // 2} bytes is too small for {numel} entries")
+        if memory is not None:  # the residual is added already
+            source, memory.residual = memory.fresh, None
 
 
 def decompress(kernels, payload, out, add, block):
-    """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves."""
-    tables = _tables()  # held here, as in `compress`
-    threads = _more_threads(kernels, out.numel()) * THREAD_DECODER_ROOM
-    workspace = _workspace(DECODER_ROOM + threads + 40 * out.numel() + 4 * payload.numel())
-    place = payload.data_ptr(), payload.numel(), out.numel(), block, add, *workspace, out.data_ptr()
-    if kernels.polar_decompress(tables[0], *place):
-        # The reference says what is wrong; it decodes the few payloads that are not, but want more room.
-        values = torch.empty_like(out)
-        coding.decode_into(reference, payload, values, False, block)
-        out.add_(values) if add else out.copy_(values)
+    """Decode a payload into, or add it to, a float32 vector; PayloadError if the bytes contradict themselves.
+
+    With kernels that add other payloads: whether one of them is bad, or needs more room than payloads of its size do.
+    """
+    numel, nbytes = out.numel(), payload.numel()
+    scratch = workspace(_room(kernels, numel, nbytes, encodes=False) // 4)
+    place = payload.data_ptr(), nbytes, numel, block, add, *scratch, out.data_ptr()
+    failed = kernels.polar_decompress(_tables()[0], *place)
+    if not failed or kernels.adds:
+        return failed
+    # The reference says what is wrong; it decodes the few payloads that are not, but want more room.
+    values = torch.empty_like(out)
+    coding.decode_into(reference, payload, values, False, block)
+    out.add_(values) if add else out.copy_(values)
+    return 0
