@@ -193,41 +193,45 @@ inline double factor_bits(double power, int64_t entries, double water) {
     return (double)entries * most_of(logarithm(least_of(most_of(ratio, 1e-9), 1e300)) / (2 * PLAN_LOG_TWO) + 0.7, 1.0);
 }
 
-// Energy of a sample's rest, of which components have not taken what a sample of noise would show (`_left_beyond_noise` of
-// products.py).
-inline double left_beyond_noise(const double* powers, int count, double energy, int64_t members, int64_t length,
-                                int64_t rows) {
+// Whether the first of the components, or some, or all, seem to pay if they have not taken what a sample of noise would show
+// (`_left_beyond_noise` of products.py).
+inline bool beats_noise(const double* powers, const double* spent, int count, double energy, int64_t members,
+                        int64_t length, int64_t rows, double bits, const ErrorModel& model) {
+    const double enough = LEAST_GAIN * energy * model.left_over(bits);
     double rest = energy;
     for (int k = 0; k < count; ++k) rest = most_of(rest - powers[k], 0.0);
     const double entries = (double)(members * length);
     const double shown =
         (1.0 - (double)members / (double)rows) * ((double)length + 2.0 * square_root(entries)) / entries;
-    for (int k = 0; k < count; ++k) energy -= most_of(powers[k] - rest * shown, 0.0);
-    return energy;
+    for (int k = 0; k < count; ++k) {
+        energy -= most_of(powers[k] - rest * shown, 0.0);
+        if (energy * model.left_over(bits - spent[k]) < enough) return true;
+    }
+    return false;
 }
 
-// The number of components of least modelled error, the water level: the mean squared error of an entry, and their bits.
+// The number of components of least modelled error, the water level: the mean squared error of an entry, and the bits of the
+// first, of two and so on.
 inline int choose_components(const double* powers, int64_t most, double energy, double sampled, const LongSide& matrix,
-                             int64_t bits, const ErrorModel& model, double* water, double* best_spent) {
+                             int64_t bits, const ErrorModel& model, double* water, double* bits_of) {
     const double entries = (double)(matrix.members * matrix.length);
     double least = energy * model.left_over((double)bits), spent = 8 * (FACTORS_BYTES + LENGTH_BYTES), left = energy;
     if (least <= 0) return 0;
     int best = 0, worse = 0;
     double level = *water = least / sampled;
-    *best_spent = spent;
     for (int count = 1; count <= most; ++count) {
         const double power = powers[count - 1];
         left = most_of(left - power, 0.0);
         const double here = power * entries / sampled;
         spent +=
             8 * COMPONENT_BYTES + (factor_bits(here, matrix.members, level) + factor_bits(here, matrix.length, level));
+        bits_of[count - 1] = spent;
         if (power <= 0 || spent >= 0.9 * (double)bits) break;
         const double error = left * model.left_over((double)bits - spent);
         level = most_of(error, LEAST_SHARE * energy) / sampled;
         if (error < least) {
             best = count;
             *water = level;
-            *best_spent = spent;
             least = error;
             worse = 0;
         } else if (++worse > 2) {
@@ -260,7 +264,7 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     const ThinMatrix right = ThinMatrix::with_room(length, count, room);
     const ThinMatrix left = ThinMatrix::with_room(members, count, room);
     if (room->full()) return false;
-    double energy = 0.0, powers[MOST_COMPONENTS], water = 0.0, spent = 0.0;
+    double energy = 0.0, powers[MOST_COMPONENTS], spent[MOST_COMPONENTS], water = 0.0;
     for (int64_t i = 0; i < members; ++i) {
         double* integers = sample + i * length;
         matrix.member(i * step, integers);
@@ -273,11 +277,9 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     }
     find_basis(sample, members, length, right, left);
     component_powers(sample, members, length, right, left, powers);
-    const double bits = (double)(8 * nbytes);
     const int chosen = choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model,
-                                         &water, &spent);
-    const double left = left_beyond_noise(powers, chosen, energy, members, length, matrix.members);
-    if (chosen == 0 || !(left * model.left_over(bits - spent) < LEAST_GAIN * energy * model.left_over(bits)))
+                                         &water, spent);
+    if (!beats_noise(powers, spent, chosen, energy, members, length, matrix.members, (double)(8 * nbytes), model))
         return false;
 
     const double root = square_root(12 * water);

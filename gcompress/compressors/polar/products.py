@@ -109,9 +109,11 @@ def _find(matrix, total, nbytes, left_over, most):
     sample = _integers(matrix[:: _sampling(matrix)], exponent)
     basis = _basis(sample, most)
     powers, energy = _powers(sample @ basis), float(sample.square().sum())
-    count, water, spent = _choose(powers, energy, sample.numel(), matrix.shape, 8 * nbytes, left_over)
+    spent, water = _choose(powers, energy, sample.numel(), matrix.shape, 8 * nbytes, left_over)
+    count = len(spent)
     left = _left_beyond_noise(powers[:count], energy, sample.shape, len(matrix))
-    if count == 0 or not left * left_over(8 * nbytes - spent) < LEAST_GAIN * energy * left_over(8 * nbytes):
+    enough = LEAST_GAIN * energy * left_over(8 * nbytes)
+    if not any(rest * left_over(8 * nbytes - bits) < enough for rest, bits in zip(left, spent, strict=True)):
         return None
     step = math.sqrt(12 * water)
     left = _rounded(_times(matrix, exponent, basis[:, :count]), BASIS_BITS + _octave(step))
@@ -129,7 +131,7 @@ def _powers(columns):
 
 
 def _left_beyond_noise(powers, energy, sample_shape, rows):
-    """Energy of a sample's rest, of which components have not taken what a sample of noise would show.
+    """Energy of a sample's rest after each component, if those have not taken what a sample of noise would show.
 
     The strongest directions of m sampled rows of noise seem to hold L + 2 sqrt(m L) times an entry's energy more than those
     of other rows (the edge of the law of Marchenko and Pastur). In what remains of these `rows` that is not to be had.
@@ -139,9 +141,11 @@ def _left_beyond_noise(powers, energy, sample_shape, rows):
     for power in powers:
         rest = max(rest - power, 0.0)
     shown = (1 - members / rows) * (length + 2 * math.sqrt(members * length)) / (members * length)
+    left = []
     for power in powers:
         energy -= max(power - rest * shown, 0.0)
-    return energy
+        left.append(energy)
+    return left
 
 
 def _sampling(matrix):
@@ -230,7 +234,7 @@ def _octave(value):
 
 
 def _choose(powers, energy, numel, shape, bits, left_over):
-    """(number of components, water level: the mean squared error of an entry, their bits) of least modelled error.
+    """(Bits of the first, of two…, of all components of least modelled error; water level: an entry's mean squared error).
 
     Args:
         powers, energy: squares of the components and of all entries, in a sample of `numel` entries.
@@ -239,22 +243,22 @@ def _choose(powers, energy, numel, shape, bits, left_over):
     entries = shape[0] * shape[1]
     least = energy * left_over(bits)
     if least <= 0:
-        return 0, 0.0, 0.0
-    best, water, spent, left, worse = 0, least / numel, 8 * (HEADER.size + LENGTH.size), energy, 0
-    best_spent = spent
+        return [], 0.0
+    best, water, spent, left, worse = 0, least / numel, [8 * (HEADER.size + LENGTH.size)], energy, 0
     level = water
     for count, power in enumerate(powers, 1):
         left = max(left - power, 0.0)
-        spent += 8 * COMPONENT.size + sum(_modelled_bits(power * entries / numel, side, level) for side in shape)
-        if power <= 0 or spent >= MOST_SHARE * bits:
+        each = (_modelled_bits(power * entries / numel, side, level) for side in shape)
+        spent.append(spent[-1] + (8 * COMPONENT.size + sum(each)))
+        if power <= 0 or spent[-1] >= MOST_SHARE * bits:
             break
-        error = left * left_over(bits - spent)
+        error = left * left_over(bits - spent[-1])
         level = max(error, LEAST_ERROR * energy) / numel
         if error < least:
-            best, water, best_spent, least, worse = count, level, spent, error, 0
+            best, water, least, worse = count, level, error, 0
         elif (worse := worse + 1) > 2:
             break
-    return best, water, best_spent
+    return spent[1 : best + 1], water
 
 
 def _modelled_bits(power, entries, water):
