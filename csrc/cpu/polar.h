@@ -70,8 +70,8 @@ void polar_encode_vector(const float* x, int64_t n, float scale, int64_t count, 
 
 void polar_decode(const uint8_t* words, int64_t count, const void* tiles, const uint8_t* slots, const float* values,
                   int64_t n, int add, uint64_t* workspace, float* out) {
-    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n,
-                 add ? (int)ADD : replacing(out, n), workspace, out);
+    decode_tiles(words, count, (const PolarTile*)tiles, slots, values, n, add ? (int)ADD : replacing(out, n), workspace,
+                 out);
 }
 
 void polar_turn(const float* x, int64_t n, uint32_t seed, float* y, double* lengths) {
@@ -89,7 +89,7 @@ void polar_turn_back(float* y, int64_t n, uint32_t seed, const float* scales, in
         polar_turn_blocks_back<REPLACE>(y, n, seed, scales, out);
 }
 
-// Below this, what is lost of entries is finite, whatever is sent of them: values are of no other size than the entries.
+// 2^64. What is sent of smaller entries is far below the largest float, and so is what is lost of them.
 const int32_t SAFE_KEY = (127 + 64) << 23;
 
 // Entries of `fresh`, which were encoded: keep what the payload loses of them. `largest`: their largest magnitude's bits.

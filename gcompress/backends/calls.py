@@ -31,7 +31,7 @@ def made_once(function: Callable) -> Callable:
     def of(*arguments):
         return found[arguments] if arguments in found else found.setdefault(arguments, function(*arguments))
 
-    of.cache_clear = found.clear
+    of.cache_clear = found.clear  # type: ignore[attr-defined]
     return of
 
 

@@ -11,7 +11,7 @@ namespace {
 
 const int MOST_OF_FEW = 16, PRODUCT_ROUNDS = 3, BASIS_BITS = 15;
 const int64_t SMALLEST_MATRIX = 4096, LARGEST_MATRIX = (int64_t)1 << 28, LARGEST_SIDE = 1 << 22;
-const int64_t PRODUCT_SAMPLE = 1 << 17;            // entries
+const int64_t PRODUCT_SAMPLE = 1 << 17;  // entries
 const double LEAST_GAIN = 0.95;  // to this a product must seem to lower the error, before it is made and has to do so
 const double LEAST_SHARE = 5.960464477539063e-08;  // 2^-24: of energy, where it is none
 
@@ -277,8 +277,8 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     }
     find_basis(sample, members, length, right, left);
     component_powers(sample, members, length, right, left, powers);
-    const int chosen = choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model,
-                                         &water, spent);
+    const int chosen =
+        choose_components(powers, count, energy, (double)(members * length), matrix, 8 * nbytes, model, &water, spent);
     if (!beats_noise(powers, spent, chosen, energy, members, length, matrix.members, (double)(8 * nbytes), model))
         return false;
 

@@ -133,8 +133,8 @@ def _powers(columns):
 def _left_beyond_noise(powers, energy, sample_shape, rows):
     """Energy of a sample's rest after each component, if those have not taken what a sample of noise would show.
 
-    The strongest directions of m sampled rows of noise seem to hold L + 2 sqrt(m L) times an entry's energy more than those
-    of other rows (the edge of the law of Marchenko and Pastur). In what remains of these `rows` that is not to be had.
+    The strongest directions of m sampled rows of noise, of length L, hold up to L + 2 sqrt(m L) times an entry's energy
+    more than any directions hold of other rows (the edge of the law of Marchenko and Pastur).
     """
     members, length = sample_shape
     rest = energy
@@ -234,7 +234,7 @@ def _octave(value):
 
 
 def _choose(powers, energy, numel, shape, bits, left_over):
-    """(Bits of the first, of two…, of all components of least modelled error; water level: an entry's mean squared error).
+    """The components of least modelled error: (bits of the first, of two, of all; water level, the squared error).
 
     Args:
         powers, energy: squares of the components and of all entries, in a sample of `numel` entries.
