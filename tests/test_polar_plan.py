@@ -8,7 +8,7 @@ import torch
 
 from gcompress import PayloadError, Polar, backends
 from gcompress.backends import calls
-from gcompress.compressors.polar import coding, reference, whole
+from gcompress.compressors.polar import coding, products, reference, whole
 from gcompress.compressors.polar.native import NativePolar
 from tests.compressors import gauss, inputs, poisoned
 
@@ -119,6 +119,63 @@ def test_the_same_damaged_payloads_are_refused(rate):
             compressor.decode_into(damaged, values, add=True)
             assert torch.equal(bits_of(values), bits_of(expected))
     assert refused > 20 and total > 20
+
+
+def remembered(compressor, tensor, residual, in_place):
+    """(payload, new residual, whether it is not finite) of an encoder that remembers."""
+    old, flag = residual.clone(), torch.zeros(1, dtype=torch.int32)
+    fresh = old if in_place else torch.full_like(old, 9.0)
+    remembering = backends.cpu_kernels().remembering(old.data_ptr(), fresh.data_ptr(), flag.data_ptr())
+    payload = compressor.encode_with(remembering, tensor.contiguous(), 5)
+    assert in_place or torch.equal(bits_of(old), bits_of(residual))
+    return payload, fresh, bool(flag)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_is_remembered_is_what_the_payload_loses(options, isa, monkeypatch):
+    """To the bit, of products, outliers and all else, in its place or not, and if the workspace must grow."""
+    compressor = Polar(**options)
+    with backends.use_backend(ISAS[-1]):
+        steps = NativePolar(backends.cpu_kernels())
+    for shape in ((1,), (300,), (40, 3, 50), (200, 64)):
+        tensors = *adversaries(shape), torch.zeros(shape), torch.full(shape, float("nan"))
+        for number, tensor in enumerate(tensors):
+            residual = torch.where(gauss(*shape, seed=9) > 0, 0.3 * tensor.flip(0).nan_to_num(0), torch.tensor(-0.0))
+            corrected = tensor + residual
+            expected, lost = (
+                torch.empty(compressor.nbytes(tensor.numel()), dtype=torch.uint8),
+                corrected.clone().view(-1),
+            )
+            compressor._encode(steps, corrected, expected, 5)
+            sent = torch.empty_like(lost)
+            coding.decode_into(steps, expected, sent, False, compressor.block)
+            lost -= sent
+            for in_place, small in ((False, False), (True, False), (True, True)):
+                with backends.use_backend(isa), monkeypatch.context() as patch:
+                    if small:
+                        patch.setattr(whole, "ENCODER_ROOM", 1 << 10)
+                        patch.setattr(whole, "DECODER_ROOM", 1 << 10)
+                        patch.setattr(calls, "_local", threading.local())
+                    payload, fresh, flag = remembered(compressor, tensor, residual, in_place)
+                assert torch.equal(payload, expected), (shape, number, in_place, small)
+                assert flag == (not lost.isfinite().all()), (shape, number)
+                assert flag or torch.equal(fresh.view(torch.int32).view(-1), lost.view(torch.int32)), (shape, number)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 1])
+def test_a_product_that_only_a_sample_shows_is_not_made(rate):
+    """Of matrices that are searched by a sample: the same choice in Python, and noise ends with the sample."""
+    noise, directions = gauss(700, 400), gauss(700, 4) @ gauss(4, 400, seed=1)
+    searched = []
+    for strength in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0):
+        tensor = noise + strength * directions
+        check(Polar(rate=rate), tensor)
+        total = float(tensor.abs().double().sum())
+        searched.append(
+            products.find(tensor, total, 700 * 400 * rate / 8, lambda bits: 2 ** (-2 * bits / 280_000), "auto")
+        )
+    assert searched[0] is None and searched[-1] is not None
 
 
 def test_a_workspace_grows_to_what_is_needed(monkeypatch):

@@ -109,12 +109,13 @@ int polar_compress(int threads, gc_memory* memory, const void* tables, const flo
                    uint32_t seed, uint32_t* workspace, int64_t capacity, uint8_t* payload, int64_t nbytes) {
     CompressOptions options = {0, block, false, scales == 2, flat != 0, list_size, rank, share};
     set_matrix(n, first, first > 0, &options);
+    // First of all: who calls again with a larger workspace then gives `fresh` for x, and no residual.
+    const int32_t largest = memory ? correct_all(shares_of(threads, n, STRETCH), memory, x) : 0;
+    if (memory) x = memory->fresh;
     const Room room = room_of(workspace, capacity);
     Compressor compressor = {threads, (const PlanTables*)tables, options, payload, 0, n, nbytes, room};
     compressor.workspace = compressor.room.take<uint8_t>(ENCODER_BYTES);
     if (compressor.room.full()) return GC_BAD_COUNT;
-    const int32_t largest = memory ? correct_all(shares_of(threads, n, STRETCH), memory, x) : 0;
-    if (memory) x = memory->fresh;
     if (!(unbiased ? compressor.encode_unbiased(x, seed) : compressor.encode(x))) return GC_BAD_COUNT;
     if (!memory) return GC_OK;
     return polar_keep_lost(threads, (const PlanTables*)tables, memory, largest, payload, nbytes, n, block, room);

@@ -75,6 +75,7 @@ inline void add_to_shared(int64_t* total, int64_t value) {
     if (value) __atomic_fetch_add(total, value, __ATOMIC_RELAXED);
 }
 inline void set_shared(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
+// Make the value at `most` at least `value`.
 inline void raise_shared(int32_t* most, int32_t value) {
     int32_t seen = __atomic_load_n(most, __ATOMIC_RELAXED);
     while (seen < value && !__atomic_compare_exchange_n(most, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

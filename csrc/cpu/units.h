@@ -46,7 +46,7 @@ GC_HOT void fetch_64(const float* x) {
 // The entries [first, end) of x + residual, in `fresh`.
 inline void correct(const gc_memory* memory, const float* x, int64_t first, int64_t end) {
     if (!memory->residual) {
-        memcpy(memory->fresh + first, x + first, (size_t)(end - first) * sizeof(float));
+        if (x != memory->fresh) memcpy(memory->fresh + first, x + first, (size_t)(end - first) * sizeof(float));
         return;
     }
     for (int64_t i = first; i < end; ++i) memory->fresh[i] = x[i] + memory->residual[i];  // vectorised
