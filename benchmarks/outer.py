@@ -254,8 +254,8 @@ def label(method):
     name = method.partition(" @")[0]
     if name.startswith("chain:"):
         what = "SparseLoCo's coder" if "places" in name else "signs" if "(sign" in name else "more entries"
-        decay = name.partition("feedback_decay=")[2] or "0.9"
-        return f"{what}, mean of {'senders' if 'senders' in name else 'ranks'}, decay {decay}"
+        decay = name.partition("feedback_decay=")[2]
+        return f"{what}, mean of {'senders' if 'senders' in name else 'ranks'}{decay and f', decay {decay}'}"
     return "polar in turns" if name.startswith("polar") and "turns" in name else name.partition(":")[0]
 
 
