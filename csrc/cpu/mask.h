@@ -60,37 +60,93 @@ struct MaskSums {
     int64_t sums[256], counts[256];
 };
 
-template <int bits, bool is_signed, bool lloyd>
-void mask_encode_form(const Shares& shares, const float* x, Selection selection, const ShareSelection* of_shares,
+// The keys of 64 entries of which `block` are there; the others get 0.
+template <bool is_signed>
+GC_HOT void keys_of_block(const float* x, int64_t block, uint32_t* keys) {
+    if (block == 64) return keys_64<is_signed>(x, keys);
+    for (int64_t j = 0; j < 64; ++j) keys[j] = j < block ? key_of<is_signed>(x[j]) : 0;
+}
+
+// Classes of 64 entries at a time where there are at most three beside 0, which are told by comparisons.
+template <int bits, bool is_signed>
+struct FewClasses {
+    typedef MaskClasses<bits, is_signed> Classes;
+    enum { ROW = 16 };
+    int32_t border[4];     // the least fixed magnitude of a class
+    int32_t sums[4][ROW];  // of the fixed magnitudes that reach it
+    int32_t counts[4];
+
+    // The codes of entries that are there (`valid`); the fixed magnitudes of those that are kept are 0.
+    GC_HOT Bytes codes(const float* x, const int32_t* fixed, uint64_t valid, uint64_t kept) {
+        uint64_t reached[4] = {valid & ~kept, 0, 0, 0};
+        for (int m = 1; m <= Classes::half; ++m) {
+            const Ints below = every_int(border[m] - 1);
+            reached[m] = reached[0] & word_where([&](int j) { return above(load_ints(fixed + j), below); });
+        }
+        for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
+            counts[m] += __builtin_popcountll(reached[m]);
+            for (int row = 0; row < 64; row += ROW)
+                for (int j = 0; j < ROW; ++j)  // vectorised
+                    sums[m][j] += fixed[row + j] >= border[m] ? fixed[row + j] : 0;
+        }
+        const Bytes upper = doubled_plus(zero_bytes(), signs_of(reached[2]));
+        Bytes found = doubled_plus(upper, signs_of(reached[1] ^ reached[2] ^ reached[3]));
+        if (is_signed) found = add_saturated(every_byte(Classes::centre), negate_where(found, signs_of(signs_64(x))));
+        return choose(signs_of(kept), every_byte(Classes::codes), found);
+    }
+    // Add what was summed to that of the classes, and begin anew: before 32 bits are too few.
+    template <class Sums>
+    void move_to(Sums* to) {
+        int64_t above_sum = 0, above_count = 0;
+        for (int m = Classes::half; m >= (is_signed ? 1 : 0); --m) {
+            int64_t sum = 0;
+            for (int j = 0; j < ROW; ++j) sum += sums[m][j];
+            to->sums[m] += sum - above_sum;
+            to->counts[m] += counts[m] - above_count;
+            above_sum = sum;
+            above_count = counts[m];
+        }
+        memset(sums, 0, sizeof sums);
+        memset(counts, 0, sizeof counts);
+    }
+};
+
+template <int bits, bool is_signed, bool lloyd, class Source>
+void mask_encode_form(const Shares& shares, const Source& source, Selection selection, const ShareSelection* of_shares,
                       int64_t k, uint8_t* payload) {
     typedef MaskClasses<bits, is_signed> Classes;
     const MaskScale scale = mask_scale(selection.threshold);
+    const bool few = Classes::half <= 3;
 
     uint8_t class_of_bin[BINS] = {0};
-    int32_t border[4] = {0, BINS, BINS, BINS};  // the first bin of classes 1 to 3
+    FewClasses<bits, is_signed> few_classes = {{0}, {{0}}, {0}};
+    for (int m = 1; m <= 3; ++m)  // linear: where linear_class begins to be m
+        few_classes.border[m] = lloyd ? BINS << 4 : (m * (1 << 16) - (1 << 15) + Classes::steps - 1) / Classes::steps;
     if (lloyd) {
         int64_t total[BINS] = {0};
         on_shares(shares, [&](int share, int64_t from, int64_t to) {
             int64_t histogram[2][BINS] = {{0}};  // two, so that equal neighbours do not wait for each other
             Selection counting = of_shares[share].selection;
-            uint32_t keys[64] = {0};
+            uint32_t keys[64];
             int32_t bins[64];
-            for (int64_t i = from; i < to; i += 64) {
-                const int64_t block = min64(64, to - i);
-                if (block == 64)
-                    keys_64<is_signed>(x + i, keys);
-                else
-                    for (int64_t j = 0; j < block; ++j) keys[j] = key_of<is_signed>(x[i + j]);
-                for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
-                for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
-                uint64_t kept = kept_of_block(keys, block, &counting);
-                for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
+            float values[CHUNK];
+            for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
+                const int64_t size = min64(CHUNK, to - chunk);
+                const float* x = source.part(chunk, size, values);
+                for (int64_t i = 0; i < size; i += 64) {
+                    const int64_t block = min64(64, size - i);
+                    keys_of_block<is_signed>(x + i, block, keys);
+                    for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
+                    for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
+                    uint64_t kept = kept_of_block(keys, block, &counting);
+                    for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
+                }
             }
             for (int bin = 0; bin < BINS; ++bin) add_to_shared(total + bin, histogram[0][bin] + histogram[1][bin]);
         });
         lloyd_classes<bits, is_signed>(total, class_of_bin);
         for (int bin = BINS - 1; bin >= 0; --bin)
-            for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) border[m] = bin;
+            for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) few_classes.border[m] = bin << 4;
     }
 
     uint8_t* packed = payload + 4 * Classes::sent + 4 * k;
@@ -99,76 +155,56 @@ void mask_encode_form(const Shares& shares, const float* x, Selection selection,
         uint8_t* values = payload + 4 * Classes::sent + 4 * of_shares[share].before;
         Selection left = of_shares[share].selection;
         MaskSums mine = {{0}, {0}};
-        uint32_t keys[64] = {0};
-        int32_t fixed[CHUNK], classes[CHUNK];
-        uint8_t codes[CHUNK];
+        FewClasses<bits, is_signed> by_border = few_classes;
+        uint32_t keys[64];
+        int32_t fixed[64], classes[64];
+        uint8_t codes[64];
+        alignas(64) float corrected[CHUNK];
         float tail[64] = {0};
         for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
             const int64_t size = min64(CHUNK, to - chunk);
+            const float* part = source.part(chunk, size, corrected);
             for (int64_t i = 0; i < size; i += 64) {
                 const int64_t block = min64(64, size - i);
-                const float* source = x + chunk + i;
+                const float* x = part + i;
                 if (block < 64) {
-                    memcpy(tail, source, (size_t)block * sizeof(float));
-                    source = tail;
-                }
-                int32_t* block_fixed = fixed + i;
-                int32_t* block_classes = classes + i;
-                uint8_t* block_codes = codes + i;
-                if (lloyd) {
-                    for (int j = 0; j < 64; ++j) {  // vectorised
-                        keys[j] = key_of<is_signed>(source[j]);
-                        block_fixed[j] = fixed_magnitude(keys[j], scale);
-                    }
-                    if (Classes::half <= 3) {
-                        for (int j = 0; j < 64; ++j) {  // vectorised
-                            const int32_t bin = block_fixed[j] >> 4;
-                            block_classes[j] = (bin >= border[1]) + (bin >= border[2]) + (bin >= border[3]);
-                        }
-                    } else {
-                        for (int j = 0; j < 64; ++j) block_classes[j] = class_of_bin[block_fixed[j] >> 4];
-                    }
+                    memcpy(tail, x, (size_t)block * sizeof(float));
+                    x = tail;
                 }
                 for (int j = 0; j < 64; ++j) {  // vectorised
-                    if (!lloyd) {
-                        keys[j] = key_of<is_signed>(source[j]);
-                        block_fixed[j] = fixed_magnitude(keys[j], scale);
-                        block_classes[j] = Classes::linear(block_fixed[j]);
-                    }
-                    const int32_t minus = is_signed ? load<int32_t>(source + j) >> 31 : 0;
-                    block_codes[j] = (uint8_t)(Classes::centre + ((block_classes[j] ^ minus) - minus));
+                    keys[j] = key_of<is_signed>(x[j]);
+                    fixed[j] = fixed_magnitude(keys[j], scale);
                 }
-                uint64_t kept = kept_of_block(keys, block, &left);
-                for (; kept; kept &= kept - 1) {
-                    const int j = __builtin_ctzll(kept);
-                    store<float>(values, source[j]);
+                const uint64_t kept = kept_of_block(keys, block, &left);
+                for (uint64_t rest = kept; rest; rest &= rest - 1) {
+                    const int j = __builtin_ctzll(rest);
+                    store<float>(values, x[j]);
                     values += 4;
-                    block_codes[j] = (uint8_t)Classes::codes;
-                    block_classes[j] = -1;
+                    fixed[j] = 0;
+                }
+                if (few) {
+                    const uint64_t valid = block < 64 ? (1ull << block) - 1 : ~0ull;
+                    store_bytes((int8_t*)codes, by_border.codes(x, fixed, valid, kept));
+                } else {
+                    for (int j = 0; j < 64; ++j)
+                        classes[j] = lloyd ? class_of_bin[fixed[j] >> 4] : Classes::linear(fixed[j]);
+                    for (int j = 0; j < 64; ++j) {  // vectorised
+                        const int32_t minus = is_signed ? load<int32_t>(x + j) >> 31 : 0;
+                        codes[j] = (uint8_t)(Classes::centre + ((classes[j] ^ minus) - minus));
+                    }
+                    for (int64_t j = 0; j < block; ++j) {
+                        const bool dropped = !(kept >> j & 1);
+                        mine.sums[classes[j]] += fixed[j];
+                        mine.counts[classes[j]] += dropped;
+                        if (!dropped) codes[j] = (uint8_t)Classes::codes;
+                    }
                 }
                 if (chunk + i + 128 <= to)
-                    pack_64<bits>(block_codes, packed + (chunk + i) / 8 * bits);
+                    pack_64<bits>(codes, packed + (chunk + i) / 8 * bits);
                 else
-                    pack_tail<bits>(block_codes, block, packed + (chunk + i) / 8 * bits);
+                    pack_tail<bits>(codes, block, packed + (chunk + i) / 8 * bits);
             }
-            // The sums behind the levels: a vectorised scan per class while there are few.
-            if (Classes::sent <= 7) {
-                for (int m = is_signed ? 1 : 0; m <= Classes::half; ++m) {
-                    int32_t sum = 0, members = 0;
-                    for (int64_t i = 0; i < size; ++i) {
-                        sum += classes[i] == m ? fixed[i] : 0;
-                        members += classes[i] == m;
-                    }
-                    mine.sums[m] += sum;
-                    mine.counts[m] += members;
-                }
-            } else {
-                for (int64_t i = 0; i < size; ++i) {
-                    const int m = classes[i] < 0 ? 255 : classes[i];
-                    mine.sums[m] += fixed[i];
-                    ++mine.counts[m];
-                }
-            }
+            if (few) by_border.move_to(&mine);
         }
         for (int m = 0; m < 256; ++m) {
             add_to_shared(all.sums + m, mine.sums[m]);
@@ -256,24 +292,30 @@ void mask_encode_keeping(int threads, gc_memory* memory, const float* x, int64_t
     found.keys = workspace;
     found.capacity = capacity;
     found.places = nullptr;
-    const float* source = memory ? memory->fresh : x;
-    Selection selection;
-    if (memory && memory->residual != source) {
-        selection = select_largest<is_signed>(shares, Corrected{memory, x, n < LARGE}, k, &found, of_shares);
+    const auto encode = [&](const auto& source) {
+        const Selection selection = select_largest<is_signed>(shares, source, k, &found, of_shares);
+        if (lloyd)
+            mask_encode_form<bits, is_signed, true>(shares, source, selection, of_shares, k, payload);
+        else
+            mask_encode_form<bits, is_signed, false>(shares, source, selection, of_shares, k, payload);
+    };
+    if (!memory) return encode(Entries{x});
+    const bool apart = memory->residual != memory->fresh;  // then x is corrected as often as it is read
+    if (apart) {
+        encode(Corrected{memory, x, Corrected::NOTHING});
     } else {
-        if (memory) correct_all(shares, memory, x);
-        selection = select_largest<is_signed>(shares, Entries{source}, k, &found, of_shares);
+        correct_all(shares, memory, x);
+        encode(Entries{memory->fresh});
     }
-    if (lloyd)
-        mask_encode_form<bits, is_signed, true>(shares, source, selection, of_shares, k, payload);
-    else
-        mask_encode_form<bits, is_signed, false>(shares, source, selection, of_shares, k, payload);
-    if (!memory) return;
     on_shares(shares, [&](int share, int64_t from, int64_t to) {
         MaskReader<bits, is_signed> reader(payload, k, of_shares[share].before);
-        keep_decoded<STRETCH>(memory, from, to, 64, [&](int64_t first, int64_t end, float* sent) {
+        const auto decode = [&](int64_t first, int64_t end, float* sent) {
             reader.template decode<false>(n, first, end, sent);
-        });
+        };
+        if (apart)
+            keep_corrected(memory, x, from, to, n >= LARGE, decode);
+        else
+            keep_decoded<STRETCH>(memory, from, to, 64, decode);
     });
 }
 

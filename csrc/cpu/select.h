@@ -77,23 +77,22 @@ template <bool is_signed>
 GC_HOT int64_t keys_from(uint32_t bound, const float* x, int64_t* next, int64_t end, int64_t capacity, uint32_t* keys,
                          uint32_t* places, int64_t origin) {
     int64_t found = 0, i = *next;
-    uint32_t block[64];
+    const Ints below = every_int((int32_t)bound - 1), magnitude = every_int(0x7fffffff);
     for (; i < end && found + 64 <= capacity; i += 64) {
         const int64_t count = min64(64, end - i);
-        uint64_t mask;
-        if (count == 64) {
+        uint64_t mask = 0;
+        if (count < 64) {
+            for (int64_t j = 0; j < count; ++j) mask |= (uint64_t)(key_of<is_signed>(x[i + j]) >= bound) << j;
+        } else if (is_signed) {
+            mask = word_where([&](int j) { return above(load_ints(x + i + j) & magnitude, below); });
+        } else {
+            uint32_t block[64];
             keys_64<is_signed>(x + i, block);
             mask = at_least_64(block, bound);
-        } else {
-            mask = 0;
-            for (int64_t j = 0; j < count; ++j) {
-                block[j] = key_of<is_signed>(x[i + j]);
-                mask |= (uint64_t)(block[j] >= bound) << j;
-            }
         }
         for (; mask; mask &= mask - 1, ++found) {
             const int j = __builtin_ctzll(mask);
-            keys[found] = block[j];
+            keys[found] = key_of<is_signed>(x[i + j]);
             if (places) places[found] = (uint32_t)(i + j - origin);
         }
     }
@@ -110,7 +109,8 @@ struct Entries {
     void done() const {}
     const float* all(const Shares&) const { return x; }
 };
-const int64_t SELECTED_AT_ONCE = 2048;  // at most `count`: they stay in the nearest cache
+const int64_t SELECTED_AT_ONCE =
+    512;  // at most `count`: they stay in the nearest cache, and those that follow come there
 
 // What of a share is kept, and how many kept entries lie before it.
 struct ShareSelection {
@@ -242,18 +242,18 @@ bool select_from_found(const Shares& shares, const Source& source, int64_t k, ui
 template <bool is_signed, class Source>
 Selection select_largest(const Shares& shares, const Source& source, int64_t k, Found* found,
                          ShareSelection* of_shares) {
-    const int64_t n = shares.n, sample = min64(min64(16384, found->capacity), n / 8) / 4 * 4;
+    const int64_t n = shares.n, sample = min64(min64(16384, found->capacity), n / 64) / 8 * 8;
     const double expected = (double)sample * (double)k / (double)n;
     const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
     if (n >= 8192 && sample_rank <= sample / 2) {
-        // Four neighbours at a time, since reaching for a sample costs a cache miss.
-        const int64_t runs = sample / 4, stride = n / runs;
+        // Eight neighbours at a time, since reaching for a sample costs a cache miss.
+        const int64_t runs = sample / 8, stride = n / runs;
         uint32_t* keys = found->keys;
-        on_shares(shares_of(shares.count, runs, 64, 2048), [=](int, int64_t from, int64_t to) {
+        on_shares(shares_of(shares.count, runs, 64, 1024), [=](int, int64_t from, int64_t to) {
             for (int64_t run = from; run < to; ++run) {
                 const int64_t jitter =
-                    (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 33) % (uint64_t)(stride - 3));
-                for (int j = 0; j < 4; ++j) keys[4 * run + j] = key_of<is_signed>(source.at(run * stride + jitter + j));
+                    (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 40) * (uint64_t)(stride - 7) >> 24);
+                for (int j = 0; j < 8; ++j) keys[8 * run + j] = key_of<is_signed>(source.at(run * stride + jitter + j));
             }
         });
         const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{keys}, sample_rank).threshold;

@@ -11,23 +11,27 @@
 
 namespace {
 
-// The signs of a bucket of up to 4096 entries, and the sums behind its means.
-template <int means>
-void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, int64_t* minus_count) {
+// The signs of up to 4096 entries from `first` on, and the sums behind the means. `source` is that of a selection (select.h).
+template <int means, class Source>
+void sign_block(const Source& source, int64_t first, int64_t count, uint8_t* packed, double* sums,
+                int64_t* minus_count) {
     LaneSum plus, minus;
-    float tail[64] = {0}, of_plus[64], of_minus[64];
+    alignas(64) float values[FETCHED], of_plus[64], of_minus[64];
+    float tail[64] = {0};
+    const float* part = nullptr;
     for (int64_t i = 0; i < count; i += 64) {
+        if (i % FETCHED == 0) part = source.part(first + i, min64(FETCHED, count - i), values);
         const int64_t size = min64(64, count - i);
-        const float* source = x + i;
+        const float* x = part + i % FETCHED;
         if (size < 64) {
-            memcpy(tail, source, (size_t)size * sizeof(float));
-            source = tail;
+            memcpy(tail, x, (size_t)size * sizeof(float));
+            x = tail;
         }
-        const uint64_t signs = signs_64(source);
+        const uint64_t signs = signs_64(x);
         *minus_count += __builtin_popcountll(signs);
         memcpy(packed + i / 8, &signs, (size_t)((size + 7) / 8));
         for (int j = 0; j < 64; ++j) {  // vectorised
-            const uint32_t pattern = float_bits(source[j]), magnitude = pattern & 0x7fffffffu;
+            const uint32_t pattern = float_bits(x[j]), magnitude = pattern & 0x7fffffffu;
             const uint32_t negative = means == 1 ? 0 : 0u - (pattern >> 31);
             of_plus[j] = bits_float(magnitude & ~negative);
             of_minus[j] = bits_float(magnitude & negative);
@@ -42,22 +46,19 @@ void sign_block(const float* x, int64_t count, uint8_t* packed, double* sums, in
 }
 
 // The same for the bucket of `count` entries from `begin` on, of any length: sums of blocks are made by several threads, and
-// added up in turn. `source` is that of a selection (select.h).
+// added up in turn.
 template <int means, class Source>
 void sign_bucket(int threads, const Source& source, int64_t begin, int64_t count, uint8_t* packed, double* sums,
                  int64_t* minus_count) {
     const int64_t most = 2048 * SUM_BLOCK;
     const auto sign_part = [&](int64_t i, double* part, int64_t* minus) {
-        alignas(64) float values[SUM_BLOCK];
-        const int64_t size = min64(SUM_BLOCK, count - i);
-        sign_block<means>(source.part(begin + i, size, values), size, packed + i / 8, part, minus);
+        sign_block<means>(source, begin + i, min64(SUM_BLOCK, count - i), packed + i / 8, part, minus);
     };
     for (int64_t from = 0; from < count; from += most) {
         const int64_t some = min64(most, count - from);
         const Shares shares = shares_of(threads, some, SUM_BLOCK);
         if (shares.count == 1) {
             for (int64_t i = from; i < from + some; i += SUM_BLOCK) sign_part(i, sums, minus_count);
-            source.done();
             continue;
         }
         double parts[most / SUM_BLOCK][2];
@@ -68,7 +69,6 @@ void sign_bucket(int threads, const Source& source, int64_t begin, int64_t count
                 part[0] = part[1] = 0.0;
                 sign_part(from + i, part, &mine);
             }
-            source.done();
             add_to_shared(minus_count, mine);
         });
         for (int64_t i = 0; i < some; i += SUM_BLOCK)
@@ -128,10 +128,13 @@ void sign_encode(int threads, gc_memory* memory, const float* x, int64_t n, int6
     const auto decode = [&](int64_t first, int64_t end, int64_t, float* sent) {
         sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
     };
-    // A long bucket is corrected while it is encoded, which spares a pass over it.
+    // A long bucket is corrected while it is encoded, and again for what is kept, which spares to write it meanwhile.
     if (memory && memory->residual != memory->fresh && bucket > SUM_BLOCK && in_bucket == threads) {
-        sign_encode_range(in_bucket, Corrected{memory, x, n < LARGE}, n, bucket, means, 0, n, payload);
-        return keep_all<STRETCH>(threads, memory, n, bucket, decode);
+        sign_encode_range(in_bucket, Corrected{memory, x, Corrected::NOTHING}, n, bucket, means, 0, n, payload);
+        return on_shares(shares_of(threads, n, FETCHED), [&](int, int64_t from, int64_t to) {
+            keep_corrected(memory, x, from, to, n >= LARGE,
+                           [&](int64_t first, int64_t end, float* sent) { decode(first, end, n, sent); });
+        });
     }
     encode_units(
         threads, memory, x, n, bucket,

@@ -296,7 +296,8 @@ void topk_encode(int threads, gc_memory* memory, const float* x, int64_t n, int6
     const Shares shares = shares_of(threads, n, 64);
     float* fresh = memory ? memory->fresh : nullptr;
     if (memory && memory->residual != fresh) {
-        const Corrected source = {memory, x, n < LARGE || form == GC_INDEX_BITMAP};
+        const bool again = n < LARGE || form == GC_INDEX_BITMAP;
+        const Corrected source = {memory, x, again ? Corrected::TO_READ_AGAIN : Corrected::FOR_LATER};
         return topk_encode_from(shares, source, fresh, fresh, k, form, width, workspace, capacity, payload);
     }
     if (memory) correct_all(shares, memory, x);

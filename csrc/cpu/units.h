@@ -13,6 +13,10 @@ namespace {
 // Entries that stay in the nearest cache with what is made of them: 40 words of 64 bits, 8 groups of trits.
 const int64_t STRETCH = 2560;
 
+// Entries of a large tensor that are coded while those behind them are fetched: few enough that these stay in the nearest cache
+// as well, and that the processor can wait for all of them at the same time.
+const int64_t FETCHED = 512;
+
 // Where the stretch that begins at `first` ends: behind whole units, or within a longer one.
 template <int64_t stretch>
 inline int64_t stretch_end(int64_t first, int64_t n, int64_t unit) {
@@ -40,7 +44,7 @@ inline void copy_past_caches(float* out, const float* values, int64_t count) {
 
 // Ask for 64 entries that will be read soon, and need not exist.
 GC_HOT void fetch_64(const float* x) {
-    for (int i = 0; i < 64; i += 16) __builtin_prefetch(x + i, 0, 2);
+    for (int i = 0; i < 64; i += 16) __builtin_prefetch(x + i, 0, 3);
 }
 
 // The entries [first, end) of x + residual, in `fresh`.
@@ -98,20 +102,21 @@ inline int32_t correct_all(const Shares& shares, gc_memory* memory, const float*
     return of_all;
 }
 
-// x + residual, of which a selection takes entries (select.h), where `fresh` is not the residual's place; it is kept there.
+// x + residual, of which a selection takes entries (select.h), where `fresh` is not the residual's place.
 struct Corrected {
+    enum Keep { NOTHING, TO_READ_AGAIN, FOR_LATER };
     gc_memory* memory;
     const float* x;
-    bool again;  // whether `fresh` is read again at once
+    Keep keep;  // whether it is written to `fresh`, and if so, whether it is read there at once
     float at(int64_t i) const { return memory->residual ? x[i] + memory->residual[i] : x[i]; }
     const float* part(int64_t first, int64_t count, float* values) const {
         const float* residual = memory->residual ? memory->residual + first : nullptr;
-        float* target = again ? memory->fresh + first : values;
+        float* target = keep == TO_READ_AGAIN ? memory->fresh + first : values;
         Finite finite;
         int64_t i = 0;
         for (; i + 64 <= count; i += 64) {
-            fetch_64(x + first + count + i);
-            if (residual) fetch_64(residual + count + i);
+            fetch_64(x + first + FETCHED + i);
+            if (residual) fetch_64(residual + FETCHED + i);
             for (int j = 0; j < 64; j += WIDE) {
                 const Floats value = load_floats(x + first + i + j);
                 const Floats sum = residual ? value + load_floats(residual + i + j) : value;
@@ -124,7 +129,7 @@ struct Corrected {
             finite.look(target[i]);
         }
         if (!finite.all()) set_shared(memory->poisoned);
-        if (!again) copy_past_caches(memory->fresh + first, values, count);
+        if (keep == FOR_LATER) copy_past_caches(memory->fresh + first, values, count);
         return target;
     }
     void done() const { finish_streams(); }
@@ -147,37 +152,12 @@ void keep_decoded(gc_memory* memory, int64_t first, int64_t end, int64_t unit, c
     }
 }
 
-// The same for all n entries, which were encoded.
-template <int64_t stretch, class Decode>
-void keep_all(int threads, gc_memory* memory, int64_t n, int64_t unit, const Decode& decode) {
-    on_shares(shares_of(threads, n, stretch), [&](int, int64_t from, int64_t to) {
-        keep_decoded<stretch>(memory, from, to, unit,
-                              [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, n, sent); });
-    });
-}
-
-// Encode units one after the other that are so long that threads take parts of a unit.
-template <int64_t stretch, class Encode, class Decode>
-void encode_long_units(int threads, gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
-                       const Decode& decode) {
-    for (int64_t first = 0; first < n; first += unit) {
-        const int64_t end = min64(n, first + unit);
-        const Shares shares = shares_of(threads, end - first, stretch);
-        on_shares(shares, [&](int, int64_t from, int64_t to) { correct(memory, x, first + from, first + to); });
-        encode(memory->fresh, first, end, end);
-        on_shares(shares, [&](int, int64_t from, int64_t to) {
-            keep_decoded<stretch>(memory, first + from, first + to, unit,
-                                  [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, end, sent); });
-        });
-    }
-}
-
 // One stretch of a large tensor, whole units: x + residual in `values`, and behind `encode`, which gets that, what
 // `decode(sent)` does not give back, in `fresh`. The stretch behind it is fetched meanwhile, since the processor would wait
 // for memory here and compute there.
 template <class Encode, class Decode>
-void encode_stretch(gc_memory* memory, const float* x, int64_t first, int64_t count, float* values, float* sent,
-                    const Encode& encode, const Decode& decode) {
+void encode_stretch(gc_memory* memory, const float* x, int64_t first, int64_t count, bool past_caches, float* values,
+                    float* sent, const Encode& encode, const Decode& decode) {
     const float* residual = memory->residual;
     float* fresh = memory->fresh + first;
     int64_t i = 0;
@@ -203,11 +183,44 @@ void encode_stretch(gc_memory* memory, const float* x, int64_t first, int64_t co
         for (int j = 0; j < 64; j += WIDE) {
             const Floats lost = load_floats(values + i + j) - load_floats(sent + i + j);
             finite.look(lost);
-            stream_floats(fresh + i + j, lost);
+            if (past_caches)
+                stream_floats(fresh + i + j, lost);
+            else
+                store_floats(fresh + i + j, lost);
         }
     }
     for (; i < count; ++i) keep_one(i);
     if (!finite.all()) set_shared(memory->poisoned);
+}
+
+// The same for the entries [first, end), which were encoded without being written to `fresh`.
+template <class Decode>
+void keep_corrected(gc_memory* memory, const float* x, int64_t first, int64_t end, bool past_caches,
+                    const Decode& decode) {
+    alignas(64) float values[FETCHED], sent[FETCHED];
+    for (; first < end; first += FETCHED) {
+        const int64_t count = min64(FETCHED, end - first);
+        encode_stretch(
+            memory, x, first, count, past_caches, values, sent, [](const float*) {},
+            [&](float* decoded) { decode(first, first + count, decoded); });
+    }
+    finish_streams();
+}
+
+// Encode units one after the other that are so long that threads take parts of a unit.
+template <int64_t stretch, class Encode, class Decode>
+void encode_long_units(int threads, gc_memory* memory, const float* x, int64_t n, int64_t unit, const Encode& encode,
+                       const Decode& decode) {
+    for (int64_t first = 0; first < n; first += unit) {
+        const int64_t end = min64(n, first + unit);
+        const Shares shares = shares_of(threads, end - first, stretch);
+        on_shares(shares, [&](int, int64_t from, int64_t to) { correct(memory, x, first + from, first + to); });
+        encode(memory->fresh, first, end, end);
+        on_shares(shares, [&](int, int64_t from, int64_t to) {
+            keep_decoded<stretch>(memory, first + from, first + to, unit,
+                                  [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, end, sent); });
+        });
+    }
 }
 
 // Encode by `encode(x, first, end, limit)`, where `first` is the beginning of a unit; codes of entries from `limit` on may be
@@ -225,15 +238,15 @@ void encode_units(int threads, gc_memory* memory, const float* x, int64_t n, int
             return;
         }
         const int64_t longest = stretch < 4096 ? 4096 : stretch;
-        const int64_t step = unit > stretch ? unit : stretch / unit * unit;
         // A residual that is replaced in its place was made for this call, and is in the cache.
-        const bool large = to - from >= LARGE && step <= longest && memory->residual != memory->fresh;
+        const bool large = to - from >= LARGE && unit <= longest && memory->residual != memory->fresh;
+        const int64_t most = large ? FETCHED : stretch, step = unit > most ? unit : most / unit * unit;
         for (int64_t first = from; first < to; first += step) {
             const int64_t end = min64(to, first + step);
             if (large) {
                 alignas(64) float values[longest], sent[longest];
                 encode_stretch(
-                    memory, x, first, end - first, values, sent,
+                    memory, x, first, end - first, true, values, sent,
                     [&](const float* fresh) { encode(fresh - first, first, end, to); },
                     [&](float* decoded) { decode(first, end, to, decoded); });
                 continue;
