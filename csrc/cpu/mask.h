@@ -67,18 +67,18 @@ GC_HOT void keys_of_block(const float* x, int64_t block, uint32_t* keys) {
     for (int64_t j = 0; j < 64; ++j) keys[j] = j < block ? key_of<is_signed>(x[j]) : 0;
 }
 
-// Classes of 64 entries at a time where there are at most three beside 0, which are told by comparisons.
+// Classes of 64 entries at a time where there are at most MOST beside 0, which are told by comparisons.
 template <int bits, bool is_signed>
 struct FewClasses {
     typedef MaskClasses<bits, is_signed> Classes;
-    enum { ROW = 16 };
-    int32_t border[4];     // the least fixed magnitude of a class
-    int32_t sums[4][ROW];  // of the fixed magnitudes that reach it
-    int32_t counts[4];
+    enum { MOST = 7, ROW = 16 };
+    int32_t border[MOST + 1];     // the least fixed magnitude of a class
+    int32_t sums[MOST + 1][ROW];  // of the fixed magnitudes that reach it
+    int32_t counts[MOST + 1];
 
     // The codes of entries that are there (`valid`); the fixed magnitudes of those that are kept are 0.
     GC_HOT Bytes codes(const float* x, const int32_t* fixed, uint64_t valid, uint64_t kept) {
-        uint64_t reached[4] = {valid & ~kept, 0, 0, 0};
+        uint64_t reached[MOST + 1] = {valid & ~kept};
         for (int m = 1; m <= Classes::half; ++m) {
             const Ints below = every_int(border[m] - 1);
             reached[m] = reached[0] & word_where([&](int j) { return above(load_ints(fixed + j), below); });
@@ -89,8 +89,12 @@ struct FewClasses {
                 for (int j = 0; j < ROW; ++j)  // vectorised
                     sums[m][j] += fixed[row + j] >= border[m] ? fixed[row + j] : 0;
         }
-        const Bytes upper = doubled_plus(zero_bytes(), signs_of(reached[2]));
-        Bytes found = doubled_plus(upper, signs_of(reached[1] ^ reached[2] ^ reached[3]));
+        Bytes found = zero_bytes();
+        for (int power = Classes::half > 3 ? 4 : Classes::half > 1 ? 2 : 1; power; power /= 2) {
+            uint64_t bit = 0;  // of the class: odd where an odd number of its multiples is reached
+            for (int m = power; m <= Classes::half; m += power) bit ^= reached[m];
+            found = doubled_plus(found, signs_of(bit));
+        }
         if (is_signed) found = add_saturated(every_byte(Classes::centre), negate_where(found, signs_of(signs_64(x))));
         return choose(signs_of(kept), every_byte(Classes::codes), found);
     }
@@ -111,16 +115,17 @@ struct FewClasses {
     }
 };
 
-template <int bits, bool is_signed, bool lloyd, class Source>
-void mask_encode_form(const Shares& shares, const Source& source, Selection selection, const ShareSelection* of_shares,
+template <int bits, bool is_signed, bool lloyd>
+void mask_encode_form(const Shares& shares, const float* source, Selection selection, const ShareSelection* of_shares,
                       int64_t k, uint8_t* payload) {
     typedef MaskClasses<bits, is_signed> Classes;
     const MaskScale scale = mask_scale(selection.threshold);
-    const bool few = Classes::half <= 3;
+    typedef FewClasses<bits, is_signed> Few;
+    const bool few = Classes::half <= Few::MOST;
 
     uint8_t class_of_bin[BINS] = {0};
-    FewClasses<bits, is_signed> few_classes = {{0}, {{0}}, {0}};
-    for (int m = 1; m <= 3; ++m)  // linear: where linear_class begins to be m
+    Few few_classes = {{0}, {{0}}, {0}};
+    for (int m = 1; m <= Few::MOST; ++m)  // linear: where linear_class begins to be m
         few_classes.border[m] = lloyd ? BINS << 4 : (m * (1 << 16) - (1 << 15) + Classes::steps - 1) / Classes::steps;
     if (lloyd) {
         int64_t total[BINS] = {0};
@@ -129,24 +134,19 @@ void mask_encode_form(const Shares& shares, const Source& source, Selection sele
             Selection counting = of_shares[share].selection;
             uint32_t keys[64];
             int32_t bins[64];
-            float values[CHUNK];
-            for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
-                const int64_t size = min64(CHUNK, to - chunk);
-                const float* x = source.part(chunk, size, values);
-                for (int64_t i = 0; i < size; i += 64) {
-                    const int64_t block = min64(64, size - i);
-                    keys_of_block<is_signed>(x + i, block, keys);
-                    for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
-                    for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
-                    uint64_t kept = kept_of_block(keys, block, &counting);
-                    for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
-                }
+            for (int64_t i = from; i < to; i += 64) {
+                const int64_t block = min64(64, to - i);
+                keys_of_block<is_signed>(source + i, block, keys);
+                for (int j = 0; j < 64; ++j) bins[j] = fixed_magnitude(keys[j], scale) >> 4;  // vectorised
+                for (int64_t j = 0; j < block; ++j) ++histogram[j & 1][bins[j]];
+                uint64_t kept = kept_of_block(keys, block, &counting);
+                for (; kept; kept &= kept - 1) --histogram[0][bins[__builtin_ctzll(kept)]];
             }
             for (int bin = 0; bin < BINS; ++bin) add_to_shared(total + bin, histogram[0][bin] + histogram[1][bin]);
         });
         lloyd_classes<bits, is_signed>(total, class_of_bin);
         for (int bin = BINS - 1; bin >= 0; --bin)
-            for (int m = 1; m <= 3 && m <= class_of_bin[bin]; ++m) few_classes.border[m] = bin << 4;
+            for (int m = 1; m <= Few::MOST && m <= class_of_bin[bin]; ++m) few_classes.border[m] = bin << 4;
     }
 
     uint8_t* packed = payload + 4 * Classes::sent + 4 * k;
@@ -155,18 +155,16 @@ void mask_encode_form(const Shares& shares, const Source& source, Selection sele
         uint8_t* values = payload + 4 * Classes::sent + 4 * of_shares[share].before;
         Selection left = of_shares[share].selection;
         MaskSums mine = {{0}, {0}};
-        FewClasses<bits, is_signed> by_border = few_classes;
+        Few by_border = few_classes;
         uint32_t keys[64];
         int32_t fixed[64], classes[64];
         uint8_t codes[64];
-        alignas(64) float corrected[CHUNK];
         float tail[64] = {0};
         for (int64_t chunk = from; chunk < to; chunk += CHUNK) {
             const int64_t size = min64(CHUNK, to - chunk);
-            const float* part = source.part(chunk, size, corrected);
             for (int64_t i = 0; i < size; i += 64) {
                 const int64_t block = min64(64, size - i);
-                const float* x = part + i;
+                const float* x = source + chunk + i;
                 if (block < 64) {
                     memcpy(tail, x, (size_t)block * sizeof(float));
                     x = tail;
@@ -292,30 +290,25 @@ void mask_encode_keeping(int threads, gc_memory* memory, const float* x, int64_t
     found.keys = workspace;
     found.capacity = capacity;
     found.places = nullptr;
-    const auto encode = [&](const auto& source) {
-        const Selection selection = select_largest<is_signed>(shares, source, k, &found, of_shares);
-        if (lloyd)
-            mask_encode_form<bits, is_signed, true>(shares, source, selection, of_shares, k, payload);
-        else
-            mask_encode_form<bits, is_signed, false>(shares, source, selection, of_shares, k, payload);
-    };
-    if (!memory) return encode(Entries{x});
-    const bool apart = memory->residual != memory->fresh;  // then x is corrected as often as it is read
-    if (apart) {
-        encode(Corrected{memory, x, Corrected::NOTHING});
+    const float* source = memory ? memory->fresh : x;
+    Selection selection;
+    if (memory && memory->residual != source) {
+        const Corrected corrected = {memory, x, Corrected::TO_READ_AGAIN};
+        selection = select_largest<is_signed>(shares, corrected, k, &found, of_shares);
     } else {
-        correct_all(shares, memory, x);
-        encode(Entries{memory->fresh});
+        if (memory) correct_all(shares, memory, x);
+        selection = select_largest<is_signed>(shares, Entries{source}, k, &found, of_shares);
     }
+    if (lloyd)
+        mask_encode_form<bits, is_signed, true>(shares, source, selection, of_shares, k, payload);
+    else
+        mask_encode_form<bits, is_signed, false>(shares, source, selection, of_shares, k, payload);
+    if (!memory) return;
     on_shares(shares, [&](int share, int64_t from, int64_t to) {
         MaskReader<bits, is_signed> reader(payload, k, of_shares[share].before);
-        const auto decode = [&](int64_t first, int64_t end, float* sent) {
+        keep_decoded<STRETCH>(memory, from, to, 64, [&](int64_t first, int64_t end, float* sent) {
             reader.template decode<false>(n, first, end, sent);
-        };
-        if (apart)
-            keep_corrected(memory, x, from, to, n >= LARGE, decode);
-        else
-            keep_decoded<STRETCH>(memory, from, to, 64, decode);
+        });
     });
 }
 

@@ -129,7 +129,7 @@ void sign_encode(int threads, gc_memory* memory, const float* x, int64_t n, int6
         sign_decode_range<false>(payload, n, bucket, means, first, end, sent);
     };
     // A long bucket is corrected while it is encoded, and again for what is kept, which spares to write it meanwhile.
-    if (memory && memory->residual != memory->fresh && bucket > SUM_BLOCK && in_bucket == threads) {
+    if (memory && bucket > SUM_BLOCK && in_bucket == threads) {
         sign_encode_range(in_bucket, Corrected{memory, x, Corrected::NOTHING}, n, bucket, means, 0, n, payload);
         return on_shares(shares_of(threads, n, FETCHED), [&](int, int64_t from, int64_t to) {
             keep_corrected(memory, x, from, to, n >= LARGE,

@@ -237,26 +237,29 @@ void encode_units(int threads, gc_memory* memory, const float* x, int64_t n, int
             encode(x, from, to, to);
             return;
         }
-        const int64_t longest = stretch < 4096 ? 4096 : stretch;
+        const int64_t longest = 4096;
+        if (unit > longest) {
+            for (int64_t first = from; first < to; first += unit) {
+                const int64_t end = min64(to, first + unit);
+                correct(memory, x, first, end);
+                encode(memory->fresh, first, end, to);
+                keep_decoded<stretch>(memory, first, end, unit,
+                                      [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, to, sent); });
+            }
+            return;
+        }
         // A residual that is replaced in its place was made for this call, and is in the cache.
-        const bool large = to - from >= LARGE && unit <= longest && memory->residual != memory->fresh;
-        const int64_t most = large ? FETCHED : stretch, step = unit > most ? unit : most / unit * unit;
+        const bool past_caches = to - from >= LARGE && memory->residual != memory->fresh;
+        const int64_t step = unit > FETCHED ? unit : FETCHED / unit * unit;
+        alignas(64) float values[longest], sent[longest];
         for (int64_t first = from; first < to; first += step) {
             const int64_t end = min64(to, first + step);
-            if (large) {
-                alignas(64) float values[longest], sent[longest];
-                encode_stretch(
-                    memory, x, first, end - first, true, values, sent,
-                    [&](const float* fresh) { encode(fresh - first, first, end, to); },
-                    [&](float* decoded) { decode(first, end, to, decoded); });
-                continue;
-            }
-            correct(memory, x, first, end);
-            encode(memory->fresh, first, end, to);
-            keep_decoded<stretch>(memory, first, end, unit,
-                                  [&](int64_t start, int64_t stop, float* sent) { decode(start, stop, to, sent); });
+            encode_stretch(
+                memory, x, first, end - first, past_caches, values, sent,
+                [&](const float* fresh) { encode(fresh - first, first, end, to); },
+                [&](float* decoded) { decode(first, end, to, decoded); });
         }
-        if (large) finish_streams();
+        if (past_caches) finish_streams();
     });
 }
 
