@@ -59,6 +59,10 @@ def whole(gradient: torch.Tensor, seed: int) -> Slice:
 
 def flat_values(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient's entries as contiguous 1-D float32; not a copy where they are that already."""
+    if gradient.dtype == torch.float32 and gradient.is_contiguous():  # with few calls, since most tensors are small
+        if gradient.requires_grad:
+            gradient = gradient.detach()
+        return gradient if gradient.dim() == 1 else gradient.view(-1)
     return to_type(gradient.detach().reshape(-1), torch.float32).contiguous()
 
 

@@ -63,11 +63,12 @@ class Memory:
         Raises:
             ConfigError: the value has another number of entries than `like`.
         """
-        found = self.get(name)
+        found, fresh = self.get(name), self.spare(name, like)
         if found is None:
-            return None, self.spare(name, like)
+            return None, fresh
         check_same(name, found.numel(), like)
-        return found.to(like.device), self.spare(name, like)  # one that was loaded may lie elsewhere
+        # One that was loaded may lie elsewhere.
+        return found if found.device == like.device else found.to(like.device), fresh
 
     def put(self, name: str, value: Any, poisoned: torch.Tensor | None = None) -> None:
         """Propose a value. The one before stays as it is: do not change it in place.

@@ -86,11 +86,8 @@ class Watch:
         exchange = self._exchange()
         if exchange is None or not exchange.open_names:
             return
-        stepped = [
-            self._names[p]
-            for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
-            if p.grad is not None and p in self._names
-        ]
+        parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        stepped = [name for p in parameters if p.grad is not None and (name := self._names.get(p)) is not None]
         if stepped:
             self._stepped.update(stepped)
             self._thrown_away = 0

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .. import packing
-from ..compressors import Compressor, Context
+from ..compressors import Compressor
 from ..errors import ConfigError, ExchangeError
-from ..feedback import EstimateFeedback, new_memory, second_memory
+from ..feedback import EstimateFeedback, flat_values, new_memory, second_memory
 from ..memory import Memory
 from ..policy import Policy, as_policy
 from . import saved_state
@@ -184,11 +184,10 @@ class GradientExchange(Results):
             self._fill_bucket(name, Gradient(values, place_of(gradient)), entry)
         if self.agreed:
             self._schedule.advance(self.engine)
-        ctx = Context(gradient.shape, gradient.dtype)
 
         def finish():
             means = self._schedule.wait(self.engine, task or self._task_of(name, entry.bucket))
-            return self._result(name, means[name], ctx, scale)
+            return self._result(name, means[name], gradient, scale)
 
         return finish
 
@@ -208,11 +207,10 @@ class GradientExchange(Results):
             way = self._entry(name, gradient.shape).exchange
             scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
             values = unscaled(gradient, scale)
-            ctx = Context(gradient.shape, gradient.dtype)
             ways.setdefault(way, {})[name] = (
                 Gradient(values, place_of(gradient)) if way in self._ways.in_buckets else values
             )
-            results[name] = functools.partial(self._result, name, ctx=ctx, scale=scale)
+            results[name] = gradient, scale
         tasks, first = [], next(iter(gradients))
         steps: dict[str, tuple]
         for way, members in ways.items():
@@ -224,7 +222,7 @@ class GradientExchange(Results):
                 steps = {f"allreduce.{first}": (self._ways.all_reduce(members), members)}
             tasks += [self._schedule.start(self.engine, name, *each) for name, each in steps.items()]
         self._schedule.advance(self.engine)
-        return Bucket(self._schedule, self.engine, tasks, results)
+        return Bucket(self._schedule, self.engine, tasks, self._result, results)
 
     def _opened(self, name, absent):
         """Begin an exchange of a parameter; returns the loss scale that its gradient carries."""
@@ -238,23 +236,25 @@ class GradientExchange(Results):
         if compressor and isinstance(self.feedback, EstimateFeedback) and self.policy.feedback_for(compressor):
             self.feedback.deliver(name, mean)
 
-    def _result(self, name, mean, ctx, scale):
-        """The result of an exchange in the gradient's type, shape and scale."""
+    def _result(self, name, mean, gradient, scale):
+        """The result of an exchange in the gradient's type, shape and scale: the gradient itself if it is there."""
         compressor = self.plan.entries[name].compressor
         if not self.plan.by_nodes:
             self.deliver(name, mean)
         if scale != 1.0:
             mean.mul_(scale)
-        if ctx.dtype.is_complex:
-            return mean.to(ctx.dtype).view(ctx.shape)
+        if gradient.is_complex():
+            return mean.to(gradient.dtype).view(gradient.shape)
         if compressor and not compressor.fixed_size:
             self._note_empty(name, mean)
-        result, beyond = packing.saturated(mean, ctx.dtype)
+        if mean.data_ptr() == gradient.data_ptr():
+            return gradient.detach() if gradient.requires_grad else gradient
+        result, beyond = packing.saturated(mean, gradient.dtype)
         if beyond is not None and compressor and self._ways.remembers(compressor, name):
             start, stop = self.plan.share(name, self.engine.rank())
             factor = scale if self.average else scale * self.engine.world_size()
             self.feedback.add(name, beyond[start:stop] / factor)
-        return result.view(ctx.shape)
+        return result.view(gradient.shape)
 
     def _fill_bucket(self, name, gradient, entry):
         members, waiting = self.plan.buckets[entry.bucket], self._waiting.setdefault(entry.bucket, {})
@@ -343,15 +343,16 @@ class GradientExchange(Results):
 def place_of(gradient):
     """Where its mean goes, 1-D float32: the gradient itself where it is that."""
     if gradient.dtype == torch.float32 and gradient.is_contiguous():
-        return gradient.detach().view(-1)
+        return flat_values(gradient)
     return torch.empty(gradient.numel(), device=gradient.device)
 
 
 class Bucket:
-    """What `start_bucket` returns; results: {name: function of its mean}."""
+    """What `start_bucket` returns; each mean is finished by `finish(name, mean, *results[name])`."""
 
-    def __init__(self, schedule, engine, tasks, results):
-        self._schedule, self._engine, self._tasks, self._results = schedule, engine, tasks, results
+    def __init__(self, schedule, engine, tasks, finish, results):
+        self._schedule, self._engine, self._tasks = schedule, engine, tasks
+        self._finish, self._results = finish, results
 
     def done(self):
         self._schedule.advance(self._engine)
@@ -361,4 +362,4 @@ class Bucket:
         means = {}
         for task in self._tasks:
             means.update(self._schedule.wait(self._engine, task))
-        return {name: result(means[name]) for name, result in self._results.items()}
+        return {name: self._finish(name, means[name], *each) for name, each in self._results.items()}

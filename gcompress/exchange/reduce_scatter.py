@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from .. import packing
-from ..compressors import Compressor, Context
+from ..compressors import Compressor
 from ..errors import ConfigError
 from ..policy import as_policy
 from .exchange import Bucket, GradientExchange, place_of
@@ -150,27 +150,26 @@ class ScatterExchange(GradientExchange):
             entry = self._entry(name, gradient.shape)
             scale = self._opened(name, name in absent) if entry.compressor else 1.0
             moving[name] = Gradient(unscaled(gradient, scale), place_of(rows[name]))
-            ctx = Context(rows[name].shape, rows[name].dtype)
-            results[name] = functools.partial(self._rows_result, name, ctx=ctx, scale=scale, factor=factor)
+            results[name] = rows[name], scale, factor
         self._measure("scatter", moving)
         steps = self._ways.reduce_scatter(moving, factor)
         task = self._schedule.start(self.engine, f"scatter.{next(iter(gradients))}", steps, moving)
         self._schedule.advance(self.engine)
-        return Bucket(self._schedule, self.engine, [task], results)
+        return Bucket(self._schedule, self.engine, [task], self._rows_result, results)
 
-    def _rows_result(self, name, total, ctx, scale, factor):
-        """The result for this rank's rows in the gradient's type, shape and scale."""
+    def _rows_result(self, name, total, rows, scale, factor):
+        """The result for this rank's rows in their type, shape and scale."""
         entry = self.plan.entries[name]
         if entry.compressor:
             self._note_empty(name, total)  # a rank may own no rows, or rows whose gradient is zero
         if scale != 1.0:
             total.mul_(scale)
-        result, beyond = packing.saturated(total, ctx.dtype)
+        result, beyond = packing.saturated(total, rows.dtype)
         if beyond is not None and entry.compressor and self._ways.remembers(entry.compressor, name):
             whole, (start, stop) = beyond.new_zeros(entry.numel), self._own_rows(entry)
             whole[start:stop] = beyond / (scale * factor)
             self.feedback.add(name, whole)
-        return result.view(ctx.shape)
+        return result.view(rows.shape)
 
     def _own_rows(self, entry):
         rank = self.engine.rank()

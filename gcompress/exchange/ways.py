@@ -106,9 +106,9 @@ class Ways:
 
     def all_reduce(self, gradients):
         """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
-        parts = [_as_real(gradient.detach()).reshape(-1) for gradient in gradients.values()]
+        parts = [_as_real(gradient) for gradient in gradients.values()]
         exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        total = yield from self._sum(torch.cat([part.to(exact) for part in parts]))
+        total = yield from self._sum(torch.cat([_flat(part, exact) for part in parts]))
         total.mul_(self._factor())
         totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
         return {
@@ -275,8 +275,16 @@ class Ways:
         return zlib.crc32("/".join(map(str, (name, self._exchange.steps, *what, *again))).encode())
 
 
-def _as_real(tensor):
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _as_real(gradient):
+    """A gradient as real numbers, without its graph."""
+    gradient = gradient.detach() if gradient.requires_grad else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _flat(tensor, dtype):
+    """1-D, of a type; not a copy where that is not needed."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
 
 
 def split_rows(tensor, sizes, what):

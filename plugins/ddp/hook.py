@@ -160,9 +160,10 @@ class GradientState:
             future, buffer, gradients, finish = self._pending[0]
             if not wait and not finish.done():
                 return
-            for name, mean in finish().items():
-                if mean.data_ptr() != gradients[name].data_ptr():  # else it was decoded to its place
-                    gradients[name].copy_(mean)
+            means = finish()
+            apart = [name for name, mean in means.items() if mean.data_ptr() != gradients[name].data_ptr()]
+            if apart:  # what was not decoded to its place
+                torch._foreach_copy_([gradients[name] for name in apart], [means[name] for name in apart])
             self._pending.pop(0)
             future.set_result(buffer)
 
@@ -174,9 +175,9 @@ class GradientState:
 
     def _gradients(self, bucket, buffer):
         """{name: view of the buffer in the order of the parameter's shape}."""
-        gradients = {}
+        gradients, names = {}, self._names
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            name = self._name(parameter)
+            name = names.get(parameter) or self._name(parameter)
             if parameter.is_complex():  # of which torch's views cover one half: parts lie side by side in real numbers
                 start = sum(2 * each.numel() for each in gradients.values())
                 parts = buffer[start : start + 2 * parameter.numel()].view(-1, 2)

@@ -10,12 +10,14 @@ class ProcessGroupRanks:
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = dist.group.WORLD if group is None else group
         self._on_device = dist.get_backend(self.group) == "nccl"
+        # Asked for with every gradient, and torch looks for them every time; a group's never change.
+        self._world_size, self._rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def world_size(self):
-        return dist.get_world_size(self.group)
+        return self._world_size
 
     def rank(self):
-        return dist.get_rank(self.group)
+        return self._rank
 
     def gather_texts(self, text: str) -> list[str]:
         """See `Ranks`; the time-out is the process group's."""
