@@ -5,8 +5,9 @@
     python benchmarks/threads.py --threads 4 --repeat 31
 
 Milliseconds by the clock into memory that is there: the median of --repeat runs, which one thread and several take in
-turns; and how many times as fast several are, the median over the pairs of runs. It tells of cores only while nothing
-else uses them: the load of the machine before and after is printed, too.
+turns; and how many times as fast several are, the median over the pairs of runs. The first row is what memory gives: torch
+reads all entries (a sum), and writes them (a fill). It tells of cores only while nothing else uses them: the load of the
+machine before and after is printed, too.
 """
 
 import argparse
@@ -50,14 +51,19 @@ def medians(call, threads, repeat):
     return statistics.median(times[1]), statistics.median(times[threads]), statistics.median(ratios)
 
 
-def row(spec, values, out, threads, repeat):
+def calls_of(spec, values, out):
+    """A function that encodes, and one that decodes."""
     compressor = from_spec(spec)
     payload = torch.empty(compressor.nbytes(values.numel()), dtype=torch.uint8)
+    return (lambda: compressor.encode_into(values, payload)), (lambda: compressor.decode_into(payload, out))
+
+
+def row(name, calls, threads, repeat):
     cells = []
-    for call in (lambda: compressor.encode_into(values, payload), lambda: compressor.decode_into(payload, out)):
+    for call in calls:
         one, several, ratio = medians(call, threads, repeat)
         cells += [f"{1e3 * one:.1f}", f"{1e3 * several:.1f}", f"{ratio:.2f}"]
-    return f"| `{spec}` | {' | '.join(cells)} |"
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main():
@@ -75,8 +81,10 @@ def main():
     print(f"{arguments.numel} entries, load {os.getloadavg()[0]:.1f}\n")
     print(f"| spec | encode ms, 1 thread | {head} | times as fast | decode ms, 1 thread | {head} | times as fast |")
     print("|---|---|---|---|---|---|---|")
-    for spec in arguments.specs:
-        print(row(spec, values, out, arguments.threads, arguments.repeat), flush=True)
+    rows = {"to read; to write": (values.sum, lambda: out.fill_(1.0))}
+    rows |= {f"`{spec}`": calls_of(spec, values, out) for spec in arguments.specs}
+    for name, calls in rows.items():
+        print(row(name, calls, arguments.threads, arguments.repeat), flush=True)
     print(f"\nload {os.getloadavg()[0]:.1f}")
 
 
