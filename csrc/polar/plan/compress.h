@@ -213,11 +213,14 @@ struct Compressor {
         const int64_t rows = product.factors->rows, columns = product.factors->columns;
         float* column_sums = sums + rows;
         memset(column_sums, 0, (size_t)columns * sizeof(float));
-        for (int64_t row = 0; row < rows; ++row, x += columns, rest += columns) {
-            product.for_row(row, [=](int64_t first, int64_t count, const float* values) {
-                for (int64_t i = 0; i < count; ++i) rest[first + i] = saturated(x[first + i] - values[i]);
+        for (int64_t row = 0; row < rows; row += ProductRows::AT_ONCE) {
+            const int64_t some = min64(ProductRows::AT_ONCE, rows - row);
+            product.for_rows(row, some, [=](int64_t of, int64_t first, int64_t count, const float* values) {
+                const int64_t place = of * columns + first;
+                for (int64_t i = 0; i < count; ++i) rest[place + i] = saturated(x[place + i] - values[i]);
             });
-            add_row_sums(rest, columns, sums + row, column_sums);
+            for (int64_t of = row; of < row + some; ++of)
+                add_row_sums(rest + of * columns, columns, sums + of, column_sums);
         }
     }
 

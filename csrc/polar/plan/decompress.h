@@ -60,6 +60,20 @@ struct RestDecoder {
     }
 };
 
+// What a matrix is, given what it is without its product.
+template <int mode>
+void put_with_product(const ProductRows& product, const float* rest, float* out) {
+    const int64_t rows = product.factors->rows, columns = product.factors->columns;
+    for (int64_t row = 0; row < rows; row += ProductRows::AT_ONCE)
+        product.for_rows(row, min64(ProductRows::AT_ONCE, rows - row),
+                         [=](int64_t of, int64_t first, int64_t count, const float* values) {
+                             const float* before = rest + of * columns + first;
+                             float* target = out + of * columns + first;
+                             for (int64_t i = 0; i < count; ++i)
+                                 target[i] = put_value<mode>(target[i], saturated(before[i] + values[i]));
+                         });
+}
+
 // GC_OK, or GC_BAD_INDEX, with nothing written, where the payload contradicts itself or the workspace is too small.
 inline int polar_decompress_into(int threads, const PlanTables* tables, const uint8_t* payload, int64_t nbytes,
                                  int64_t numel, int64_t block, int mode, Room room, float* out) {
@@ -78,9 +92,12 @@ inline int polar_decompress_into(int threads, const PlanTables* tables, const ui
     float* whole = mode == REPLACE ? out : room.take<float>(numel);
     if (room.full()) return GC_BAD_INDEX;
     rest.decode(REPLACE, whole);
-    add_product(product, whole);
-    for (int64_t i = 0; mode == ADD && i < numel; ++i) out[i] += whole[i];
-    for (int64_t i = 0; mode == SUBTRACT && i < numel; ++i) out[i] -= whole[i];
+    if (mode == ADD)
+        put_with_product<ADD>(product, whole, out);
+    else if (mode == SUBTRACT)
+        put_with_product<SUBTRACT>(product, whole, out);
+    else
+        put_with_product<REPLACE>(product, whole, out);
     return GC_OK;
 }
 

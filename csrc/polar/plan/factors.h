@@ -27,67 +27,59 @@ struct Factors {
     }
 };
 
-// Rows of the product, one after the other: sums of integers in doubles, which are exact, times a power of two.
+// Rows of the product: sums of integers in doubles, which are exact, times a power of two.
 struct ProductRows {
+    enum { AT_ONCE = 4, CHUNK = 256 };  // rows; columns
     const Factors* factors;
-    double *right, scale;  // right: [component][columns]
+    int64_t width;         // of a chunk
+    double *right, scale;  // right: [chunk of columns][component][width], zeros behind the last column
+    bool small;            // whether no entry can be beyond float32
     bool set(const Factors* factors_, Room* room) {
         factors = factors_;
         scale = ldexp(1.0, factors->least());
-        right = room->take<double>(factors->count * factors->columns);
+        small = factors->least() < 64;  // sums are below 2^53
+        const int64_t count = factors->count, columns = factors->columns;
+        width = (ceil_div(columns, ceil_div(columns, CHUNK)) + 7) / 8 * 8;
+        right = room->take<double>(ceil_div(columns, width) * count * width);
         if (room->full()) return false;
-        for (int64_t j = 0; j < factors->count; ++j)
-            for (int64_t i = 0; i < factors->columns; ++i)
-                right[j * factors->columns + i] = (double)factors->right[j][i];
+        double* row = right;
+        for (int64_t first = 0; first < columns; first += width)
+            for (int64_t j = 0; j < count; ++j, row += width)
+                for (int64_t i = 0; i < width; ++i)
+                    row[i] = first + i < columns ? (double)factors->right[j][first + i] : 0.0;
         return true;
     }
-    // Calls use(first column, count, their float32 products) for all columns of a row, up to 32 at a time.
+    // Calls use(row, first column, count, their float32 products) for all columns of up to AT_ONCE rows.
     template <class Use>
-    void for_row(int64_t row, const Use& use) const {
+    void for_rows(int64_t row, int64_t rows, const Use& use) const {
         const int64_t columns = factors->columns, count = factors->count;
         const int least = factors->least();
-        double weight[MOST_COMPONENTS];
-        for (int64_t j = 0; j < count; ++j)
-            weight[j] = (double)factors->left[j][row] * (double)(1 << (factors->exponents[j] - least));
-        double exact[32];
-        float product[32];
-        int64_t i = 0;
-        for (; i + 32 <= columns; i += 32) {
-            Doubles sums[32 / DOUBLES_WIDE] = {};
-            for (int64_t j = 0; j < count; ++j) {
-                for (int k = 0; k < 32 / DOUBLES_WIDE; ++k) {
-                    Doubles of;
-                    load_doubles_wide(&of, right + j * columns + i + DOUBLES_WIDE * k);
-                    sums[k] += weight[j] * of;
-                }
+        double weights[AT_ONCE][MOST_COMPONENTS], exact[AT_ONCE * CHUNK];
+        float product[CHUNK];
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t j = 0; j < count; ++j)
+                weights[m][j] = (double)factors->left[j][row + m] * (double)(1 << (factors->exponents[j] - least));
+        for (int64_t first = 0; first < columns; first += width) {
+            const int64_t some = min64(width, columns - first);
+            times_thin({weights[0], count, MOST_COMPONENTS}, rows, {right + first * count, count, width, width}, exact);
+            for (int64_t m = 0; m < rows; ++m) {
+                const double* sums = exact + m * width;
+                if (small)
+                    for (int64_t i = 0; i < some; ++i) product[i] = (float)(sums[i] * scale);  // vectorised
+                else
+                    for (int64_t i = 0; i < some; ++i) product[i] = rounded(sums[i]);
+                use(row + m, first, some, product);
             }
-            memcpy(exact, sums, sizeof exact);
-            for (int k = 0; k < 32; ++k) product[k] = rounded(exact[k]);  // vectorised
-            use(i, 32, product);
         }
-        if (i == columns) return;
-        for (int64_t at = i; at < columns; ++at) {
-            double sum = 0.0;
-            for (int64_t j = 0; j < count; ++j) sum += weight[j] * right[j * columns + at];
-            product[at - i] = rounded(sum);
-        }
-        use(i, columns - i, product);
     }
+
+private:
     float rounded(double sum) const {
         double value = sum * scale;
         value = value > PLAN_LARGEST ? PLAN_LARGEST : value;
         return (float)(value < -PLAN_LARGEST ? -PLAN_LARGEST : value);
     }
 };
-
-inline void add_product(const ProductRows& product, float* matrix) {
-    for (int64_t row = 0; row < product.factors->rows; ++row) {
-        float* target = matrix + row * product.factors->columns;
-        product.for_row(row, [=](int64_t first, int64_t count, const float* values) {
-            for (int64_t i = 0; i < count; ++i) target[first + i] = saturated(target[first + i] + values[i]);
-        });
-    }
-}
 
 inline uint32_t folded_factor(int32_t value) { return value >= 0 ? 2 * (uint32_t)value : 2 * (uint32_t)-value - 1; }
 

@@ -126,21 +126,31 @@ struct LongSide {
         return nearest > 131072.0f ? 131072.0 : nearest < -131072.0f ? -131072.0 : (double)nearest;
     }
     static float nearest_float(float value) { return __builtin_rintf(value); }
-    void member(int64_t number, double* integers) const {
-        if (turned) {
-            for (int64_t i = 0; i < length; ++i) integers[i] = integer(x[i * members + number]);
-        } else {
-            for (int64_t i = 0; i < length; ++i) integers[i] = integer(x[number * length + i]);
+    // `count` of the members, every `step`-th from `first` on, one after the other; at most 8.
+    void take(int64_t first, int64_t step, int64_t count, double* integers) const {
+        if (!turned) {
+            for (int64_t k = 0; k < count; ++k)
+                for (int64_t i = 0; i < length; ++i)
+                    integers[k * length + i] = integer(x[(first + k * step) * length + i]);
+            return;
         }
+        int64_t i = 0;
+        double block[8][8];  // as x has them
+        for (; count == 8 && i + 8 <= length; i += 8) {
+            for (int64_t j = 0; j < 8; ++j)
+                for (int64_t k = 0; k < 8; ++k) block[j][k] = integer(x[(i + j) * members + first + k * step]);
+            for (int64_t k = 0; k < 8; ++k)
+                for (int64_t j = 0; j < 8; ++j) integers[k * length + i + j] = block[j][k];
+        }
+        for (; i < length; ++i)
+            for (int64_t k = 0; k < count; ++k) integers[k * length + i] = integer(x[i * members + first + k * step]);
     }
     // Calls use(number of the first, count, their integers) for up to 8 members at a time; `memory` has room for 8.
     template <class Use>
     void for_each(double* memory, const Use& use) const {
         for (int64_t first = 0; first < members; first += 8) {
             const int64_t count = min64(8, members - first);
-            for (int64_t i = 0; turned && i < length; ++i)
-                for (int64_t k = 0; k < count; ++k) memory[k * length + i] = integer(x[i * members + first + k]);
-            for (int64_t k = 0; k < count && !turned; ++k) member(first + k, memory + k * length);
+            take(first, 1, count, memory);
             use(first, count, memory);
         }
     }
@@ -267,7 +277,7 @@ inline bool find_factors(const float* x, int64_t rows, int64_t columns, double t
     double energy = 0.0, powers[MOST_COMPONENTS], spent[MOST_COMPONENTS], water = 0.0;
     for (int64_t i = 0; i < members; ++i) {
         double* integers = sample + i * length;
-        matrix.member(i * step, integers);
+        if (i % 8 == 0) matrix.take(i * step, step, min64(8, members - i), integers);
         double sums[8] = {0.0};
         int64_t j = 0;
         for (; j + 8 <= length; j += 8)
