@@ -116,6 +116,8 @@ def main():
     small = {f"small{number}": torch.randn(arguments.small, device=device) for number in range(SMALL_TENSORS)}
     nbytes = sum(4 * gradient.numel() for gradient in gradients.values())
     out = [torch.empty_like(gradient) for gradient in gradients.values()]
+    # What larger tensors that come and go do in training: the C library keeps the pages of those that are no larger.
+    torch.zeros(31 << 20, dtype=torch.uint8)
     sixteen = 2 * (arguments.ranks - 1) / arguments.ranks * nbytes / 2  # of a ring's all-reduce
 
     def copy():
