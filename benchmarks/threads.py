@@ -5,9 +5,9 @@
     python benchmarks/threads.py --threads 4 --repeat 31
 
 Milliseconds by the clock into memory that is there: the median of --repeat runs, which one thread and several take in
-turns; and how many times as fast several are, the median over the pairs of runs. The first row is what memory gives: torch
-reads all entries (a sum), and writes them (a fill). It tells of cores only while nothing else uses them: the load of the
-machine before and after is printed, too.
+turns; and how many times as fast several are, the median over the pairs of runs. The first row is what memory gives:
+torch reads all entries (a sum), and writes them (a fill). It tells of cores only while nothing else uses them: the load
+of the machine before and after is printed, too.
 """
 
 import argparse

@@ -187,3 +187,39 @@ def test_a_basis_is_orthonormal_whatever_it_spans():
         torch.testing.assert_close(kept, matrix, atol=1e-5 * float(matrix.abs().max()), rtol=1e-5)
     assert matrix_sides(torch.Size((32, 16, 3, 3))) == (32, 144)
     assert matrix_sides(torch.Size((1024,))) == (32, 32)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(
+    "spec, rounds", [("randomk:sparsity=0.75", 1), ("shared:bits=4", 2), ("lowrank:rank=2,exchanges=2", 2)]
+)
+def test_gradients_that_travel_together_are_one_sum_a_round(spec, rounds, in_order):
+    """With the results of each by itself, by `start` and by `start_bucket`, where some have another compressor."""
+    shapes = {"a": (40, 50), "b": (7,), "other": (900,), "c": (30, 20, 2), "d": (1200,)}
+
+    def train(policy, whole):
+        def run(rank, exchange):
+            lanes, allreduce = [], exchange.engine.allreduce
+            exchange.engine.allreduce = lambda name, lane, *given: lanes.append(lane) or allreduce(name, lane, *given)
+            exchange.prepare({name: torch.Size(shape) for name, shape in shapes.items()})
+            means = []
+            for step in range(3):
+                mine = {name: gradients(rank, step, shape) for name, shape in shapes.items()}
+                if whole:
+                    means.append(exchange.start_bucket(mine)())
+                else:
+                    finish = {name: exchange.start(name, gradient) for name, gradient in mine.items()}
+                    means.append({name: each() for name, each in finish.items()})
+                exchange.end_step()
+            return means, lanes
+
+        return run_ranks(World(3, in_order=in_order), policy, run)
+
+    policy = f"{spec}; name=other -> randomk:sparsity=0.5; min_numel=0; exchange=summed; error_feedback=true"
+    alone = train(f"{policy}; bucket_bytes=1", False)
+    for whole in (False, True):
+        for (means, lanes), (expected, _) in zip(train(policy, whole), alone, strict=True):
+            assert len(lanes) == 3 * (rounds + 1) and max(lanes) == rounds - 1
+            for one, other in zip(means, expected, strict=True):
+                assert all(torch.equal(one[name], other[name]) for name in shapes)
+    assert len(alone[0][1]) > 3 * (rounds + 1)

@@ -76,7 +76,12 @@ def _ratio(lost, total):
 
 
 def add_errors(exchange: GradientExchange, ways: Ways, way: str, gradients: dict) -> None:
-    """Measure what is about to be encoded of {name: Gradient} by a way of `Ways.in_buckets`, or by "scatter"."""
+    """Measure what is about to be encoded of {name: Gradient} by a way of `Ways.in_buckets`, or by "scatter".
+
+    What is summed measures itself (`GradientExchange.error_taker`).
+    """
+    if way == "summed":
+        return
     found = exchange.report.encoding_errors
     for name, gradient in gradients.items():
         compressor = exchange.compressor_for(name, gradient.values.numel())

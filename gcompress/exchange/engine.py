@@ -23,7 +23,7 @@ import torch
 from ..errors import ConfigMismatchError, ExchangeError
 
 # Raised by every change of payloads or messages: ranks of different releases must not decode each other.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 2e-4  # seconds between two looks at what is waited for
 LONGEST_SHOWN = 2000  # characters of one configuration in an error
 

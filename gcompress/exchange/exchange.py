@@ -170,7 +170,7 @@ class GradientExchange(Results):
         Raises:
             ConfigError: the policy has no compressor for it.
         """
-        entry, task = self._entry(name, gradient.shape), None
+        entry = self._entry(name, gradient.shape)
         if entry.compressor is None:
             raise ConfigError(
                 f"gradient {name!r}: got one that the policy leaves alone, expected one that it has a compressor for: "
@@ -178,15 +178,12 @@ class GradientExchange(Results):
             )
         scale = self._opened(name, absent)
         values = unscaled(gradient, scale)
-        if entry.exchange == "summed":
-            task = self._schedule.start(self.engine, name, self._ways.summed(name, values))
-        else:
-            self._fill_bucket(name, Gradient(values, place_of(gradient)), entry)
+        self._fill_bucket(name, Gradient(values, place_of(gradient)), entry)
         if self.agreed:
             self._schedule.advance(self.engine)
 
         def finish():
-            means = self._schedule.wait(self.engine, task or self._task_of(name, entry.bucket))
+            means = self._schedule.wait(self.engine, self._task_of(name, entry.bucket))
             return self._result(name, means[name], gradient, scale)
 
         return finish
@@ -201,26 +198,20 @@ class GradientExchange(Results):
         Returns a function that waits and returns {name: mean or sum over ranks}; its method
         `done()` moves the exchanges on and tells whether there is anything to wait for.
         """
-        ways: dict[str, dict] = {}
+        ways: dict[tuple, dict] = {}
         results = {}
         for name, gradient in gradients.items():
-            way = self._entry(name, gradient.shape).exchange
-            scale = self._opened(name, name in absent) if way != "allreduce" else 1.0
+            entry = self._entry(name, gradient.shape)
+            scale = self._opened(name, name in absent) if entry.exchange != "allreduce" else 1.0
             values = unscaled(gradient, scale)
-            ways.setdefault(way, {})[name] = (
-                Gradient(values, place_of(gradient)) if way in self._ways.in_buckets else values
+            ways.setdefault(entry.way, {})[name] = (
+                values if entry.exchange == "allreduce" else Gradient(values, place_of(gradient))
             )
             results[name] = gradient, scale
-        tasks, first = [], next(iter(gradients))
-        steps: dict[str, tuple]
-        for way, members in ways.items():
-            if way == "summed":
-                steps = {name: (self._ways.summed(name, each), [name]) for name, each in members.items()}
-            elif way in self._ways.in_buckets:
-                steps = {f"{way}.{first}": (self._in_bucket(way, members), members)}
-            else:
-                steps = {f"allreduce.{first}": (self._ways.all_reduce(members), members)}
-            tasks += [self._schedule.start(self.engine, name, *each) for name, each in steps.items()]
+        tasks = []
+        for (way, *_), members in ways.items():
+            make = self._ways.all_reduce if way == "allreduce" else functools.partial(self._in_bucket, way)
+            tasks.append(self._schedule.start(self.engine, f"{way}.{next(iter(members))}", make(members), members))
         self._schedule.advance(self.engine)
         return Bucket(self._schedule, self.engine, tasks, self._result, results)
 

@@ -89,15 +89,11 @@ class NodeWays(Ways):
         super().__init__(exchange)
         self._peers = PeerWays(PeersView(exchange))
         self._sent: dict[str, Scratch] = {}  # what goes to others of the node, by a bucket's first name
-        self.in_buckets = {way: functools.partial(self._by_nodes, way) for way in ("allgather", "twophase")}
+        self.in_buckets = {way: functools.partial(self._by_nodes, way) for way in ("allgather", "twophase", "summed")}
 
     def remembers(self, compressor, name):
         start, stop = self._exchange.plan.share(name, self._exchange.engine.rank())
         return start < stop and self._peers.remembers(compressor, name)
-
-    def summed(self, name, gradient):
-        place = torch.empty(gradient.numel(), device=gradient.device)
-        return (yield from self._by_nodes("summed", {name: Gradient(gradient, place)}))
 
     def _sum(self, flat):
         what = "uncompressed gradients"
@@ -132,9 +128,6 @@ class NodeWays(Ways):
         """The exchange of this rank's shares, {name: Gradient}, among its peers; returns {name: mean}."""
         if not shares:
             return {}
-        if way == "summed":
-            ((name, share),) = shares.items()
-            return (yield from self._peers.summed(name, share.values))
         if self._exchange.measures_errors():
             add_errors(self._peers.view, self._peers, way, shares)
         return (yield from self._peers.in_buckets[way](shares))

@@ -64,6 +64,11 @@ class Entry:
         return self.shape.numel()
 
     @property
+    def way(self) -> tuple:
+        """What those that travel together have in common."""
+        return (self.exchange, self.compressor) if self.exchange == "summed" else (self.exchange,)
+
+    @property
     def summed_pieces(self) -> tuple:
         """Those whose owner sums them and remembers what his encoding lost."""
         return self.pieces if self.exchange == "twophase" else ()
@@ -118,11 +123,11 @@ class Plan:
             entry.pieces = dealt({(a, b): entry.compressor.nbytes(b - a) for a, b in cuts}, load)
 
     def _fill_buckets(self, alone):
-        filled: dict[str, int] = {}  # {exchange: bytes in its last bucket}
-        last: dict[str, int] = {}  # {exchange: the number of that}
+        filled: dict[tuple, int] = {}  # {way: bytes in its last bucket}
+        last: dict[tuple, int] = {}  # {way: the number of that}
         for name in [*(name for name in reversed(self.entries) if name not in alone), *alone]:
-            entry, way = self.entries[name], self.entries[name].exchange
-            if way not in ("twophase", "turns", "allgather"):
+            entry, way = self.entries[name], self.entries[name].way
+            if entry.exchange not in ("twophase", "turns", "allgather", "summed"):
                 continue
             if name in alone or filled.get(way, self.policy.bucket_bytes) >= self.policy.bucket_bytes:
                 last[way], filled[way] = len(self.buckets), 0

@@ -1,4 +1,4 @@
-"""A gradient whose payloads the engine itself adds up (a `summable` compressor): one rank's side of it."""
+"""Gradients whose payloads the engine itself adds up (a `summable` compressor): one rank's side of it."""
 
 from collections.abc import Callable, Generator
 
@@ -50,3 +50,35 @@ def sum_over_ranks(
     if memory and bool(torch.isfinite(total).all()) and bool(total.any()):
         memories.put(name, memory)
     return total
+
+
+def summed_together(steps: dict[str, Generator]) -> Generator[tuple, torch.Tensor, dict]:
+    """Run what `sum_over_ranks` made for several gradients, by one sum for all that want the like at a time.
+
+    Args:
+        steps: {name: of one compressor's gradients}, in the same order on all ranks.
+
+    Returns:
+        {name: the ranks' sum}.
+    """
+    wanted: dict[str, tuple] = {}  # {name: ("allreduce", tensor, op)}
+    totals: dict[str, torch.Tensor] = {}
+
+    def go_on(name, summed):
+        try:
+            wanted[name] = steps[name].send(summed)
+        except StopIteration as stop:
+            totals[name] = stop.value
+
+    for name in steps:
+        go_on(name, None)
+    while wanted:
+        _, first, op = next(iter(wanted.values()))
+        like = [name for name, (_, tensor, other) in wanted.items() if (tensor.dtype, other) == (first.dtype, op)]
+        tensors = [wanted.pop(name)[1] for name in like]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+        summed = yield "allreduce", whole, op
+        parts = summed.reshape(-1).split([tensor.numel() for tensor in tensors])
+        for name, tensor, part in zip(like, tensors, parts, strict=True):
+            go_on(name, part.view(tensor.shape))
+    return totals

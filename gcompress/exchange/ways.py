@@ -13,9 +13,9 @@ turns: every parameter is cut into pieces as for two-phase, and each piece comes
     as many bytes give an entry when all ranks send all. What arrives is taken off every rank's memory, whoever
     sent it. That is for outer steps, in which ranks move far and much alike, so that the coder's error is larger than
     the ranks' differences. A rank sends 1 / N payload, and a byte that says whether all its values are finite.
-summed: the engine's own all-reduce adds the payloads of a `summable` compressor.
+summed: the engine's own all-reduce adds the payloads of a `summable` compressor; a bucket has one compressor.
 
-In all but the last, parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
+Parameters travel in buckets. A bucket is encoded and sent as soon as its last gradient is there.
 """
 
 import math
@@ -34,7 +34,7 @@ from . import together
 from .packed_together import PackedTogether
 from .pieces import Item, OneByOne, decode_mean_of_senders
 from .plan import Piece, Plan
-from .summed import sum_over_ranks
+from .summed import sum_over_ranks, summed_together
 
 
 class Gradient(NamedTuple):
@@ -64,7 +64,12 @@ class Ways:
 
     def __init__(self, exchange):
         self._exchange = exchange
-        self.in_buckets = {"allgather": self.all_gather, "twophase": self.two_phase, "turns": self.turns}
+        self.in_buckets = {
+            "allgather": self.all_gather,
+            "twophase": self.two_phase,
+            "turns": self.turns,
+            "summed": self.summed,
+        }
         self._scratch = Scratch()
         self._routes: dict[tuple, Route] = {}  # by (whether two-phase, names)
 
@@ -121,25 +126,26 @@ class Ways:
         self._exchange.report.add_all_reduce(flat.numel(), flat.nbytes, self._exchange.engine.world_size())
         return (yield "allreduce", flat, "sum")
 
-    def summed(self, name, gradient):
-        world_size, compressor = (
-            self._exchange.engine.world_size(),
-            self._exchange.compressor_for(name, gradient.numel()),
-        )
-        self._exchange.report.add_all_reduce(
-            gradient.numel(), compressor.summed_nbytes(gradient.shape, world_size), world_size
-        )
-        total = yield from sum_over_ranks(
-            name,
-            gradient,
-            compressor,
-            self._memory_for(compressor, name),
-            self._exchange.memories,
-            seed=self._seed(name),
-            world_size=world_size,
-            compared=self._exchange.error_taker(name),
-        )
-        return {name: total.mul_(self._factor())}
+    def summed(self, gradients):
+        """The engine's own sums of {name: Gradient} of one compressor; returns {name: mean}."""
+        world_size, steps = self._exchange.engine.world_size(), {}
+        for name, (values, _) in gradients.items():
+            compressor = self._exchange.compressor_for(name, values.numel())
+            self._exchange.report.add_all_reduce(
+                values.numel(), compressor.summed_nbytes(values.shape, world_size), world_size
+            )
+            steps[name] = sum_over_ranks(
+                name,
+                values,
+                compressor,
+                self._memory_for(compressor, name),
+                self._exchange.memories,
+                seed=self._seed(name),
+                world_size=world_size,
+                compared=self._exchange.error_taker(name),
+            )
+        totals = yield from summed_together(steps)
+        return {name: total.mul_(self._factor()) for name, total in totals.items()}
 
     def two_phase(self, gradients):
         """All-to-all and all-gather of {name: Gradient}; returns {name: mean}, in their places."""

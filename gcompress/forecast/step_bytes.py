@@ -76,11 +76,10 @@ def parcels_of(plan: Plan, names: Sequence[str]) -> list[Parcel]:
     """What a bucket of these parameters is sent as, in order."""
     ways: dict[tuple, list[str]] = {}
     for name in names:
-        way = plan.entries[name].exchange
-        ways.setdefault((way, name if way == "summed" else ""), []).append(name)
+        ways.setdefault(plan.entries[name].way, []).append(name)
     return [
         Parcel(way, tuple(members), sum(plan.entries[name].numel for name in members), _transfers(plan, way, members))
-        for (way, _), members in ways.items()
+        for (way, *_), members in ways.items()
     ]
 
 
