@@ -78,6 +78,24 @@ def test_what_is_kept_and_what_is_added_up_are_those_of_the_reference(compressor
 
 
 @every_compressor
+def test_a_residual_may_be_replaced_where_it_lies(compressor):
+    """As those are that are unpacked for one step. Also of a tensor that is larger than the nearer caches."""
+    for numel in (65, 8200, 70_000):
+        values, residual = inputs(numel, seed=0)["heavy"], 0.1 * inputs(numel, seed=1)["gauss"]
+        for backend in backends.available_backends()[1:]:
+            with backends.use_backend(backend):
+                kernels = backends.kernels(values, compressor)
+                if not kernels or not kernels.keeps_residual_with(compressor.kernels):
+                    continue
+                found, flag = [], torch.zeros(1, dtype=torch.int32)
+                for before, after in ((residual, torch.empty(numel)), (residual.clone(),) * 2):
+                    remembering = kernels.remembering(before.data_ptr(), after.data_ptr(), flag.data_ptr())
+                    found.append((compressor.encode_with(remembering, values, 7), after))
+                (apart, expected), (payload, after) = found
+                assert torch.equal(payload, apart) and torch.equal(after, expected), (backend, numel)
+
+
+@every_compressor
 def test_the_error_does_not_exceed_that_of_sending_nothing(compressor):
     if compressor.unbiased:
         pytest.skip("an unbiased compressor trades error for its mean")
