@@ -109,8 +109,8 @@ struct Entries {
     void done() const {}
     const float* all(const Shares&) const { return x; }
 };
-const int64_t SELECTED_AT_ONCE =
-    512;  // at most `count`: they stay in the nearest cache, and those that follow come there
+// Entries at a time, few enough that they stay in the nearest cache, where those that follow come meanwhile.
+const int64_t SELECTED_AT_ONCE = 512;
 
 // What of a share is kept, and how many kept entries lie before it.
 struct ShareSelection {

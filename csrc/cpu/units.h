@@ -13,8 +13,8 @@ namespace {
 // Entries that stay in the nearest cache with what is made of them: 40 words of 64 bits, 8 groups of trits.
 const int64_t STRETCH = 2560;
 
-// Entries of a large tensor that are coded while those behind them are fetched: few enough that these stay in the nearest cache
-// as well, and that the processor can wait for all of them at the same time.
+// Entries that are coded while those behind them are fetched: few enough that these stay in the nearest cache as well, and
+// that the processor can wait for all of them at the same time.
 const int64_t FETCHED = 512;
 
 // Where the stretch that begins at `first` ends: behind whole units, or within a longer one.
@@ -102,9 +102,9 @@ inline int32_t correct_all(const Shares& shares, gc_memory* memory, const float*
     return of_all;
 }
 
-// x + residual, of which a selection takes entries (select.h), where `fresh` is not the residual's place.
+// x + residual, of which a selection takes entries (select.h).
 struct Corrected {
-    enum Keep { NOTHING, TO_READ_AGAIN, FOR_LATER };
+    enum Keep { NOTHING, TO_READ_AGAIN, FOR_LATER };  // but for NOTHING, `fresh` is not the residual's place
     gc_memory* memory;
     const float* x;
     Keep keep;  // whether it is written to `fresh`, and if so, whether it is read there at once
@@ -152,7 +152,7 @@ void keep_decoded(gc_memory* memory, int64_t first, int64_t end, int64_t unit, c
     }
 }
 
-// One stretch of a large tensor, whole units: x + residual in `values`, and behind `encode`, which gets that, what
+// One stretch, whole units: x + residual in `values`, and behind `encode`, which gets that, what
 // `decode(sent)` does not give back, in `fresh`. The stretch behind it is fetched meanwhile, since the processor would wait
 // for memory here and compute there.
 template <class Encode, class Decode>
@@ -237,7 +237,7 @@ void encode_units(int threads, gc_memory* memory, const float* x, int64_t n, int
             encode(x, from, to, to);
             return;
         }
-        const int64_t longest = 4096;
+        const int64_t longest = 4096;  // of a unit that stays in the nearest cache with what is made of it
         if (unit > longest) {
             for (int64_t first = from; first < to; first += unit) {
                 const int64_t end = min64(to, first + unit);
