@@ -7,6 +7,7 @@ hands on signals, ends as the fork ends, and when it is killed the fork is kille
 forker. What is tested about parents needs a plain Python.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -36,8 +37,13 @@ def main():
     pid = int.from_bytes(forker.recv(4), "little")
     if not pid:  # it was started in another environment
         os.execv(sys.executable, [sys.executable, *arguments])
+
+    def hand_on(number, _):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended, too
+            os.kill(pid, number)
+
     for number in HANDED_ON:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, hand_on)
     status = forker.recv(4)
     code = os.waitstatus_to_exitcode(int.from_bytes(status, "little")) if status else 1
     if code < 0:
