@@ -24,6 +24,7 @@ struct StoredKeys {
 };
 
 const int DIGITS = 2048;
+const int64_t FEW_ENTRIES = 8192;  // with fewer, comparisons take less time than a histogram does
 const int64_t FEW_KEYS = 1 << 15;  // that are there already: with fewer, a thread is not worth its start
 
 // How often every digit occurs in a range of keys, of those that have the prefix above it.
@@ -236,34 +237,6 @@ bool select_from_found(const Shares& shares, const Source& source, int64_t k, ui
     return true;
 }
 
-// A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the exact selection looks at them
-// alone. When the sample misled (too few or too many reach the bound), or n is small, the selection looks at everything:
-// same result, slower. `found`: with its workspace; afterwards what was collected, or `taken` is 0.
-template <bool is_signed, class Source>
-Selection select_largest(const Shares& shares, const Source& source, int64_t k, Found* found,
-                         ShareSelection* of_shares) {
-    const int64_t n = shares.n, sample = min64(min64(16384, found->capacity), n / 64) / 8 * 8;
-    const double expected = (double)sample * (double)k / (double)n;
-    const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
-    if (n >= 8192 && sample_rank <= sample / 2) {
-        // Eight neighbours at a time, since reaching for a sample costs a cache miss.
-        const int64_t runs = sample / 8, stride = n / runs;
-        uint32_t* keys = found->keys;
-        on_shares(shares_of(shares.count, runs, 64, 1024), [=](int, int64_t from, int64_t to) {
-            for (int64_t run = from; run < to; ++run) {
-                const int64_t jitter =
-                    (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 40) * (uint64_t)(stride - 7) >> 24);
-                for (int j = 0; j < 8; ++j) keys[8 * run + j] = key_of<is_signed>(source.at(run * stride + jitter + j));
-            }
-        });
-        const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{keys}, sample_rank).threshold;
-        Selection whole;
-        if (bound > 0 && select_from_found<is_signed>(shares, source, k, bound, found, &whole, of_shares)) return whole;
-    }
-    found->taken = 0;
-    return select_from_all<is_signed>(shares, source.all(shares), k, of_shares);
-}
-
 // The selection of k of n stored keys, bit by bit: for so few that a histogram would take longer.
 inline Selection bit_select(const uint32_t* keys, int64_t n, int64_t k) {
     uint32_t threshold = 0;
@@ -283,13 +256,14 @@ inline Selection bit_select(const uint32_t* keys, int64_t n, int64_t k) {
 // The k largest of a chunk. Where many are dropped: of as many maxima as are at least 2 k, each of entries of its own, k
 // reach the k-th largest, so that no other entry is among the k largest than those that reach it. `workspace` holds
 // 2 n + 64 words.
-inline Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t* workspace) {
+template <bool is_signed>
+Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t* workspace) {
     int64_t width = n;
     while (width / 2 >= 2 * k && width >= 128) width /= 2;
-    for (int64_t i = 0; i < width; ++i) workspace[i] = key_of<true>(x[i]);  // vectorised
+    for (int64_t i = 0; i < width; ++i) workspace[i] = key_of<is_signed>(x[i]);  // vectorised
     for (int64_t first = width; first + width <= n; first += width)
         for (int64_t i = 0; i < width; ++i) {  // vectorised
-            const int32_t key = (int32_t)key_of<true>(x[first + i]), largest = (int32_t)workspace[i];
+            const int32_t key = (int32_t)key_of<is_signed>(x[first + i]), largest = (int32_t)workspace[i];
             workspace[i] = (uint32_t)(key > largest ? key : largest);
         }
     const Selection selection = bit_select(workspace, width, k);
@@ -297,8 +271,39 @@ inline Selection select_of_chunk(const float* x, int64_t n, int64_t k, uint32_t*
     uint32_t* keys = workspace + width;
     const uint32_t bound = selection.threshold > 0 ? selection.threshold : 1;
     int64_t next = 0;
-    const int64_t found = keys_from<true>(bound, x, &next, n, n + 64, keys, nullptr, 0);
+    const int64_t found = keys_from<is_signed>(bound, x, &next, n, n + 64, keys, nullptr, 0);
     return found < k ? Selection{0, k - found} : bit_select(keys, found, k);
+}
+
+// A sample gives a bound that about 1.3 k entries reach; one pass collects those, and the exact selection looks at them
+// alone. When the sample misled (too few or too many reach the bound), or n is small, the selection looks at everything:
+// same result, slower. `found`: with its workspace; afterwards what was collected, or `taken` is 0.
+template <bool is_signed, class Source>
+Selection select_largest(const Shares& shares, const Source& source, int64_t k, Found* found,
+                         ShareSelection* of_shares) {
+    const int64_t n = shares.n, sample = min64(min64(16384, found->capacity), n / 64) / 8 * 8;
+    const double expected = (double)sample * (double)k / (double)n;
+    const int64_t sample_rank = (int64_t)(expected + 4.0 * __builtin_sqrt(expected) + 4.0);
+    if (n >= FEW_ENTRIES && sample_rank <= sample / 2) {
+        // Eight neighbours at a time, since reaching for a sample costs a cache miss.
+        const int64_t runs = sample / 8, stride = n / runs;
+        uint32_t* keys = found->keys;
+        on_shares(shares_of(shares.count, runs, 64, 1024), [=](int, int64_t from, int64_t to) {
+            for (int64_t run = from; run < to; ++run) {
+                const int64_t jitter =
+                    (int64_t)(((uint64_t)run * 0x9E3779B97F4A7C15ull >> 40) * (uint64_t)(stride - 7) >> 24);
+                for (int j = 0; j < 8; ++j) keys[8 * run + j] = key_of<is_signed>(source.at(run * stride + jitter + j));
+            }
+        });
+        const uint32_t bound = radix_select({sample, sample, 1}, StoredKeys{keys}, sample_rank).threshold;
+        Selection whole;
+        if (bound > 0 && select_from_found<is_signed>(shares, source, k, bound, found, &whole, of_shares)) return whole;
+    }
+    found->taken = 0;
+    const float* all = source.all(shares);
+    if (n >= FEW_ENTRIES || found->capacity < 2 * n + 64) return select_from_all<is_signed>(shares, all, k, of_shares);
+    of_shares[0] = {select_of_chunk<is_signed>(all, n, k, found->keys), 0};
+    return of_shares[0].selection;
 }
 
 // The kept entries of one block of up to 64 keys, as a bit mask; counts the ties down.

@@ -314,7 +314,7 @@ void chunk_encode(gc_memory* memory, const float* x, int64_t n, int64_t k, int64
     KeptWriter writer(source, fresh, k, form, width, 0, 0, payload);
     for (int64_t first = 0, left = k; first < n; first += chunk, left -= kept) {
         const int64_t end = min64(n, first + chunk);
-        writer.put(first, end, select_of_chunk(source + first, end - first, end < n ? kept : left, workspace));
+        writer.put(first, end, select_of_chunk<true>(source + first, end - first, end < n ? kept : left, workspace));
     }
     writer.finish();
 }
