@@ -127,7 +127,7 @@ class Ways:
         return (yield "allreduce", flat, "sum")
 
     def summed(self, gradients):
-        """The engine's own sums of {name: Gradient} of one compressor; returns {name: mean}."""
+        """The engine's own sums of {name: Gradient} of one compressor; returns {name: mean}, in their places."""
         world_size, steps = self._exchange.engine.world_size(), {}
         for name, (values, _) in gradients.items():
             compressor = self._exchange.compressor_for(name, values.numel())
@@ -144,8 +144,10 @@ class Ways:
                 world_size=world_size,
                 compared=self._exchange.error_taker(name),
             )
-        totals = yield from summed_together(steps)
-        return {name: total.mul_(self._factor()) for name, total in totals.items()}
+        totals, places = (yield from summed_together(steps)), places_of(gradients)
+        for name, total in totals.items():
+            torch.mul(total, self._factor(), out=places[name])
+        return places
 
     def two_phase(self, gradients):
         """All-to-all and all-gather of {name: Gradient}; returns {name: mean}, in their places."""
