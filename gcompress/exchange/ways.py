@@ -27,7 +27,7 @@ import torch
 from .. import backends, packing
 from ..compressors import Compressor
 from ..errors import PayloadError
-from ..feedback import NoFeedback
+from ..feedback import NoFeedback, flat_values
 from ..memory import Scratch
 from ..packing import u32_bytes
 from . import together
@@ -113,7 +113,8 @@ class Ways:
         """All-reduce of {name: gradient} in one tensor, float32 unless one is float64."""
         parts = [_as_real(gradient) for gradient in gradients.values()]
         exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        total = yield from self._sum(torch.cat([_flat(part, exact) for part in parts]))
+        flat = flat_values if exact == torch.float32 else lambda part: part.to(exact).reshape(-1)
+        total = yield from self._sum(torch.cat([flat(part) for part in parts]))
         total.mul_(self._factor())
         totals = zip(gradients.items(), total.split([part.numel() for part in parts]), strict=True)
         return {
@@ -287,12 +288,6 @@ def _as_real(gradient):
     """A gradient as real numbers, without its graph."""
     gradient = gradient.detach() if gradient.requires_grad else gradient
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
-
-
-def _flat(tensor, dtype):
-    """1-D, of a type; not a copy where that is not needed."""
-    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
-    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
 
 
 def split_rows(tensor, sizes, what):

@@ -160,10 +160,9 @@ class GradientState:
             future, buffer, gradients, finish = self._pending[0]
             if not wait and not finish.done():
                 return
-            means = finish()
-            apart = [name for name, mean in means.items() if mean.data_ptr() != gradients[name].data_ptr()]
-            if apart:  # what was not decoded to its place
-                torch._foreach_copy_([gradients[name] for name in apart], [means[name] for name in apart])
+            for name, mean in finish().items():
+                if mean.data_ptr() != gradients[name].data_ptr():  # else it was decoded to its place
+                    gradients[name].copy_(mean)
             self._pending.pop(0)
             future.set_result(buffer)
 
