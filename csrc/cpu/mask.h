@@ -99,8 +99,7 @@ struct FewClasses {
         return choose(signs_of(kept), every_byte(Classes::codes), found);
     }
     // Add what was summed to that of the classes, and begin anew: before 32 bits are too few.
-    template <class Sums>
-    void move_to(Sums* to) {
+    void move_to(MaskSums* to) {
         int64_t above_sum = 0, above_count = 0;
         for (int m = Classes::half; m >= (is_signed ? 1 : 0); --m) {
             int64_t sum = 0;
